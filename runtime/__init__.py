@@ -1,0 +1,1 @@
+"""Run time: draft-and-verify decoding on an exported engine."""
