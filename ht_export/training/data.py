@@ -59,7 +59,8 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"no prompts file at {path}; give a JSON-lines file with a 'prompt' on each line")
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(): JSON strings may hold other Unicode line separators unescaped.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -1,0 +1,117 @@
+"""The PyTorch reference: base model and transfer rows in one forward, made of the base model's own layers.
+
+Rows are T tree tokens, then the pseudo rows of each step in the order of `TransferLayers.join_order`. All parity
+checks compare with this module, and the exporter traces it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ht_export.attention import tree_attention, use_attention_rows
+from ht_export.families import decoder_parts
+from ht_export.transfer import TransferLayers
+
+
+class TreeRows:
+    """Rows that see the valid prefix of the cache and, under the tree mask, each other. Collects new keys and values."""
+
+    def __init__(
+        self,
+        key_cache: Sequence[Tensor],
+        value_cache: Sequence[Tensor],
+        cache_length: Tensor,
+        tree_mask: Tensor,
+    ) -> None:
+        self.key_cache = key_cache
+        self.value_cache = value_cache
+        self.cache_length = cache_length
+        self.tree_mask = tree_mask
+        self.key_new: list[Tensor] = []
+        self.value_new: list[Tensor] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `AttentionRows.attend`."""
+        rows = query.shape[2]
+        self.key_new.append(key)
+        self.value_new.append(value)
+        return tree_attention(
+            query,
+            key,
+            value,
+            self.key_cache[layer],
+            self.value_cache[layer],
+            self.cache_length,
+            self.tree_mask[:, :rows, :rows],
+            scale,
+        )
+
+
+@dataclass(frozen=True)
+class ForwardOutput:
+    """logits [B, M, V]; draft_logits [B, sum R_k, V] in row order; key_new, value_new per layer [B, Hkv, R_l, D]."""
+
+    logits: Tensor
+    draft_logits: Tensor
+    key_new: list[Tensor]
+    value_new: list[Tensor]
+
+
+class HiddenTransferModel(nn.Module):
+    """A frozen base model with transfer rows."""
+
+    def __init__(self, base: PreTrainedModel, transfer: TransferLayers) -> None:
+        super().__init__()
+        transfer.check_layers(base.config.num_hidden_layers)
+        use_attention_rows(base)
+        self.base = base
+        self.transfer = transfer
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        tree_mask: Tensor,
+        pseudo_parents: Sequence[Tensor],
+        logit_rows: Tensor,
+        cache_length: Tensor,
+        key_cache: Sequence[Tensor],
+        value_cache: Sequence[Tensor],
+    ) -> ForwardOutput:
+        """Run all rows once.
+
+        input_ids [B, T]; position_ids [B, R]; tree_mask bool [B, R, R]; pseudo_parents K tensors [B, R_k], by step;
+        logit_rows [B, M]; cache_length [B]; key_cache, value_cache L tensors [B, Hkv, S, D]. R = T + sum R_k.
+        """
+        parts = decoder_parts(self.base)
+        tree_size = input_ids.shape[1]
+        hidden = parts.embed(input_ids)
+        cos, sin = parts.rotary(hidden, position_ids)
+        rows = TreeRows(key_cache, value_cache, cache_length, tree_mask)
+        for index, layer in enumerate(parts.layers):
+            hidden = self._join(hidden, index, pseudo_parents)
+            alive = hidden.shape[1]
+            hidden = layer(
+                hidden,
+                position_embeddings=(cos[:, :alive], sin[:, :alive]),
+                attention_rows=rows,
+            )
+        hidden = self._join(hidden, len(parts.layers), pseudo_parents)
+        wanted = torch.cat([gather_rows(hidden, logit_rows), hidden[:, tree_size:]], dim=1)
+        logits = parts.head(parts.norm(wanted))
+        count = logit_rows.shape[1]
+        return ForwardOutput(logits[:, :count], logits[:, count:], rows.key_new, rows.value_new)
+
+    def _join(self, hidden: Tensor, layer: int, pseudo_parents: Sequence[Tensor]) -> Tensor:
+        joining = [self.transfer(k, gather_rows(hidden, pseudo_parents[k])) for k in self.transfer.joining(layer)]
+        return torch.cat([hidden, *joining], dim=1) if joining else hidden
+
+
+def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Return rows [B, N] of hidden [B, R, d] as [B, N, d]."""
+    return hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -1,0 +1,120 @@
+"""Drafts for many anchors of a text at once: the base model runs once without gradients, then only pseudo rows run.
+
+An anchor is a position of the text. Its K pseudo rows see the text up to and including the anchor, and the anchor's
+own earlier steps, as at run time (`HiddenTransferModel`), so the drafts are the same; the tests compare the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+from ht_export.families import decoder_parts
+from ht_export.model import gather_rows
+from ht_export.transfer import TransferLayers
+
+
+@dataclass
+class Context:
+    """What pseudo rows need of the base model's run over B texts of N tokens, padded on the right.
+
+    hidden[t] [B, N, d] is the input of layer t, for every transfer layer and for the last layer's output (t = L);
+    keys[l], values[l] [B, Hkv, N, D] for every layer that a pseudo row passes.
+    """
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+
+class _CausalRows:
+    """Rows of a whole text. Keeps keys and values from `first_layer` on."""
+
+    def __init__(self, context: Context, first_layer: int) -> None:
+        self.context = context
+        self.first_layer = first_layer
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if layer >= self.first_layer:
+            self.context.keys[layer] = key
+            self.context.values[layer] = value
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+
+
+class _AnchorRows:
+    """Pseudo rows that see the text up to their anchor, themselves, and their anchor's earlier steps."""
+
+    def __init__(self, context: Context, mask: Tensor, length: int) -> None:
+        self.context = context
+        self.mask = mask
+        self.length = length
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        rows = query.shape[2]
+        return scaled_dot_product_attention(
+            query,
+            torch.cat([self.context.keys[layer], key], dim=2),
+            torch.cat([self.context.values[layer], value], dim=2),
+            attn_mask=self.mask[:, None, :rows, : self.length + rows],
+            scale=scale,
+            enable_gqa=True,
+        )
+
+
+@torch.no_grad()
+def run_context(base: PreTrainedModel, transfer: TransferLayers, input_ids: Tensor) -> Context:
+    """Run the base model over input_ids [B, N], padded on the right, and keep what pseudo rows read."""
+    parts = decoder_parts(base)
+    context = Context()
+    rows = _CausalRows(context, min(transfer.layers))
+    hidden = parts.embed(input_ids)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    position_embeddings = parts.rotary(hidden, positions)
+    for index, layer in enumerate(parts.layers):
+        if index in transfer.layers:
+            context.hidden[index] = hidden
+        hidden = layer(hidden, position_embeddings=position_embeddings, attention_rows=rows)
+    context.hidden[len(parts.layers)] = hidden
+    return context
+
+
+def draft_hidden(base: PreTrainedModel, transfer: TransferLayers, context: Context, anchors: Tensor) -> Tensor:
+    """Return the last layer's output of every pseudo row, [B, A, K, d], for anchors [B, A] (positions in the text)."""
+    parts = decoder_parts(base)
+    num_layers = len(parts.layers)
+    batch, count = anchors.shape
+    length = context.hidden[num_layers].shape[1]
+    # [B, K * A], the rows in join order, as in the graph.
+    order = torch.tensor(transfer.join_order, device=anchors.device)
+    positions = (anchors[:, None, :] + order[None, :, None] + 1).reshape(batch, -1)
+    mask = _anchor_mask(anchors, order, length)
+    rows = _AnchorRows(context, mask, length)
+    dtype = context.hidden[num_layers].dtype
+    cos, sin = parts.rotary(context.hidden[num_layers], positions)
+    hidden = context.hidden[num_layers].new_empty(batch, 0, context.hidden[num_layers].shape[-1])
+    for index in range(min(transfer.layers), num_layers + 1):
+        for step in transfer.joining(index):
+            joined = transfer(step, gather_rows(context.hidden[index], anchors).to(torch.float32))
+            hidden = torch.cat([hidden, joined.to(dtype)], dim=1)
+        if index < num_layers:
+            alive = hidden.shape[1]
+            hidden = parts.layers[index](
+                hidden, position_embeddings=(cos[:, :alive], sin[:, :alive]), attention_rows=rows
+            )
+    by_row = hidden.reshape(batch, transfer.num_steps, count, -1)
+    return by_row[:, torch.argsort(order)].transpose(1, 2)
+
+
+def _anchor_mask(anchors: Tensor, order: Tensor, length: int) -> Tensor:
+    """Return the bool mask [B, rows, N + rows] of pseudo rows over the text and over each other."""
+    batch, count = anchors.shape
+    num_steps = len(order)
+    text = torch.arange(length, device=anchors.device) <= anchors[..., None]
+    earlier = order[None, :] <= order[:, None]
+    same_anchor = torch.eye(count, dtype=torch.bool, device=anchors.device)
+    siblings = (earlier[:, None, :, None] & same_anchor[None, :, None, :]).reshape(num_steps * count, -1)
+    return torch.cat([text.repeat(1, num_steps, 1), siblings.expand(batch, -1, -1)], dim=-1)

@@ -1,0 +1,157 @@
+"""Transfer layers: the trained maps W_k of arXiv 2404.12022, and the file that carries them.
+
+The file is safetensors: `step{k}.weight` [d, d] and `step{k}.bias` [d] for k = 1..K, and one metadata entry
+`hidden_transfer` that holds JSON: the format version, the transfer layers, the base model's identity, the training
+recipe and the acceptance measured on held-out text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from runtime.errors import InputError
+from runtime.files import atomic_path
+
+FORMAT_VERSION = 1
+METADATA_KEY = "hidden_transfer"
+
+
+class TransferLayers(nn.Module):
+    """K affine maps of hidden states: W_k takes the input of layer t_k at a token to a pseudo state k positions on.
+
+    `layers` holds t_1..t_K, 0-based; t_k = L stands for the output of the last layer, which is Medusa-1's place.
+    The maps begin as the identity.
+    """
+
+    def __init__(self, layers: Sequence[int], hidden_size: int) -> None:
+        super().__init__()
+        if not layers:
+            raise InputError("at least one transfer layer is needed")
+        self.layers = tuple(layers)
+        self.maps = nn.ModuleList(nn.Linear(hidden_size, hidden_size) for _ in layers)
+        for linear in self.maps:
+            nn.init.eye_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    @property
+    def num_steps(self) -> int:
+        """K, the number of draft steps."""
+        return len(self.layers)
+
+    @property
+    def join_order(self) -> tuple[int, ...]:
+        """The steps, 0-based, in the order of their rows: the earliest transfer layer first, so that the rows alive
+        at any layer are a prefix of all rows.
+        """
+        return tuple(sorted(range(self.num_steps), key=lambda k: (self.layers[k], k)))
+
+    def joining(self, layer: int) -> list[int]:
+        """Return the steps, 0-based, whose pseudo rows join at the input of `layer`, in row order."""
+        return [k for k in self.join_order if self.layers[k] == layer]
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise `InputError` unless every transfer layer is one of 0..num_layers."""
+        for layer in self.layers:
+            if not 0 <= layer <= num_layers:
+                raise InputError(
+                    f"transfer layer {layer} does not exist in a model of {num_layers} layers; "
+                    f"allowed: 0 (the embeddings) to {num_layers} (the last layer's output)"
+                )
+
+    def forward(self, step: int, hidden: Tensor) -> Tensor:
+        """Return the pseudo hidden states of `step` (0-based) for hidden states [..., d]."""
+        return self.maps[step](hidden)
+
+
+@dataclass(frozen=True)
+class TransferFile:
+    """What a transfer-layers file holds besides the weights."""
+
+    base_model: dict[str, Any]
+    recipe: dict[str, Any] = field(default_factory=dict)
+    acceptance: dict[str, Any] = field(default_factory=dict)
+
+
+def save_transfer_layers(path: Path, transfer: TransferLayers, about: TransferFile) -> None:
+    """Write `transfer` and what is known about it, atomically."""
+    metadata = {
+        "version": FORMAT_VERSION,
+        "layers": list(transfer.layers),
+        "base_model": about.base_model,
+        "recipe": about.recipe,
+        "acceptance": about.acceptance,
+    }
+    tensors: dict[str, Tensor] = {}
+    for k, linear in enumerate(transfer.maps, start=1):
+        tensors[f"step{k}.weight"] = linear.weight.detach().to("cpu").contiguous()
+        tensors[f"step{k}.bias"] = linear.bias.detach().to("cpu").contiguous()
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(metadata)})
+
+
+def load_transfer_layers(path: Path, base_model: dict[str, Any] | None = None) -> tuple[TransferLayers, TransferFile]:
+    """Read a transfer-layers file, as float32. With `base_model` (see `BaseModel.identity`) check that it fits it.
+
+    Raises `InputError` that says what is missing, damaged, or does not fit.
+    """
+    if not path.is_file():
+        raise InputError(f"no transfer layers at {path}; train them with ht-train, or check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = _parse_metadata(path, (file.metadata() or {}).get(METADATA_KEY))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}); fetch or train it again") from error
+    about = TransferFile(metadata["base_model"], metadata["recipe"], metadata["acceptance"])
+    if base_model is not None:
+        check_fits(path, about.base_model, base_model)
+    layers = metadata["layers"]
+    hidden_size = about.base_model["hidden_size"]
+    transfer = TransferLayers(layers, hidden_size)
+    transfer.check_layers(about.base_model["num_layers"])
+    for k, linear in enumerate(transfer.maps, start=1):
+        for part, parameter in (("weight", linear.weight), ("bias", linear.bias)):
+            tensor = tensors.get(f"step{k}.{part}")
+            if tensor is None or tensor.shape != parameter.shape:
+                found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+                raise InputError(f"{path}: step{k}.{part} is {found}; it must be of shape {list(parameter.shape)}")
+            if not torch.isfinite(tensor).all():
+                raise InputError(f"{path}: step{k}.{part} has values that are not finite; train it again")
+            parameter.data = tensor.to(torch.float32)
+    return transfer.requires_grad_(False), about
+
+
+def check_fits(path: Path, trained_for: dict[str, Any], base_model: dict[str, Any]) -> None:
+    """Raise `InputError`, naming the first difference, unless the file was trained for this base model."""
+    for key in ("architecture", "hidden_size", "num_layers", "vocab_size", "weights_sha256"):
+        if trained_for.get(key) != base_model[key]:
+            raise InputError(
+                f"{path} holds transfer layers for another model: {key} is {trained_for.get(key)!r} there "
+                f"({trained_for.get('name')}) and {base_model[key]!r} in {base_model['name']}; "
+                "give the transfer layers trained for this model, or train some with ht-train"
+            )
+
+
+def _parse_metadata(path: Path, text: str | None) -> dict[str, Any]:
+    if text is None:
+        raise InputError(f"{path} is a safetensors file but holds no transfer layers (no {METADATA_KEY!r} metadata)")
+    try:
+        metadata = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: its metadata is not valid JSON ({error}); train it again") from error
+    version = metadata.get("version")
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path} is of format version {version}; this release reads version {FORMAT_VERSION}: "
+            "update hidden-transfer, or train the file again"
+        )
+    return metadata

@@ -1,0 +1,111 @@
+"""The graph's inputs and outputs: the one place with their names, types and shapes.
+
+Letters: B batch, T tree rows, R = T + sum R_k all rows, R_k pseudo rows of step k, M rows whose logits are wanted,
+S capacity of the cache, Hkv key/value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+INPUT_IDS = "input_ids"
+POSITION_IDS = "position_ids"
+TREE_MASK = "tree_mask"
+LOGIT_ROWS = "logit_rows"
+CACHE_LENGTH = "cache_length"
+LOGITS = "logits"
+DRAFT_LOGITS = "draft_logits"
+
+Dim = int | str
+
+
+def pseudo_parent(step: int) -> str:
+    """Return the input that names the tree row of each step-`step` pseudo row; steps count from 1."""
+    return f"pseudo_parent_{step}"
+
+
+def key_cache(layer: int) -> str:
+    """Return the input with the cached keys of `layer`."""
+    return f"key_cache_{layer}"
+
+
+def value_cache(layer: int) -> str:
+    """Return the input with the cached values of `layer`."""
+    return f"value_cache_{layer}"
+
+
+def key_new(layer: int) -> str:
+    """Return the output with the new keys of `layer`."""
+    return f"key_new_{layer}"
+
+
+def value_new(layer: int) -> str:
+    """Return the output with the new values of `layer`."""
+    return f"value_new_{layer}"
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One input or output: `shape` has ints for fixed dimensions and letters for dynamic ones."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class GraphDims:
+    """The fixed dimensions of a graph. `transfer_layers` holds t_1..t_K, each of 0..num_layers."""
+
+    num_layers: int
+    query_heads: int
+    key_value_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    transfer_layers: tuple[int, ...]
+
+    @property
+    def num_steps(self) -> int:
+        """K, the number of draft steps."""
+        return len(self.transfer_layers)
+
+    @property
+    def join_order(self) -> tuple[int, ...]:
+        """The steps, 0-based, in the order of their rows: the earliest transfer layer first."""
+        return tuple(sorted(range(self.num_steps), key=lambda k: (self.transfer_layers[k], k)))
+
+    def inputs(self) -> list[Binding]:
+        """Return the graph's inputs, in order."""
+        cache: tuple[Dim, ...] = ("B", self.key_value_heads, "S", self.head_dim)
+        return [
+            Binding(INPUT_IDS, "int64", ("B", "T")),
+            Binding(POSITION_IDS, "int64", ("B", "R")),
+            Binding(TREE_MASK, "bool", ("B", "R", "R")),
+            *(Binding(pseudo_parent(k), "int64", ("B", f"R_{k}")) for k in range(1, self.num_steps + 1)),
+            Binding(LOGIT_ROWS, "int64", ("B", "M")),
+            Binding(CACHE_LENGTH, "int64", ("B",)),
+            *(Binding(key_cache(layer), "float32", cache) for layer in range(self.num_layers)),
+            *(Binding(value_cache(layer), "float32", cache) for layer in range(self.num_layers)),
+        ]
+
+    def outputs(self) -> list[Binding]:
+        """Return the graph's outputs, in order."""
+
+        def new(layer: int) -> tuple[Dim, ...]:
+            return ("B", self.key_value_heads, self.rows_alive(layer), self.head_dim)
+
+        return [
+            Binding(LOGITS, "float32", ("B", "M", self.vocab_size)),
+            Binding(DRAFT_LOGITS, "float32", ("B", self.pseudo_rows(), self.vocab_size)),
+            *(Binding(key_new(layer), "float32", new(layer)) for layer in range(self.num_layers)),
+            *(Binding(value_new(layer), "float32", new(layer)) for layer in range(self.num_layers)),
+        ]
+
+    def rows_alive(self, layer: int) -> str:
+        """Return R_l, the rows that pass `layer`, as an expression of T and the R_k."""
+        return " + ".join(["T", *(f"R_{k + 1}" for k in self.join_order if self.transfer_layers[k] <= layer)])
+
+    def pseudo_rows(self) -> str:
+        """Return sum R_k as an expression, in row order."""
+        return " + ".join(f"R_{k + 1}" for k in self.join_order)

@@ -1,0 +1,104 @@
+"""The draft-and-verify loop (arXiv 2404.12022): one engine pass verifies a tree of candidates and drafts the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.cache import KeyValueCache
+from runtime.engines import Engine, Outputs
+from runtime.tree import DraftStep, Rows, Tree, best_first_tree, chain, lay_out, likely_ends, most_probable
+
+Choose = Callable[[NDArray[np.float32]], int]
+
+
+@dataclass(frozen=True)
+class TreeSizes:
+    """Rows of one decoding pass: at most `tree_rows` candidates, and `pseudo_rows[k]` pseudo rows of step k + 1."""
+
+    tree_rows: int
+    pseudo_rows: tuple[int, ...]
+
+    @classmethod
+    def plain(cls, num_steps: int) -> TreeSizes:
+        """Return the sizes of plain decoding: the certain token alone, nothing drafted."""
+        return cls(1, (0,) * num_steps)
+
+
+def greedy(logits: NDArray[np.float32]) -> int:
+    """Return the most probable token; among equals the smallest, as `argmax` of other libraries."""
+    return int(logits.argmax())
+
+
+def draft_and_verify(
+    engine: Engine, prompt: Sequence[int], sizes: TreeSizes, chunk: int, choose: Choose = greedy
+) -> Iterator[list[int]]:
+    """Yield the tokens that follow `prompt`, without end, one list for each engine pass that makes a token certain.
+
+    The tokens are those of plain decoding: each is `choose` of the base model's logits after all tokens before it.
+    """
+    cache = KeyValueCache(engine.dims)
+    token, drafts = process_prompt(engine, cache, prompt, sizes, chunk, choose)
+    yield [token]
+    while True:
+        tree = best_first_tree(token, drafts, sizes.tree_rows)
+        rows = lay_out(tree, likely_ends(tree, sizes.pseudo_rows), engine.dims.join_order, start=cache.length)
+        outputs = engine.run(rows, cache)
+        accepted, token = verify(tree, outputs.logits, choose)
+        cache.commit(outputs.key_new, outputs.value_new, accepted)
+        drafts = drafts_of(accepted[-1], rows, outputs, engine.dims.join_order, sizes.tree_rows)
+        yield [*tree.tokens[accepted[1:]].tolist(), token]
+
+
+def verify(tree: Tree, logits: NDArray[np.float32], choose: Choose) -> tuple[list[int], int]:
+    """Walk the tree by the base model's own choice at each node.
+
+    Returns the accepted nodes, the root first, and the token chosen at the last of them, which no child holds: the
+    next certain token. logits [T, V] are the base model's.
+    """
+    accepted = [0]
+    while True:
+        token = choose(logits[accepted[-1]])
+        child = tree.child(accepted[-1], token)
+        if child is None:
+            return accepted, token
+        accepted.append(child)
+
+
+def drafts_of(
+    node: int, rows: Rows, outputs: Outputs, join_order: Sequence[int], count: int
+) -> list[DraftStep]:
+    """Return the drafts of the pseudo rows of `node`, step 1 first, up to the first step that it has no row of."""
+    first_row = {}
+    row = 0
+    for step in join_order:
+        first_row[step] = row
+        row += len(rows.pseudo_parents[step])
+    drafts = []
+    for step, parents in enumerate(rows.pseudo_parents):
+        found = np.flatnonzero(parents == node)
+        if not len(found):
+            break
+        drafts.append(most_probable(outputs.draft_logits[first_row[step] + int(found[0])], count))
+    return drafts
+
+
+def process_prompt(
+    engine: Engine, cache: KeyValueCache, prompt: Sequence[int], sizes: TreeSizes, chunk: int, choose: Choose
+) -> tuple[int, list[DraftStep]]:
+    """Run the prompt in chunks into `cache`. Returns the first token after it and the drafts that follow that."""
+    join_order = engine.dims.join_order
+    nothing = (np.empty(0, dtype=np.int64),) * engine.dims.num_steps
+    for start in range(0, len(prompt), chunk):
+        tree = chain(prompt[start : start + chunk])
+        last = np.array([len(tree) - 1], dtype=np.int64)
+        ends_prompt = start + chunk >= len(prompt)
+        drafting = tuple(last if count else nothing[0] for count in sizes.pseudo_rows) if ends_prompt else nothing
+        rows = lay_out(tree, drafting, join_order, start, logit_rows=last)
+        outputs = engine.run(rows, cache)
+        cache.commit(outputs.key_new, outputs.value_new, range(len(tree)))
+    drafts = drafts_of(len(tree) - 1, rows, outputs, join_order, sizes.tree_rows)
+    return choose(outputs.logits[0]), drafts
