@@ -26,7 +26,6 @@ class AttentionRows(Protocol):
         ...
 
 
-@torch.library.custom_op("ht_llm::tree_attention", mutates_args=())
 def tree_attention(
     query: Tensor,
     key_new: Tensor,
@@ -39,8 +38,7 @@ def tree_attention(
 ) -> Tensor:
     """Attend to the valid prefix of the cache and, under `tree_mask`, to the new rows.
 
-    Shapes and meaning as in `plugins.reference.tree_attention`. One operator, so that the exporter finds it again as
-    one node.
+    Shapes and meaning as in `plugins.reference.tree_attention`.
     """
     batch, _, rows, _ = query.shape
     capacity = key_cache.shape[2]
@@ -54,20 +52,6 @@ def tree_attention(
         scale=scale,
         enable_gqa=True,
     )
-
-
-@tree_attention.register_fake
-def _(
-    query: Tensor,
-    key_new: Tensor,
-    value_new: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cache_length: Tensor,
-    tree_mask: Tensor,
-    scale: float,
-) -> Tensor:
-    return torch.empty_like(query)
 
 
 def use_attention_rows(model: PreTrainedModel) -> None:

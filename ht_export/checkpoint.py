@@ -49,6 +49,11 @@ class BaseModel:
     tokenizer: PreTrainedTokenizerBase
     weights_sha256: str
 
+    def stop_tokens(self) -> list[int]:
+        """Return the ids that end a text, as `transformers.generate` takes them from the model."""
+        eos = self.model.generation_config.eos_token_id
+        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
     def identity(self) -> dict[str, Any]:
         """Return what a file made from this model records about it."""
         config = self.model.config

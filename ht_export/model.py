@@ -6,7 +6,7 @@ checks compare with this module, and the exporter traces it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ from ht_export.families import decoder_parts
 from ht_export.transfer import TransferLayers
 
 
+TreeAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
 class TreeRows:
     """Rows that see the valid prefix of the cache and, under the tree mask, each other. Collects new keys and values."""
 
@@ -27,11 +30,13 @@ class TreeRows:
         value_cache: Sequence[Tensor],
         cache_length: Tensor,
         tree_mask: Tensor,
+        attention: TreeAttention,
     ) -> None:
         self.key_cache = key_cache
         self.value_cache = value_cache
         self.cache_length = cache_length
         self.tree_mask = tree_mask
+        self.attention = attention
         self.key_new: list[Tensor] = []
         self.value_new: list[Tensor] = []
 
@@ -40,7 +45,7 @@ class TreeRows:
         rows = query.shape[2]
         self.key_new.append(key)
         self.value_new.append(value)
-        return tree_attention(
+        return self.attention(
             query,
             key,
             value,
@@ -63,14 +68,17 @@ class ForwardOutput:
 
 
 class HiddenTransferModel(nn.Module):
-    """A frozen base model with transfer rows."""
+    """A frozen base model with transfer rows. The exporter puts a symbolic operator in the place of `attention`."""
 
-    def __init__(self, base: PreTrainedModel, transfer: TransferLayers) -> None:
+    def __init__(
+        self, base: PreTrainedModel, transfer: TransferLayers, attention: TreeAttention = tree_attention
+    ) -> None:
         super().__init__()
         transfer.check_layers(base.config.num_hidden_layers)
         use_attention_rows(base)
         self.base = base
         self.transfer = transfer
+        self.attention = attention
 
     def forward(
         self,
@@ -92,7 +100,7 @@ class HiddenTransferModel(nn.Module):
         tree_size = input_ids.shape[1]
         hidden = parts.embed(input_ids)
         cos, sin = parts.rotary(hidden, position_ids)
-        rows = TreeRows(key_cache, value_cache, cache_length, tree_mask)
+        rows = TreeRows(key_cache, value_cache, cache_length, tree_mask, self.attention)
         for index, layer in enumerate(parts.layers):
             hidden = self._join(hidden, index, pseudo_parents)
             alive = hidden.shape[1]

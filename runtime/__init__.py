@@ -1,1 +1,15 @@
 """Run time: draft-and-verify decoding on an exported engine."""
+
+from runtime.errors import EngineFileError, InputError, PromptTooLongError
+from runtime.generator import GenerationChunk, GenerationResult, Generator
+from runtime.tree import TreeSizes
+
+__all__ = [
+    "EngineFileError",
+    "GenerationChunk",
+    "GenerationResult",
+    "Generator",
+    "InputError",
+    "PromptTooLongError",
+    "TreeSizes",
+]

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.cache import KeyValueCache
 from runtime.engines import Engine, Outputs
-from runtime.tree import DraftStep, Rows, Tree, best_first_tree, chain, lay_out, likely_ends, most_probable
+from runtime.tree import DraftStep, Rows, Tree, TreeSizes, best_first_tree, chain, lay_out, likely_ends, most_probable
 
 Choose = Callable[[NDArray[np.float32]], int]
-
-
-@dataclass(frozen=True)
-class TreeSizes:
-    """Rows of one decoding pass: at most `tree_rows` candidates, and `pseudo_rows[k]` pseudo rows of step k + 1."""
-
-    tree_rows: int
-    pseudo_rows: tuple[int, ...]
-
-    @classmethod
-    def plain(cls, num_steps: int) -> TreeSizes:
-        """Return the sizes of plain decoding: the certain token alone, nothing drafted."""
-        return cls(1, (0,) * num_steps)
 
 
 def greedy(logits: NDArray[np.float32]) -> int:

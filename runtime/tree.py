@@ -17,6 +17,19 @@ IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class TreeSizes:
+    """Rows of one decoding pass: at most `tree_rows` candidates, and `pseudo_rows[k]` pseudo rows of step k + 1."""
+
+    tree_rows: int
+    pseudo_rows: tuple[int, ...]
+
+    @classmethod
+    def plain(cls, num_steps: int) -> TreeSizes:
+        """Return the sizes of plain decoding: the certain token alone, nothing drafted."""
+        return cls(1, (0,) * num_steps)
+
+
+@dataclass(frozen=True)
 class DraftStep:
     """The most probable tokens of one draft step, best first: tokens [N], probabilities [N]."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +125,7 @@ def generate_data(base: BaseModel, prompts_file: Path, folder: Path, settings: D
 def greedy_answers(base: BaseModel, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
     """Return each prompt's greedy continuation, end-of-text token included, from one left-padded batch."""
     model = base.model
-    stops = _stop_ids(base)
+    stops = base.stop_tokens()
     pad = base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else stops[0]
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
@@ -175,11 +174,6 @@ def _check_resumable(folder: Path, manifest: dict[str, Any]) -> None:
         raise InputError(
             f"{folder} holds data made with another {differing[0]}; choose a new folder, or repeat the earlier settings"
         )
-
-
-def _stop_ids(base: BaseModel) -> list[int]:
-    eos = base.model.generation_config.eos_token_id
-    return list(eos) if isinstance(eos, Iterable) else [] if eos is None else [eos]
 
 
 def _until_stop(ids: list[int], stops: list[int]) -> list[int]:

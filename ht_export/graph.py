@@ -1,0 +1,198 @@
+"""From the PyTorch reference to one ONNX graph, with `TreeAttention` as a local function of standard operators."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import onnx_ir as ir
+import torch
+from onnxscript import BOOL, FLOAT, INT64, optimizer, script
+from onnxscript import opset23 as op
+from onnxscript.rewriter import onnx_fusions
+from onnxscript.values import Opset
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from ht_export.model import HiddenTransferModel
+from ht_export.transfer import TransferLayers
+from runtime.bindings import GraphDims
+
+OPSET = 23
+DOMAIN = "ht.llm"
+DOMAIN_VERSION = 1
+
+
+@script(Opset(DOMAIN, DOMAIN_VERSION), default_opset=op)
+def TreeAttention(  # noqa: N802 (the operator's name)
+    query: FLOAT,
+    key_new: FLOAT,
+    value_new: FLOAT,
+    key_cache: FLOAT,
+    value_cache: FLOAT,
+    cache_length: INT64,
+    tree_mask: BOOL,
+    scale: float,
+) -> FLOAT:
+    """Body of the local function; what it computes is defined by `plugins.reference.tree_attention`."""
+    rows = op.Shape(query, start=2, end=3)
+    capacity = op.Shape(key_cache, start=2, end=3)
+    slots = op.Range(op.Constant(value_int=0), op.Squeeze(capacity), op.Constant(value_int=1))
+    valid = op.Less(op.Unsqueeze(slots, [0]), op.Unsqueeze(cache_length, [1]))
+    cache_mask = op.Expand(op.Unsqueeze(valid, [1]), op.Concat(op.Constant(value_ints=[1]), rows, capacity, axis=0))
+    mask = op.Unsqueeze(op.Concat(cache_mask, tree_mask, axis=-1), [1])
+    keys = op.Concat(key_cache, key_new, axis=2)
+    values = op.Concat(value_cache, value_new, axis=2)
+    output = op.Attention(query, keys, values, mask, scale=scale)
+    return output
+
+
+def graph_dims(config: PretrainedConfig, transfer: TransferLayers) -> GraphDims:
+    """Return the fixed dimensions of the graph of a base model with transfer layers."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return GraphDims(
+        num_layers=config.num_hidden_layers,
+        query_heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        transfer_layers=transfer.layers,
+    )
+
+
+def build_graph(model: HiddenTransferModel) -> ir.Model:
+    """Trace `model` and return the ONNX model whose inputs and outputs are those of `runtime.bindings`."""
+    dims = graph_dims(model.base.config, model.transfer)
+    attention, model.attention = model.attention, _symbolic_tree_attention
+    try:
+        onnx_model = _trace(model, dims)
+    finally:
+        model.attention = attention
+    # Not inlined: the optimizer sees TreeAttention as an opaque node, and its function is added afterwards.
+    optimizer.optimize_ir(onnx_model, inline=False)
+    onnx_fusions.fuse(onnx_model)
+    _name_bindings(onnx_model, dims)
+    function = ir.serde.deserialize_function(TreeAttention.to_function_proto())
+    onnx_model.functions[function.identifier()] = function
+    onnx_model.opset_imports[DOMAIN] = DOMAIN_VERSION
+    onnx_model.graph.name = "hidden_transfer"
+    return onnx_model
+
+
+class _Flat(nn.Module):
+    """The reference with its outputs as a flat tuple, in the order of the bindings."""
+
+    def __init__(self, model: HiddenTransferModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        tree_mask: Tensor,
+        pseudo_parents: list[Tensor],
+        logit_rows: Tensor,
+        cache_length: Tensor,
+        key_cache: list[Tensor],
+        value_cache: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        output = self.model(
+            input_ids, position_ids, tree_mask, pseudo_parents, logit_rows, cache_length, key_cache, value_cache
+        )
+        return (output.logits, output.draft_logits, *output.key_new, *output.value_new)
+
+
+def _trace(model: HiddenTransferModel, dims: GraphDims) -> ir.Model:
+    # Sizes all differ, so that the tracer cannot take two dimensions for one.
+    batch, tree, wanted, capacity = 2, 5, 3, 7
+    pseudo = [11 + 2 * k for k in range(dims.num_steps)]
+    rows = tree + sum(pseudo)
+    cache = [torch.zeros(batch, dims.key_value_heads, capacity, dims.head_dim) for _ in range(dims.num_layers)]
+    example = (
+        torch.zeros(batch, tree, dtype=torch.int64),
+        torch.zeros(batch, rows, dtype=torch.int64),
+        torch.ones(batch, rows, rows, dtype=torch.bool),
+        [torch.zeros(batch, size, dtype=torch.int64) for size in pseudo],
+        torch.zeros(batch, wanted, dtype=torch.int64),
+        torch.full((batch,), capacity, dtype=torch.int64),
+        cache,
+        [layer.clone() for layer in cache],
+    )
+    # The tracer reasons about sizes from 2 on, and R is a sum of them. The graph itself holds for 0 and 1 too, which
+    # the parity check before "done" and the tests run.
+    dim = torch.export.Dim
+    b, s = dim("B"), dim("S")
+    r = dim("R", min=2 * (dims.num_steps + 1))
+    cache_shapes = [{0: b, 2: s} for _ in range(dims.num_layers)]
+    shapes = (
+        {0: b, 1: dim("T")},
+        {0: b, 1: r},
+        {0: b, 1: r, 2: r},
+        [{0: b, 1: dim(f"R_{k + 1}")} for k in range(dims.num_steps)],
+        {0: b, 1: dim("M")},
+        {0: b},
+        cache_shapes,
+        cache_shapes,
+    )
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(
+            _Flat(model).eval(),
+            example,
+            dynamic_shapes=shapes,
+            strict=False,
+            # Without this, that R is the sum of the other sizes would be refused as a constraint on R.
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+        traced = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+    assert traced is not None
+    return traced.model
+
+
+def _symbolic_tree_attention(
+    query: Tensor,
+    key_new: Tensor,
+    value_new: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_length: Tensor,
+    tree_mask: Tensor,
+    scale: float,
+) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::TreeAttention",
+        (query, key_new, value_new, key_cache, value_cache, cache_length, tree_mask),
+        attrs={"scale": scale},
+        dtype=query.dtype,
+        shape=query.shape,
+        version=DOMAIN_VERSION,
+    )
+
+
+def _name_bindings(model: ir.Model, dims: GraphDims) -> None:
+    for values, contract in ((model.graph.inputs, dims.inputs()), (model.graph.outputs, dims.outputs())):
+        assert len(values) == len(contract), "the traced graph has other bindings than the contract"
+        for value, binding in zip(values, contract, strict=True):
+            assert value.dtype == getattr(ir.DataType, _IR_NAMES[binding.dtype]), binding
+            value.name = binding.name
+            value.shape = ir.Shape(binding.shape)
+
+
+_IR_NAMES = {"int64": "INT64", "bool": "BOOL", "float32": "FLOAT"}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tracer's remarks about its own insides off the terminal; its errors are exceptions."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,120 @@
+"""The numerical check of an exported graph against the PyTorch reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ht_export.graph import graph_dims
+from ht_export.model import HiddenTransferModel
+from runtime.bindings import GraphDims
+from runtime.cache import KeyValueCache
+from runtime.engines import Engine, Outputs
+from runtime.errors import InputError
+from runtime.tree import Rows, Tree, chain, lay_out
+
+# Relative to the largest value of the output compared: float32 sums of a few thousand terms in another order.
+TOLERANCE = 1e-4
+
+
+class ReferenceEngine:
+    """The PyTorch reference behind the runtime's engine protocol."""
+
+    def __init__(self, model: HiddenTransferModel) -> None:
+        self.model = model
+        self.dims = graph_dims(model.base.config, model.transfer)
+
+    @torch.inference_mode()
+    def run(self, rows: Rows, cache: KeyValueCache) -> Outputs:
+        """See `Engine.run`."""
+        output = self.model(
+            torch.from_numpy(rows.input_ids)[None],
+            torch.from_numpy(rows.position_ids)[None],
+            torch.from_numpy(rows.tree_mask)[None],
+            [torch.from_numpy(parents)[None] for parents in rows.pseudo_parents],
+            torch.from_numpy(rows.logit_rows)[None],
+            torch.tensor([cache.length]),
+            list(torch.from_numpy(cache.keys)),
+            list(torch.from_numpy(cache.values)),
+        )
+        return Outputs(
+            output.logits[0].numpy(),
+            output.draft_logits[0].numpy(),
+            [key.numpy() for key in output.key_new],
+            [value.numpy() for value in output.value_new],
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference of one output in one case, relative to the output's largest value."""
+
+    case: str
+    output: str
+    relative: float
+
+
+def compare(engine: Engine, reference: ReferenceEngine, seed: int = 0) -> list[Difference]:
+    """Run both over a prompt, random trees with and without pseudo rows, and a plain step; return all differences."""
+    differences = []
+    rng = np.random.default_rng(seed)
+    cache = KeyValueCache(reference.dims)
+    for case, tree_rows, pseudo_rows in _cases(reference.dims.num_steps):
+        chained = case.startswith("prompt")
+        rows = _random_rows(reference.dims, rng, cache.length, tree_rows, pseudo_rows, chained)
+        expected = reference.run(rows, cache)
+        found = engine.run(rows, cache)
+        for name in ("logits", "draft_logits"):
+            differences.append(Difference(case, name, _relative(getattr(found, name), getattr(expected, name))))
+        for name in ("key_new", "value_new"):
+            pairs = zip(getattr(found, name), getattr(expected, name), strict=True)
+            differences.append(Difference(case, name, max(_relative(a, b) for a, b in pairs)))
+        cache.commit(expected.key_new, expected.value_new, range(tree_rows) if chained else [0])
+    return differences
+
+
+def check(engine: Engine, reference: ReferenceEngine) -> float:
+    """Return the largest relative difference; raise `InputError` naming case and output when it is too large."""
+    worst = max(compare(engine, reference), key=lambda difference: difference.relative)
+    if not worst.relative <= TOLERANCE:
+        raise InputError(
+            f"the exported graph does not compute what the PyTorch reference does: {worst.output} differs by "
+            f"{worst.relative:.1e} of its largest value ({worst.case}; at most {TOLERANCE:.0e} is allowed). "
+            "Nothing was written; please report this with the model's name and the versions of torch and onnxruntime"
+        )
+    return worst.relative
+
+
+def _cases(num_steps: int) -> list[tuple[str, int, tuple[int, ...]]]:
+    """Return name, tree rows and pseudo rows of each case; the first one runs over an empty cache."""
+    return [
+        ("prompt", 19, (0,) * num_steps),
+        ("prompt's end", 5, (1,) * num_steps),
+        ("tree", 9, tuple(max(1, 6 - 2 * k) for k in range(num_steps))),
+        ("tree, first step only", 4, (4, *(0,) * (num_steps - 1))),
+        ("plain", 1, (0,) * num_steps),
+    ]
+
+
+def _random_rows(
+    dims: GraphDims, rng: np.random.Generator, start: int, tree_rows: int, pseudo_rows: tuple[int, ...], chained: bool
+) -> Rows:
+    """Return rows of random tokens: a chain as in a prompt, or a random tree."""
+    tokens = rng.integers(0, dims.vocab_size, tree_rows)
+    tree = chain(tokens.tolist())
+    if not chained:
+        parents = [-1, *(int(rng.integers(0, node)) for node in range(1, tree_rows))]
+        depths = [0]
+        for parent in parents[1:]:
+            depths.append(depths[parent] + 1)
+        tree = Tree(tree.tokens, np.array(parents), np.array(depths), tree.probabilities)
+    ends = tuple(np.sort(rng.permutation(tree_rows)[:count]) for count in pseudo_rows)
+    return lay_out(tree, ends, dims.join_order, start)
+
+
+def _relative(found: np.ndarray, expected: np.ndarray) -> float:
+    if not expected.size:
+        return 0.0
+    return float(np.abs(found - expected).max() / max(1e-6, float(np.abs(expected).max())))

@@ -1,0 +1,121 @@
+"""`engine.json`: what an engine is, written by the exporter and checked by the runtime before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.bindings import GraphDims
+from runtime.errors import EngineFileError
+from runtime.files import sha256_file, write_json
+from runtime.tree import TreeSizes
+
+FORMAT = "hidden-transfer-engine"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file beside `engine.json`, by name, size in bytes and SHA-256."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, name: str | None = None) -> FileRecord:
+        """Return the record of `path`, under another `name` when it will be renamed."""
+        return cls(name or path.name, path.stat().st_size, sha256_file(path))
+
+    def check(self, folder: Path, *, contents: bool) -> Path:
+        """Return the file's path; raise `EngineFileError` when it is missing, of another size or, when `contents`
+        is asked for, of another hash.
+        """
+        path = folder / self.name
+        if not path.is_file():
+            raise EngineFileError(f"{path} is missing; copy all files of the engine together, or export it again")
+        size = path.stat().st_size
+        if size != self.bytes:
+            raise EngineFileError(
+                f"{path} has {size} bytes where {self.bytes} are expected; it is incomplete, copy or export it again"
+            )
+        if contents and (found := sha256_file(path)) != self.sha256:
+            raise EngineFileError(
+                f"{path} is damaged: its SHA-256 is {found[:12]}... where {self.sha256[:12]}... is expected; "
+                "copy or export it again"
+            )
+        return path
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """The contents of `engine.json`. Lengths are in tokens."""
+
+    dims: GraphDims
+    precision: str
+    tree: TreeSizes
+    prompt_chunk: int
+    max_context: int
+    stop_tokens: tuple[int, ...]
+    special_tokens: dict[str, str]
+    graph: FileRecord
+    weights: FileRecord
+    tokenizer: FileRecord
+    chat_template: FileRecord | None
+    base_model: dict[str, Any]
+    transfer: dict[str, Any]
+    versions: dict[str, str]
+    parity: dict[str, Any]
+
+    def write(self, path: Path) -> None:
+        """Write this as JSON, atomically."""
+        write_json(path, {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)})
+
+
+def engine_file_path(engine: Path) -> Path:
+    """Return where the description of `engine` is: `engine.onnx` has `engine.json` beside it."""
+    return engine.with_suffix(".json")
+
+
+def read_engine_file(engine: Path) -> EngineFile:
+    """Read the description of `engine`. Raises `EngineFileError` when it is missing, damaged or of a newer version."""
+    path = engine_file_path(engine)
+    if not engine.is_file():
+        raise EngineFileError(f"no engine at {engine}; make one with: ht-export MODEL --out {engine}")
+    if not path.is_file():
+        raise EngineFileError(f"{path} is missing beside {engine}; copy it along, or export the engine again")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EngineFileError(f"{path} is not valid JSON ({error}); export the engine again") from error
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise EngineFileError(f"{path} does not describe a hidden-transfer engine; export the engine again")
+    if value.get("version") != FORMAT_VERSION:
+        raise EngineFileError(
+            f"{path} is of version {value.get('version')}, and this runtime reads version {FORMAT_VERSION}; "
+            "update hidden-transfer, or export the engine again"
+        )
+    try:
+        return _parse(value)
+    except (KeyError, TypeError) as error:
+        raise EngineFileError(f"{path} lacks or misstates {error}; export the engine again") from error
+
+
+def _parse(value: dict[str, Any]) -> EngineFile:
+    fields = {key: item for key, item in value.items() if key not in ("format", "version")}
+    dims = fields["dims"]
+    template = fields["chat_template"]
+    return EngineFile(
+        **{
+            **fields,
+            "dims": GraphDims(**{**dims, "transfer_layers": tuple(dims["transfer_layers"])}),
+            "tree": TreeSizes(fields["tree"]["tree_rows"], tuple(fields["tree"]["pseudo_rows"])),
+            "stop_tokens": tuple(fields["stop_tokens"]),
+            "graph": FileRecord(**fields["graph"]),
+            "weights": FileRecord(**fields["weights"]),
+            "tokenizer": FileRecord(**fields["tokenizer"]),
+            "chat_template": FileRecord(**template) if template else None,
+        }
+    )

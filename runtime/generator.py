@@ -1,0 +1,218 @@
+"""`Generator`: text from an exported engine, for embedding in programs and services."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from runtime.chat import ChatTemplate, Message
+from runtime.engine_file import EngineFile, read_engine_file
+from runtime.engines import Engine
+from runtime.errors import EngineFileError, InputError, PromptTooLongError
+from runtime.loop import draft_and_verify
+from runtime.tree import TreeSizes
+
+FinishReason = Literal["stop", "length"]
+Prompt = str | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """An answer and how it came about.
+
+    `tokens` are the new token ids, an end-of-text token included; `text` leaves special tokens out and ends before a
+    stop string. `finish_reason` is "stop" (end of text, or a stop string) or "length" (token or context limit).
+    `steps` counts the engine passes that made tokens certain, the prompt's last one included, so that
+    `tokens_per_step` is tokens / steps and 1.0 for plain decoding. `decode_tokens_per_second` leaves the prompt and
+    the first token out; it is 0.0 when there was no second token.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    finish_reason: FinishReason
+    steps: int
+    tokens_per_step: float
+    decode_tokens_per_second: float
+    time_to_first_token_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-ready dictionary."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class GenerationChunk:
+    """A part of an answer: text that is final, and the tokens of one engine pass. The last one carries the result."""
+
+    text: str
+    tokens: list[int] = field(default_factory=list)
+    result: GenerationResult | None = None
+
+
+class Generator:
+    """Decoding on an exported engine. One generator serves one request at a time.
+
+    Raises `EngineFileError` when the engine's files are missing, damaged or of another version, and `InputError` for
+    an engine that this release cannot run. `threads` is for CPU engines; `verify_weights=False` skips hashing the
+    weights when loading (their size is always checked).
+    """
+
+    def __init__(self, engine: str | Path, *, threads: int | None = None, verify_weights: bool = True) -> None:
+        path = Path(engine)
+        if path.suffix == ".plan":
+            raise InputError(
+                f"{path}: TensorRT plans are not run by this release yet; export and load an .onnx engine instead"
+            )
+        self.about: EngineFile = read_engine_file(path)
+        if self.about.graph.name != path.name:
+            raise EngineFileError(
+                f"{path.with_suffix('.json')} describes {self.about.graph.name}, not {path.name}; export it again"
+            )
+        self.about.graph.check(path.parent, contents=True)
+        self.about.weights.check(path.parent, contents=verify_weights)
+        self._tokenizer = _load_tokenizer(self.about.tokenizer.check(path.parent, contents=True))
+        self._chat: ChatTemplate | None = None
+        if self.about.chat_template:
+            template = self.about.chat_template.check(path.parent, contents=True).read_text(encoding="utf-8")
+            self._chat = ChatTemplate(template, self.about.special_tokens)
+        self._engine = _load_engine(path, self.about, threads)
+
+    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Return the token ids of a prompt: of chat messages, of a string as one user message, or (`raw`, or a model
+        without a chat template) of the string as it is.
+        """
+        if isinstance(prompt, str) and (raw or self._chat is None):
+            return list(self._tokenizer.encode(prompt).ids)
+        if raw or self._chat is None:
+            reason = "raw=True takes a string" if raw else "this model has no chat template"
+            raise InputError(f"cannot encode chat messages: {reason}; give the prompt as one string")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return list(self._tokenizer.encode(self._chat.render(messages), add_special_tokens=False).ids)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        stop: Sequence[str] = (),
+        speculate: bool = True,
+        raw: bool = False,
+        tree: TreeSizes | None = None,
+    ) -> GenerationResult:
+        """Return the base model's greedy answer to `prompt`; parameters as for `stream`."""
+        chunks = self.stream(
+            prompt, max_new_tokens=max_new_tokens, stop=stop, speculate=speculate, raw=raw, tree=tree
+        )
+        for chunk in chunks:
+            if chunk.result is not None:
+                return chunk.result
+        raise AssertionError("a stream ends with its result")
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        stop: Sequence[str] = (),
+        speculate: bool = True,
+        raw: bool = False,
+        tree: TreeSizes | None = None,
+    ) -> Iterator[GenerationChunk]:
+        """Yield the base model's greedy answer to `prompt` as it comes.
+
+        `speculate=False` decodes plainly, one token a pass, to the same text. `stop` strings end the answer and are
+        left out of its text. `tree` replaces the engine's own row counts. Arguments are checked before the first
+        chunk is asked for. Raises `PromptTooLongError` when the prompt leaves no room within the context limit, and
+        `InputError` for any other argument that does not fit.
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+            raise InputError(f"stop must be a list of strings that are not empty, not {stop!r}")
+        sizes = self._sizes(tree, speculate)
+        ids = self.encode(prompt, raw=raw)
+        if not ids:
+            raise InputError("the prompt is empty; give at least one token")
+        room = self.about.max_context - len(ids)
+        if room < 1:
+            raise PromptTooLongError(
+                f"the prompt has {len(ids)} tokens, and the engine's context limit is {self.about.max_context} for "
+                "prompt and answer together; shorten the prompt"
+            )
+        return self._run(ids, min(max_new_tokens, room), stop, sizes)
+
+    def _run(
+        self, ids: list[int], max_new_tokens: int, stop: Sequence[str], sizes: TreeSizes
+    ) -> Iterator[GenerationChunk]:
+        from runtime.text import TextStream
+
+        started = time.perf_counter()
+        first = started
+        text = TextStream(self._tokenizer, stop)
+        tokens: list[int] = []
+        reason: FinishReason | None = None
+        steps = 0
+        for certain in draft_and_verify(self._engine, ids, sizes, self.about.prompt_chunk):
+            steps += 1
+            if steps == 1:
+                first = time.perf_counter()
+            released = ""
+            count = len(tokens)
+            for token in certain:
+                tokens.append(token)
+                released += text.push(token)
+                if token in self.about.stop_tokens or text.stopped:
+                    reason = "stop"
+                elif len(tokens) == max_new_tokens:
+                    reason = "length"
+                if reason:
+                    break
+            if reason:
+                break
+            yield GenerationChunk(released, tokens[count:])
+        ended = time.perf_counter()
+        assert reason is not None
+        released += text.finish()
+        result = GenerationResult(
+            text=text.text,
+            tokens=tokens,
+            prompt_tokens=len(ids),
+            finish_reason=reason,
+            steps=steps,
+            tokens_per_step=len(tokens) / steps,
+            decode_tokens_per_second=(len(tokens) - 1) / (ended - first) if len(tokens) > 1 else 0.0,
+            time_to_first_token_s=first - started,
+        )
+        yield GenerationChunk(released, tokens[count:], result)
+
+    def _sizes(self, tree: TreeSizes | None, speculate: bool) -> TreeSizes:
+        steps = self.about.dims.num_steps
+        if not speculate:
+            if tree is not None:
+                raise InputError("tree has no meaning with speculate=False; leave one of them out")
+            return TreeSizes.plain(steps)
+        sizes = tree or self.about.tree
+        if sizes.tree_rows < 1 or len(sizes.pseudo_rows) != steps or min(sizes.pseudo_rows) < 0:
+            raise InputError(
+                f"{sizes} does not fit: tree_rows must be at least 1, and pseudo_rows {steps} numbers of at least 0"
+            )
+        return sizes
+
+
+def _load_tokenizer(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise EngineFileError(f"{path} is not a tokenizer ({error}); export the engine again") from error
+
+
+def _load_engine(path: Path, about: EngineFile, threads: int | None) -> Engine:
+    from runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(path, about.dims, threads)

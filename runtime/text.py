@@ -1,0 +1,66 @@
+"""Text from tokens as they arrive: never half a character, never past a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+class TextStream:
+    """Decodes the tokens of one answer.
+
+    Text is released when later tokens can no longer change it: not while it ends within a character, and not while
+    it ends with what may be the beginning of a stop string. `stopped` says that a stop string was found; `text` ends
+    before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = tuple(stop)
+        self._tokens: list[int] = []
+        self._released = 0
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Take one more token and return the text that it releases."""
+        self._tokens.append(token)
+        piece = self._stream.step(self._tokenizer, token)
+        if not piece:
+            return ""
+        self._append(piece)
+        return self._release(len(self.text) if self.stopped else len(self.text) - self._held_back())
+
+    def finish(self) -> str:
+        """Return the text still held back, when no more tokens come."""
+        if not self.stopped:
+            # A last character that stayed incomplete shows as the decoder shows it.
+            self._append(self._tokenizer.decode(self._tokens, skip_special_tokens=True)[len(self.text) :])
+        return self._release(len(self.text))
+
+    def _append(self, piece: str) -> None:
+        longest = max(map(len, self._stop), default=0)
+        search_from = max(0, len(self.text) - longest)
+        self.text += piece
+        places = [place for stop in self._stop if (place := self.text.find(stop, search_from)) >= 0]
+        if places:
+            self.text = self.text[: min(places)]
+            self.stopped = True
+
+    def _held_back(self) -> int:
+        """Return how many characters at the end may be the beginning of a stop string."""
+        longest = 0
+        for stop in self._stop:
+            for count in range(min(len(stop) - 1, len(self.text)), longest, -1):
+                if self.text.endswith(stop[:count]):
+                    longest = count
+                    break
+        return longest
+
+    def _release(self, end: int) -> str:
+        released = self.text[self._released : end]
+        self._released = max(self._released, end)
+        return released
