@@ -62,7 +62,7 @@ def use_attention_rows(model: PreTrainedModel) -> None:
 
 
 def _attention_forward(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -139,7 +139,8 @@ def locate(source: str) -> Location:
     if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or source.endswith(".gguf"):
         names = ", ".join(KNOWN_MODELS)
         raise InputError(
-            f"no checkpoint at {source}; give a Hugging Face folder, a .gguf file, a hub id (owner/name) or one of: {names}"
+            f"no checkpoint at {source}; give a Hugging Face folder, a .gguf file, a hub id (owner/name) "
+            f"or one of: {names}"
         )
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         from huggingface_hub import try_to_load_from_cache
@@ -195,7 +196,7 @@ def _locate_folder(folder: Path) -> Location:
         )
     for index in folder.glob("*.safetensors.index.json"):
         missing = sorted(
-            {shard for shard in json.loads(index.read_text())["weight_map"].values()}
+            set(json.loads(index.read_text())["weight_map"].values())
             - {path.name for path in folder.glob("*.safetensors")}
         )
         if missing:

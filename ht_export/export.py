@@ -197,7 +197,9 @@ def _write_tokenizer(base: BaseModel, folder: Path, stem: str) -> tuple[FileReco
 
 
 def _special_tokens(base: BaseModel) -> dict[str, str]:
-    return {name: str(token) for name, token in base.tokenizer.special_tokens_map.items() if not isinstance(token, list)}
+    return {
+        name: str(token) for name, token in base.tokenizer.special_tokens_map.items() if not isinstance(token, list)
+    }
 
 
 def _versions() -> dict[str, str]:

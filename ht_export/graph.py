@@ -26,7 +26,7 @@ DOMAIN = "ht.llm"
 DOMAIN_VERSION = 1
 
 
-@script(Opset(DOMAIN, DOMAIN_VERSION), default_opset=op)
+@script(Opset(DOMAIN, DOMAIN_VERSION), default_opset=op)  # type: ignore[untyped-decorator]
 def TreeAttention(  # noqa: N802 (the operator's name)
     query: FLOAT,
     key_new: FLOAT,
@@ -47,7 +47,7 @@ def TreeAttention(  # noqa: N802 (the operator's name)
     keys = op.Concat(key_cache, key_new, axis=2)
     values = op.Concat(value_cache, value_new, axis=2)
     output = op.Attention(query, keys, values, mask, scale=scale)
-    return output
+    return output  # noqa: RET504 (returned directly, it would be a tuple of the operator's four outputs)
 
 
 def graph_dims(config: PretrainedConfig, transfer: TransferLayers) -> GraphDims:

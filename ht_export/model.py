@@ -17,12 +17,11 @@ from ht_export.attention import tree_attention, use_attention_rows
 from ht_export.families import decoder_parts
 from ht_export.transfer import TransferLayers
 
-
 TreeAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 class TreeRows:
-    """Rows that see the valid prefix of the cache and, under the tree mask, each other. Collects new keys and values."""
+    """Rows that see the valid prefix of the cache and, under the tree mask, each other. Keeps new keys and values."""
 
     def __init__(
         self,

@@ -37,8 +37,10 @@ class TransferLayers(nn.Module):
         if not layers:
             raise InputError("at least one transfer layer is needed")
         self.layers = tuple(layers)
-        self.maps = nn.ModuleList(nn.Linear(hidden_size, hidden_size) for _ in layers)
-        for linear in self.maps:
+        # The same modules twice: a ModuleList registers them, a plain list has their type.
+        self.linears = [nn.Linear(hidden_size, hidden_size) for _ in layers]
+        self.maps = nn.ModuleList(self.linears)
+        for linear in self.linears:
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
 
@@ -69,7 +71,7 @@ class TransferLayers(nn.Module):
 
     def forward(self, step: int, hidden: Tensor) -> Tensor:
         """Return the pseudo hidden states of `step` (0-based) for hidden states [..., d]."""
-        return self.maps[step](hidden)
+        return self.linears[step](hidden)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def save_transfer_layers(path: Path, transfer: TransferLayers, about: TransferFi
         "acceptance": about.acceptance,
     }
     tensors: dict[str, Tensor] = {}
-    for k, linear in enumerate(transfer.maps, start=1):
+    for k, linear in enumerate(transfer.linears, start=1):
         tensors[f"step{k}.weight"] = linear.weight.detach().to("cpu").contiguous()
         tensors[f"step{k}.bias"] = linear.bias.detach().to("cpu").contiguous()
     with atomic_path(path) as temporary:
@@ -118,7 +120,7 @@ def load_transfer_layers(path: Path, base_model: dict[str, Any] | None = None) -
     hidden_size = about.base_model["hidden_size"]
     transfer = TransferLayers(layers, hidden_size)
     transfer.check_layers(about.base_model["num_layers"])
-    for k, linear in enumerate(transfer.maps, start=1):
+    for k, linear in enumerate(transfer.linears, start=1):
         for part, parameter in (("weight", linear.weight), ("bias", linear.bias)):
             tensor = tensors.get(f"step{k}.{part}")
             if tensor is None or tensor.shape != parameter.shape:

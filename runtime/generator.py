@@ -104,9 +104,7 @@ class Generator:
         tree: TreeSizes | None = None,
     ) -> GenerationResult:
         """Return the base model's greedy answer to `prompt`; parameters as for `stream`."""
-        chunks = self.stream(
-            prompt, max_new_tokens=max_new_tokens, stop=stop, speculate=speculate, raw=raw, tree=tree
-        )
+        chunks = self.stream(prompt, max_new_tokens=max_new_tokens, stop=stop, speculate=speculate, raw=raw, tree=tree)
         for chunk in chunks:
             if chunk.result is not None:
                 return chunk.result

@@ -54,9 +54,7 @@ def verify(tree: Tree, logits: NDArray[np.float32], choose: Choose) -> tuple[lis
         accepted.append(child)
 
 
-def drafts_of(
-    node: int, rows: Rows, outputs: Outputs, join_order: Sequence[int], count: int
-) -> list[DraftStep]:
+def drafts_of(node: int, rows: Rows, outputs: Outputs, join_order: Sequence[int], count: int) -> list[DraftStep]:
     """Return the drafts of the pseudo rows of `node`, step 1 first, up to the first step that it has no row of."""
     first_row = {}
     row = 0

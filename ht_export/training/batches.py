@@ -26,9 +26,7 @@ class AnchorBatch:
 class BatchSampler:
     """Shuffled passes over the data; texts of similar length share a batch, so that little of it is padding."""
 
-    def __init__(
-        self, data: SequenceOf[Sequence], sequences: int, anchors: int, num_steps: int, seed: int
-    ) -> None:
+    def __init__(self, data: SequenceOf[Sequence], sequences: int, anchors: int, num_steps: int, seed: int) -> None:
         self.data = data
         self.sequences = min(sequences, len(data))
         self.anchors = anchors

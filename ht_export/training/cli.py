@@ -110,7 +110,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default=default, help=f"of the base model's run (default: {default})"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default=default,
+        help=f"of the base model's run (default: {default})",
     )
 
 

@@ -86,8 +86,10 @@ def encode_prompt(base: BaseModel, text: str) -> list[int]:
     )
 
 
-def generate_data(base: BaseModel, prompts_file: Path, folder: Path, settings: DataSettings, progress: Progress) -> None:
-    """Write the base model's greedy answers to `folder`; continue where an earlier run with the same settings stopped."""
+def generate_data(
+    base: BaseModel, prompts_file: Path, folder: Path, settings: DataSettings, progress: Progress
+) -> None:
+    """Write the base model's greedy answers to `folder`, going on where an earlier run with these settings stopped."""
     manifest = {
         "version": MANIFEST_VERSION,
         "base_model": base.identity(),
@@ -102,7 +104,8 @@ def generate_data(base: BaseModel, prompts_file: Path, folder: Path, settings: D
     encoded = [item for item in encoded if len(item[1]) <= settings.max_prompt_tokens]
     if not encoded:
         raise InputError(
-            f"{prompts_file}: every prompt is longer than {settings.max_prompt_tokens} tokens; raise --max-prompt-tokens"
+            f"{prompts_file}: every prompt is longer than {settings.max_prompt_tokens} tokens; "
+            "raise --max-prompt-tokens"
         )
     encoded.sort(key=lambda item: len(item[1]))
     batches = [encoded[i : i + settings.batch_size] for i in range(0, len(encoded), settings.batch_size)]
@@ -158,7 +161,9 @@ def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[Seq
             f"{folder} has {len(shards)} of {manifest['shards']} shards; finish it by running ht-train data again"
         )
     lines = [line for shard in shards for line in shard.read_text(encoding="utf-8").splitlines()]
-    sequences = [sequence for line in lines if len((sequence := Sequence(**json.loads(line))).answer) >= min_answer_tokens]
+    sequences = [
+        sequence for line in lines if len((sequence := Sequence(**json.loads(line))).answer) >= min_answer_tokens
+    ]
     if not sequences:
         raise InputError(f"{folder} holds no answer of at least {min_answer_tokens} tokens")
     return sequences

@@ -53,9 +53,7 @@ def evaluate(
             counts[sequence.task] += len(anchors)
         if progress and task_bar is not None:
             progress.advance(task_bar)
-    tasks = {
-        name: {"anchors": counts[name], "top": _shares(hits[name], counts[name])} for name in sorted(counts)
-    }
+    tasks = {name: {"anchors": counts[name], "top": _shares(hits[name], counts[name])} for name in sorted(counts)}
     total = sum(counts.values())
     overall = _shares(torch.stack(list(hits.values())).sum(0), total)
     return {"anchors": total, "top": overall, "tasks": tasks}

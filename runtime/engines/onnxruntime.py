@@ -65,4 +65,6 @@ class OnnxRuntimeEngine:
             wanted = [binding.name for binding in expected]
             if names != wanted:
                 odd = sorted(set(names) ^ set(wanted)) or names
-                raise EngineFileError(f"{path} does not have the graph its engine.json describes ({odd[0]}); export it again")
+                raise EngineFileError(
+                    f"{path} does not have the graph its engine.json describes ({odd[0]}); export it again"
+                )

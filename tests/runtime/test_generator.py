@@ -18,9 +18,9 @@ def test_greedy_tokens_are_those_of_transformers(generator: Generator, tiny_chec
     ids = base.tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
-    expected = base.model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60
-    )[0, ids.shape[1] :].tolist()
+    expected = base.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60)[
+        0, ids.shape[1] :
+    ].tolist()
     speculative = generator.generate(prompt, max_new_tokens=60)
     plain = generator.generate(prompt, max_new_tokens=60, speculate=False)
     assert speculative.tokens == plain.tokens == expected

@@ -1,0 +1,35 @@
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ht_export.attention import tree_attention as torch_tree_attention
+from plugins.reference import tree_attention
+from runtime.tree import Tree, lay_out
+from tests.strategies import trees
+
+
+@settings(deadline=None)
+@given(trees(), st.integers(0, 9), st.sampled_from([(1, 1), (2, 1), (3, 2), (1, 4)]), st.integers(0, 1000))
+def test_the_pytorch_attention_is_the_numpy_definition(
+    tree: Tree, capacity: int, heads: tuple[int, int], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    group, kv_heads = heads
+    rows = len(tree)
+    mask = np.stack([lay_out(tree, (), (), 0).tree_mask, np.eye(rows, dtype=bool)])
+
+    def random(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    inputs = (
+        random(2, group * kv_heads, rows, 4),
+        random(2, kv_heads, rows, 4),
+        random(2, kv_heads, rows, 4),
+        random(2, kv_heads, capacity, 4),
+        random(2, kv_heads, capacity, 4),
+        rng.integers(0, capacity + 1, 2),
+        mask,
+    )
+    found = torch_tree_attention(*(torch.from_numpy(array) for array in inputs), 0.7)
+    np.testing.assert_allclose(found.numpy(), tree_attention(*inputs, 0.7), atol=1e-5)

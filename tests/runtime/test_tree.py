@@ -1,0 +1,110 @@
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.tree import DraftStep, Tree, best_first_tree, chain, lay_out, likely_ends, most_probable
+from tests.strategies import draft_steps, trees
+
+
+def paths(tree: Tree) -> list[tuple[int, ...]]:
+    """Return each node's tokens from below the root."""
+    found: list[tuple[int, ...]] = []
+    for node in range(len(tree)):
+        found.append((*found[tree.parents[node]], int(tree.tokens[node])) if node else ())
+    return found
+
+
+@given(draft_steps(), st.integers(1, 20))
+def test_a_best_first_tree_holds_the_most_probable_paths(drafts: list[DraftStep], max_rows: int) -> None:
+    tree = best_first_tree(7, drafts, max_rows)
+    every_path = {
+        tuple(int(d.tokens[rank]) for d, rank in zip(drafts, ranks, strict=False)): float(
+            np.prod([d.probabilities[rank] for d, rank in zip(drafts, ranks, strict=False)])
+        )
+        for depth in range(len(drafts) + 1)
+        for ranks in product(*(range(len(d.tokens)) for d in drafts[:depth]))
+    }
+    expected = sorted(every_path.values(), reverse=True)[:max_rows]
+    assert len(tree) == len(expected)
+    np.testing.assert_allclose(np.sort(tree.probabilities)[::-1], expected)
+    for path, probability in zip(paths(tree), tree.probabilities, strict=True):
+        assert every_path[path] == pytest.approx(probability)
+
+
+@given(draft_steps(), st.integers(1, 20))
+def test_a_best_first_tree_is_in_topological_order_without_twins(drafts: list[DraftStep], max_rows: int) -> None:
+    tree = best_first_tree(7, drafts, max_rows)
+    assert tree.tokens[0] == 7
+    assert tree.parents[0] == -1
+    assert all(tree.parents[node] < node for node in range(1, len(tree)))
+    assert all(tree.depths[node] == tree.depths[tree.parents[node]] + 1 for node in range(1, len(tree)))
+    assert len(set(paths(tree))) == len(tree)
+
+
+@given(draft_steps(), st.integers(1, 20))
+def test_end_probabilities_are_a_distribution_over_nodes(drafts: list[DraftStep], max_rows: int) -> None:
+    ends = best_first_tree(7, drafts, max_rows).end_probabilities()
+    assert ends.sum() == pytest.approx(1)
+    assert (ends > -1e-9).all()
+
+
+@given(trees())
+def test_a_child_is_found_by_its_token_and_no_other(tree: Tree) -> None:
+    for node in range(len(tree)):
+        children = [child for child in range(1, len(tree)) if tree.parents[child] == node]
+        for child in children:
+            assert tree.child(node, int(tree.tokens[child])) == child
+        assert tree.child(node, 999) is None
+
+
+@given(trees(), st.data())
+def test_a_row_sees_itself_its_ancestors_and_its_earlier_pseudo_siblings(tree: Tree, data: st.DataObject) -> None:
+    steps = data.draw(st.integers(1, 3))
+    join_order = data.draw(st.permutations(range(steps)))
+    nodes = st.lists(st.integers(0, len(tree) - 1), unique=True, max_size=len(tree)).map(sorted)
+    pseudo_parents = tuple(np.array(data.draw(nodes), dtype=np.int64) for _ in range(steps))
+    start = data.draw(st.integers(0, 50))
+    rows = lay_out(tree, pseudo_parents, join_order, start)
+
+    def ancestors(node: int) -> set[int]:
+        return set() if node < 0 else {node} | ancestors(int(tree.parents[node]))
+
+    owners = [(int(parent), step) for step in join_order for parent in pseudo_parents[step]]
+    size = len(tree)
+    for node in range(size):
+        assert set(np.flatnonzero(rows.tree_mask[node])) == ancestors(node)
+        assert rows.position_ids[node] == start + tree.depths[node]
+    for index, (parent, step) in enumerate(owners):
+        siblings = {size + j for j, (other, earlier) in enumerate(owners) if other == parent and earlier <= step}
+        assert set(np.flatnonzero(rows.tree_mask[size + index])) == ancestors(parent) | siblings
+        assert rows.position_ids[size + index] == start + tree.depths[parent] + step + 1
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=30))
+def test_a_chain_is_causal(tokens: list[int]) -> None:
+    rows = lay_out(chain(tokens), (), (), start=5)
+    assert (rows.tree_mask == np.tri(len(tokens), dtype=bool)).all()
+    assert rows.position_ids.tolist() == list(range(5, 5 + len(tokens)))
+
+
+def test_pseudo_rows_go_where_acceptance_most_probably_ends() -> None:
+    # The root's children take .6 and .1; the first child's child takes .5 of all: ends .3, .1, .1, .5.
+    tree = Tree(np.arange(4), np.array([-1, 0, 0, 1]), np.array([0, 1, 1, 2]), np.array([1.0, 0.6, 0.1, 0.5]))
+    np.testing.assert_allclose(tree.end_probabilities(), [0.3, 0.1, 0.1, 0.5])
+    first, second, none = likely_ends(tree, (2, 1, 0))
+    assert first.tolist() == [0, 3]
+    assert second.tolist() == [3]
+    assert none.tolist() == []
+
+
+@given(st.integers(1, 12), st.integers(0, 2**32 - 1))
+def test_most_probable_is_the_head_of_a_sorted_softmax(count: int, seed: int) -> None:
+    logits = np.random.default_rng(seed).integers(-4, 4, 30).astype(np.float32)
+    step = most_probable(logits, count)
+    order = sorted(range(30), key=lambda token: (-logits[token], token))[:count]
+    assert [float(logits[t]) for t in step.tokens] == [float(logits[t]) for t in order]
+    softmax = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+    np.testing.assert_allclose(step.probabilities, softmax[step.tokens], rtol=1e-5)
