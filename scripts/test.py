@@ -1,0 +1,24 @@
+"""Set up everything and run the checks: formatting, lint, types and all tests.
+
+    python3 scripts/test.py [pytest arguments]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from environment import ROOT, prepare, run
+
+
+def main() -> None:
+    """Run the checks; exit with the status of the first one that fails."""
+    programs = prepare("dev")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    for command in (["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"]):
+        run([str(programs / command[0]), *command[1:]], cwd=ROOT)
+    run([str(programs / "python"), "-m", "pytest", *sys.argv[1:]], cwd=ROOT, env=environment)
+
+
+if __name__ == "__main__":
+    main()
