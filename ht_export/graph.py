@@ -80,6 +80,7 @@ def build_graph(model: HiddenTransferModel) -> ir.Model:
     onnx_model.functions[function.identifier()] = function
     onnx_model.opset_imports[DOMAIN] = DOMAIN_VERSION
     onnx_model.graph.name = "hidden_transfer"
+    _forget_origin(onnx_model)
     return onnx_model
 
 
@@ -180,6 +181,19 @@ def _name_bindings(model: ir.Model, dims: GraphDims) -> None:
             assert value.dtype == getattr(ir.DataType, _IR_NAMES[binding.dtype]), binding
             value.name = binding.name
             value.shape = ir.Shape(binding.shape)
+
+
+def _forget_origin(model: ir.Model) -> None:
+    """Drop the tracer's notes on where each node came from: they hold paths of this machine and triple the file."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 _IR_NAMES = {"int64": "INT64", "bool": "BOOL", "float32": "FLOAT"}

@@ -1,0 +1,164 @@
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from ht_export import cli
+from ht_export import export as export_module
+from ht_export.checkpoint import load_base_model
+from ht_export.export import ExportSettings, export
+from ht_export.transfer import TransferFile, save_transfer_layers
+from runtime.engine_file import read_engine_file
+from runtime.errors import InputError
+from runtime.files import sha256_file
+from tests.conftest import random_transfer
+
+
+def run(source: Path, transfer: Path | None, out: Path, settings: ExportSettings | None = None) -> None:
+    export(str(source), transfer, out, settings or ExportSettings(), lambda _: nullcontext())
+
+
+def test_an_engine_is_described_beside_it(tiny_engine: Path, tiny_checkpoint: Path, tiny_transfer: Path) -> None:
+    about = read_engine_file(tiny_engine)
+    base = load_base_model(str(tiny_checkpoint))
+    assert about.base_model == base.identity()
+    assert about.dims.transfer_layers == (3, 1, 3)
+    assert about.tree.tree_rows == 6
+    assert about.tree.pseudo_rows == (6, 4, 2)
+    assert about.max_context == 256
+    assert about.stop_tokens == (2,)
+    assert about.transfer["sha256"] == sha256_file(tiny_transfer)
+    assert about.parity["largest_relative_difference"] < 1e-4
+    assert about.versions.keys() >= {"hidden-transfer", "torch", "transformers", "onnx", "onnxruntime", "opset"}
+    names = {record.name for record in (about.graph, about.weights, about.tokenizer, about.chat_template) if record}
+    assert {path.name for path in tiny_engine.parent.iterdir()} == names | {"engine.json"}
+
+
+def test_an_engine_holds_no_paths_of_the_machine_that_made_it(tiny_engine: Path) -> None:
+    model = onnx.load(tiny_engine, load_external_data=False)
+    assert not model.metadata_props
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    assert b"site-packages" not in tiny_engine.read_bytes()
+
+
+def test_a_plan_is_refused_with_what_to_use_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["smollm2-135m", "--out", str(tmp_path / "engine.plan")]) == 1
+    message = capsys.readouterr().err
+    assert "engine.plan: TensorRT plans are not built by this release" in message
+    assert "--out" in message
+    assert "engine.onnx" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_suffix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"must end in \.onnx"):
+        run(tmp_path, None, tmp_path / "engine.bin")
+
+
+def test_a_place_that_cannot_be_written(tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot write .*engine\.onnx"):
+        run(tiny_checkpoint, tiny_transfer, tmp_path / "file" / "engine.onnx")
+
+
+def test_a_model_without_shipped_transfer_layers_asks_for_some(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no transfer layers are shipped for .*--transfer"):
+        run(tiny_checkpoint, None, tmp_path / "engine.onnx")
+
+
+def test_transfer_layers_of_another_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    identity = {**load_base_model(str(tiny_checkpoint)).identity(), "weights_sha256": "f" * 64}
+    save_transfer_layers(tmp_path / "t.safetensors", random_transfer((1,)), TransferFile(identity))
+    with pytest.raises(InputError, match="transfer layers for another model"):
+        run(tiny_checkpoint, tmp_path / "t.safetensors", tmp_path / "out" / "engine.onnx")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (ExportSettings(pseudo_rows=(1, 1)), "has 2 numbers, and the transfer layers have 3 steps"),
+        (ExportSettings(tree_rows=2, pseudo_rows=(3, 1, 1)), "between 0 and it; not 2 and 3,1,1"),
+        (ExportSettings(tree_rows=0), "--tree-rows must be at least 1"),
+        (ExportSettings(prompt_chunk=0), "--prompt-chunk must be at least 1"),
+    ],
+)
+def test_settings_that_do_not_fit(
+    tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path, settings: ExportSettings, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run(tiny_checkpoint, tiny_transfer, tmp_path / "engine.onnx", settings)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch, tiny_engine: Path) -> Iterator[ir.Model]:
+    """Spare a test the tracing: the graph of the tiny engine, with its weights in memory."""
+    model = ir.load(tiny_engine)
+    ir.external_data.load_to_model(model)
+    monkeypatch.setattr(export_module, "build_graph", lambda _: model)
+    yield model
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let writes fail past `size` bytes, as they do on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path, traced: ir.Model
+) -> None:
+    with largest_file(20_000), pytest.raises(InputError, match="cannot write"):
+        run(tiny_checkpoint, tiny_transfer, tmp_path / "engine.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_space_is_said_before_the_work(
+    tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(InputError, match="MiB free, and the engine needs about"):
+        run(tiny_checkpoint, tiny_transfer, tmp_path / "engine.onnx")
+
+
+def test_a_graph_that_computes_something_else_is_not_written(
+    tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path, traced: ir.Model
+) -> None:
+    for node in traced.graph:
+        if node.op_type == "TreeAttention":
+            node.attributes["scale"] = ir.AttrFloat32("scale", 0.5)
+            break
+    with pytest.raises(InputError, match="does not compute what the PyTorch reference does"):
+        run(tiny_checkpoint, tiny_transfer, tmp_path / "engine.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_exporting_again_replaces_the_engine(
+    tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path, traced: ir.Model
+) -> None:
+    out = tmp_path / "engine.onnx"
+    run(tiny_checkpoint, tiny_transfer, out)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    ir.external_data.load_to_model(traced)
+    run(tiny_checkpoint, tiny_transfer, out, ExportSettings(tree_rows=2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    assert json.loads((tmp_path / "engine.json").read_text())["tree"]["tree_rows"] == 2
+    assert np.isfinite(read_engine_file(out).parity["largest_relative_difference"])
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    assert "example: ht-export smollm2-135m --out engine.onnx" in capsys.readouterr().out
