@@ -4,7 +4,8 @@
 
 For each prompt, in one process and with the same threads: speculative decoding, plain decoding in the same engine, and
 `transformers.generate`. Speed-up is the mean over prompts of tokens/s, prompt processing included, divided by the same
-for plain decoding. Prompts are JSON lines with 'prompt' or 'turns' (the first turn is used), spread evenly over the file.
+for plain decoding. Prompts are JSON lines with 'prompt' or 'turns' (the first turn is used); they are taken evenly from
+the whole file.
 """
 
 from __future__ import annotations
@@ -131,7 +132,9 @@ def first_difference(base: BaseModel, ids: list[int], found: list[int], expected
 
 def summarise(rows: list[dict[str, Any]], options: argparse.Namespace, generator: Generator) -> dict[str, Any]:
     """Return the conditions, the numbers overall and per task, and every prompt's row."""
-    groups = {"overall": rows} | {task: [r for r in rows if r["task"] == task] for task in sorted({r["task"] for r in rows})}
+    groups = {"overall": rows} | {
+        task: [r for r in rows if r["task"] == task] for task in sorted({r["task"] for r in rows})
+    }
     differences = [row for row in rows if row.get("difference")]
     about = generator.about
     return {
@@ -151,7 +154,9 @@ def summarise(rows: list[dict[str, Any]], options: argparse.Namespace, generator
         "identical_to_transformers": f"{len(rows) - len(differences)} of {len(rows)}",
         "ties": [row["difference"] for row in differences if row["difference"]["top_two_logit_gap"] < TIE],
         "differences_that_are_no_ties": [
-            {"id": row["id"], **row["difference"]} for row in differences if row["difference"]["top_two_logit_gap"] >= TIE
+            {"id": row["id"], **row["difference"]}
+            for row in differences
+            if row["difference"]["top_two_logit_gap"] >= TIE
         ],
         "results": {name: group_summary(group) for name, group in groups.items()},
         "prompts": rows,

@@ -17,7 +17,7 @@ def prepare(extra: str, environment: Path | None = None) -> Path:
 
     Nothing is installed again when `pyproject.toml` has not changed since.
     """
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (this runs before anything is installed)
         sys.exit(f"Python 3.11 or later is needed; this is {sys.version.split()[0]} ({sys.executable})")
     folder = environment or ROOT / ".venv"
     programs = folder / ("Scripts" if os.name == "nt" else "bin")

@@ -1,6 +1,6 @@
 """Set up everything, export SmolLM2-135M with its transfer layers, and generate text by draft-and-verify.
 
-    python3 scripts/quickstart.py ["your question"]
+python3 scripts/quickstart.py ["your question"]
 """
 
 from __future__ import annotations

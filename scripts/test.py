@@ -1,6 +1,6 @@
 """Set up everything and run the checks: formatting, lint, types and all tests.
 
-    python3 scripts/test.py [pytest arguments]
+python3 scripts/test.py [pytest arguments]
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def trees(draw: st.DrawFn, max_rows: int = 12, vocab_size: int = 264) -> Tree:
     for node in range(1, size):
         parent = draw(st.integers(0, node - 1))
         taken = {tokens[other] for other in range(1, node) if parents[other] == parent}
-        tokens.append(draw(st.integers(0, vocab_size - 1).filter(lambda token: token not in taken)))
+        tokens.append(draw(st.sampled_from(sorted(set(range(vocab_size)) - taken))))
         parents.append(parent)
         depths.append(depths[parent] + 1)
     return Tree(np.array(tokens), np.array(parents), np.array(depths), np.ones(size))

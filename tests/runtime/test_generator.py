@@ -1,15 +1,23 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from ht_export.checkpoint import load_base_model
-from runtime import Generator
+from runtime import EngineFileError, Generator, InputError, PromptTooLongError, TreeSizes
 
 
 @pytest.fixture(scope="module")
 def generator(tiny_engine: Path) -> Generator:
     return Generator(tiny_engine, threads=1)
+
+
+@pytest.fixture
+def engine_copy(tiny_engine: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tiny_engine.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / tiny_engine.name
 
 
 @pytest.mark.parametrize("prompt", ["a", "Hello there", "x" * 40, "Ünïcödé 漢字 🙂"])
@@ -18,11 +26,216 @@ def test_greedy_tokens_are_those_of_transformers(generator: Generator, tiny_chec
     ids = base.tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
-    expected = base.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60)[
-        0, ids.shape[1] :
-    ].tolist()
+    output = base.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60)
+    expected = output[0, ids.shape[1] :].tolist()
     speculative = generator.generate(prompt, max_new_tokens=60)
     plain = generator.generate(prompt, max_new_tokens=60, speculate=False)
     assert speculative.tokens == plain.tokens == expected
     assert plain.tokens_per_step == 1.0
     assert plain.prompt_tokens == ids.shape[1]
+
+
+@pytest.mark.parametrize("tree", [TreeSizes(1, (1, 1, 1)), TreeSizes(3, (1, 0, 0)), TreeSizes(20, (20, 20, 20))])
+def test_the_tree_does_not_change_the_text(generator: Generator, tree: TreeSizes) -> None:
+    plain = generator.generate("Hello", max_new_tokens=50, speculate=False)
+    assert generator.generate("Hello", max_new_tokens=50, tree=tree).tokens == plain.tokens
+
+
+def test_a_raw_prompt_is_encoded_without_the_chat_template(generator: Generator, tiny_checkpoint: Path) -> None:
+    tokenizer = load_base_model(str(tiny_checkpoint)).tokenizer
+    assert generator.encode("Hi!", raw=True) == tokenizer("Hi!").input_ids
+    messages = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Yes?"}]
+    assert generator.encode(messages) == tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_a_stream_ends_with_the_result_and_its_parts_are_the_whole(generator: Generator) -> None:
+    chunks = list(generator.stream("Stream this", max_new_tokens=40))
+    result = chunks[-1].result
+    assert result is not None
+    assert result.tokens == generator.generate("Stream this", max_new_tokens=40).tokens
+    assert "".join(chunk.text for chunk in chunks) == result.text
+    assert [token for chunk in chunks for token in chunk.tokens] == result.tokens
+    assert all(chunk.result is None for chunk in chunks[:-1])
+    assert len(chunks) == result.steps
+
+
+def test_the_answer_has_at_most_the_tokens_asked_for(generator: Generator) -> None:
+    long = generator.generate("Stop here", max_new_tokens=30, speculate=False)
+    for count in range(1, 12):
+        result = generator.generate("Stop here", max_new_tokens=count)
+        assert result.tokens == long.tokens[:count]
+        assert result.finish_reason == "length"
+
+
+def test_an_end_of_text_token_ends_the_answer_and_is_not_in_its_text(engine_copy: Path, generator: Generator) -> None:
+    tokens = generator.generate("Stop here", max_new_tokens=30).tokens
+    end = next(i for i in range(5, 30) if tokens[i] not in tokens[:i])
+    about = json.loads(engine_copy.with_suffix(".json").read_text())
+    about["stop_tokens"] = [tokens[end]]
+    engine_copy.with_suffix(".json").write_text(json.dumps(about))
+    for speculate in (True, False):
+        result = Generator(engine_copy, threads=1).generate("Stop here", max_new_tokens=30, speculate=speculate)
+        assert result.tokens == tokens[: end + 1]
+        assert result.finish_reason == "stop"
+
+
+def test_a_stop_string_ends_the_text_before_it_in_either_way_of_decoding(generator: Generator) -> None:
+    text = generator.generate("Stop at a word", max_new_tokens=40).text
+    stop = text[len(text) // 2 : len(text) // 2 + 2]
+    for speculate in (True, False):
+        result = generator.generate("Stop at a word", max_new_tokens=40, stop=[stop], speculate=speculate)
+        assert result.text == text[: text.index(stop)]
+        assert result.finish_reason == "stop"
+        assert len(result.tokens) < 40
+
+
+def test_generation_ends_at_the_context_limit(generator: Generator) -> None:
+    prompt = "y" * 240
+    size = len(generator.encode(prompt, raw=True))
+    result = generator.generate(prompt, raw=True, max_new_tokens=100)
+    plain = generator.generate(prompt, raw=True, max_new_tokens=100, speculate=False)
+    assert size + len(result.tokens) == 256
+    assert result.finish_reason == "length"
+    assert result.tokens == plain.tokens
+
+
+def test_a_prompt_past_the_context_limit(generator: Generator) -> None:
+    with pytest.raises(PromptTooLongError, match="has 256 tokens, and the engine's context limit is 256"):
+        generator.stream("y" * 256, raw=True)
+
+
+def test_the_result_is_json_with_the_documented_names(generator: Generator) -> None:
+    result = generator.generate("Names", max_new_tokens=5)
+    assert list(json.loads(json.dumps(result.to_dict()))) == [
+        "text",
+        "tokens",
+        "prompt_tokens",
+        "finish_reason",
+        "steps",
+        "tokens_per_step",
+        "decode_tokens_per_second",
+        "time_to_first_token_s",
+    ]
+    assert result.tokens_per_step == len(result.tokens) / result.steps
+    assert result.decode_tokens_per_second > 0
+    assert result.time_to_first_token_s > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"stop": "word"}, "stop must be a list of strings"),
+        ({"stop": [""]}, "not empty"),
+        ({"tree": TreeSizes(0, (1, 1, 1))}, "tree_rows must be at least 1"),
+        ({"tree": TreeSizes(4, (1, 1))}, "pseudo_rows 3 numbers"),
+        ({"tree": TreeSizes(4, (1, 1, 1)), "speculate": False}, "leave one of them out"),
+    ],
+)
+def test_arguments_that_do_not_fit(generator: Generator, arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        generator.generate("Hi", **arguments)
+
+
+@pytest.mark.parametrize("prompt", [[], [{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": 3}]])
+def test_messages_that_do_not_fit(generator: Generator, prompt: list) -> None:
+    with pytest.raises(InputError, match=r"conversation is empty|needs '(role|content)' as a string"):
+        generator.generate(prompt)
+
+
+def test_an_empty_raw_prompt(generator: Generator) -> None:
+    with pytest.raises(InputError, match="the prompt is empty"):
+        generator.generate("", raw=True)
+
+
+def test_raw_takes_no_messages(generator: Generator) -> None:
+    with pytest.raises(InputError, match="raw=True takes a string"):
+        generator.generate([{"role": "user", "content": "x"}], raw=True)
+
+
+def test_an_engine_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(EngineFileError, match="make one with: ht-export"):
+        Generator(tmp_path / "engine.onnx")
+
+
+def test_a_plan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"TensorRT plans are not run by this release.*\.onnx engine"):
+        Generator(tmp_path / "engine.plan")
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads_out_of_range(tiny_engine: Path, threads: int) -> None:
+    with pytest.raises(InputError, match="threads must be at least 1"):
+        Generator(tiny_engine, threads=threads)
+
+
+@pytest.mark.parametrize("name", ["engine.json", "engine.onnx.data", "engine.tokenizer.json"])
+def test_a_missing_file_is_named(engine_copy: Path, name: str) -> None:
+    (engine_copy.parent / name).unlink()
+    with pytest.raises(EngineFileError, match=f"{name} is missing"):
+        Generator(engine_copy)
+
+
+@pytest.mark.parametrize("name", ["engine.onnx", "engine.onnx.data", "engine.tokenizer.json"])
+def test_a_truncated_file_is_named(engine_copy: Path, name: str) -> None:
+    path = engine_copy.parent / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(EngineFileError, match=rf"{name} has \d+ bytes where \d+ are expected; it is incomplete"):
+        Generator(engine_copy)
+
+
+def test_weights_of_the_right_size_with_other_contents(engine_copy: Path) -> None:
+    path = engine_copy.parent / "engine.onnx.data"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(EngineFileError, match=r"engine\.onnx\.data is damaged: its SHA-256"):
+        Generator(engine_copy)
+
+
+def change(engine: Path, **changes: object) -> None:
+    path = engine.with_suffix(".json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_newer_description_is_refused(engine_copy: Path) -> None:
+    change(engine_copy, version=2)
+    with pytest.raises(EngineFileError, match=r"is of version 2, and this runtime reads version 1; update"):
+        Generator(engine_copy)
+
+
+def test_a_description_of_something_else_is_refused(engine_copy: Path) -> None:
+    change(engine_copy, format="other")
+    with pytest.raises(EngineFileError, match="does not describe a hidden-transfer engine"):
+        Generator(engine_copy)
+
+
+def test_a_description_that_lacks_something_is_refused(engine_copy: Path) -> None:
+    path = engine_copy.with_suffix(".json")
+    about = json.loads(path.read_text())
+    del about["tokenizer"]
+    path.write_text(json.dumps(about))
+    with pytest.raises(EngineFileError, match="lacks or misstates 'tokenizer'"):
+        Generator(engine_copy)
+
+
+def test_a_description_that_is_not_json_is_refused(engine_copy: Path) -> None:
+    engine_copy.with_suffix(".json").write_text("{")
+    with pytest.raises(EngineFileError, match="is not valid JSON"):
+        Generator(engine_copy)
+
+
+def test_a_renamed_engine_is_refused(engine_copy: Path) -> None:
+    for suffix in (".onnx", ".json"):
+        engine_copy.with_suffix(suffix).rename(engine_copy.with_name("other" + suffix))
+    with pytest.raises(EngineFileError, match=r"describes engine\.onnx, not other\.onnx"):
+        Generator(engine_copy.with_name("other.onnx"))
+
+
+def test_dimensions_that_are_not_the_graphs_are_refused(engine_copy: Path) -> None:
+    dims = json.loads(engine_copy.with_suffix(".json").read_text())["dims"]
+    change(engine_copy, dims={**dims, "num_layers": 3})
+    with pytest.raises(EngineFileError, match=r"does not have the graph its engine\.json describes"):
+        Generator(engine_copy)

@@ -1,6 +1,6 @@
 """The loop against an engine whose base model and drafts are known functions of the text."""
 
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 from hypothesis import given
@@ -102,7 +102,7 @@ def test_acceptance_follows_the_base_models_own_choices(tree: Tree, seed: int) -
     logits = np.random.default_rng(seed).standard_normal((len(tree), 4)).astype(np.float32)
     accepted, token = verify(tree, logits, greedy)
     assert accepted[0] == 0
-    for parent, child in zip(accepted, accepted[1:], strict=False):
+    for parent, child in pairwise(accepted):
         assert tree.parents[child] == parent
         assert tree.tokens[child] == logits[parent].argmax()
     assert token == logits[accepted[-1]].argmax()

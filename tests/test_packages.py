@@ -1,0 +1,51 @@
+"""What the packages may import, and that the runtime is complete without what only the exporter needs."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {
+    "runtime": {"ht_export", "plugins", "torch", "transformers", "onnx", "onnxscript", "safetensors"},
+    "plugins": {"ht_export", "runtime", "torch", "transformers"},
+}
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_run_one_way(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            odd = {name.split(".")[0] for name in names} & FORBIDDEN[package]
+            assert not odd, f"{path.relative_to(ROOT)} imports {odd}"
+
+
+def test_importing_the_runtime_loads_no_engine_library_and_no_model_library() -> None:
+    heavy = "{'torch', 'transformers', 'onnx', 'onnxruntime', 'tensorrt', 'tokenizers', 'jinja2'}"
+    code = f"import sys, runtime; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_environment_without_torch_and_transformers_generates(tiny_engine: Path, tmp_path: Path) -> None:
+    """Install the project as a user of the runtime does, and decode with it."""
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    programs = environment / ("Scripts" if sys.platform == "win32" else "bin")
+    pip = [programs / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, f"{ROOT}[cpu]"], check=True)
+    absent = "import importlib.util as u; print([n for n in ('torch', 'transformers', 'onnx') if u.find_spec(n)])"
+    found = subprocess.run(
+        [programs / "python", "-c", absent], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert found.stdout.strip() == "[]"
+    command = [programs / "ht-generate", tiny_engine, "Hello", "--json", "--max-new-tokens", "9"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    here = [sys.executable, "-m", "runtime.cli", *map(str, command[1:])]
+    expected = subprocess.run(here, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert json.loads(done.stdout)["tokens"] == json.loads(expected.stdout)["tokens"]
