@@ -106,7 +106,8 @@ def draft_hidden(base: PreTrainedModel, transfer: TransferLayers, context: Conte
                 hidden, position_embeddings=(cos[:, :alive], sin[:, :alive]), attention_rows=rows
             )
     by_row = hidden.reshape(batch, transfer.num_steps, count, -1)
-    return by_row[:, torch.argsort(order)].transpose(1, 2)
+    # Contiguous: the head's matrix product would otherwise run once for each anchor.
+    return by_row[:, torch.argsort(order)].transpose(1, 2).contiguous()
 
 
 def _anchor_mask(anchors: Tensor, order: Tensor, length: int) -> Tensor:
