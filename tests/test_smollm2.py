@@ -1,7 +1,6 @@
 """SmolLM2-135M, with its real weights and the shipped transfer layers."""
 
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
