@@ -12,12 +12,12 @@ import onnx_ir as ir
 import torch
 from onnxscript import BOOL, FLOAT, INT64, optimizer, script
 from onnxscript import opset23 as op
-from onnxscript.rewriter import onnx_fusions
 from onnxscript.values import Opset
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ht_export.model import HiddenTransferModel
+from ht_export.rewrites import use_fused_operators
 from ht_export.transfer import TransferLayers
 from runtime.bindings import GraphDims
 
@@ -74,7 +74,7 @@ def build_graph(model: HiddenTransferModel) -> ir.Model:
         model.attention = attention
     # Not inlined: the optimizer sees TreeAttention as an opaque node, and its function is added afterwards.
     optimizer.optimize_ir(onnx_model, inline=False)
-    onnx_fusions.fuse(onnx_model)
+    use_fused_operators(onnx_model)
     _name_bindings(onnx_model, dims)
     function = ir.serde.deserialize_function(TreeAttention.to_function_proto())
     onnx_model.functions[function.identifier()] = function
