@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from runtime.bindings import join_order
 from runtime.errors import InputError
 from runtime.files import atomic_path
 
@@ -51,10 +52,8 @@ class TransferLayers(nn.Module):
 
     @property
     def join_order(self) -> tuple[int, ...]:
-        """The steps, 0-based, in the order of their rows: the earliest transfer layer first, so that the rows alive
-        at any layer are a prefix of all rows.
-        """
-        return tuple(sorted(range(self.num_steps), key=lambda k: (self.layers[k], k)))
+        """The steps, 0-based, in the order of their rows; see `runtime.bindings.join_order`."""
+        return join_order(self.layers)
 
     def joining(self, layer: int) -> list[int]:
         """Return the steps, 0-based, whose pseudo rows join at the input of `layer`, in row order."""

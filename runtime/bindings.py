@@ -6,6 +6,7 @@ S capacity of the cache, Hkv key/value heads, D head size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 INPUT_IDS = "input_ids"
@@ -17,6 +18,13 @@ LOGITS = "logits"
 DRAFT_LOGITS = "draft_logits"
 
 Dim = int | str
+
+
+def join_order(transfer_layers: Sequence[int]) -> tuple[int, ...]:
+    """Return the draft steps, 0-based, in the order of their pseudo rows: the earliest transfer layer first, so that
+    the rows alive at any layer are a prefix of all rows.
+    """
+    return tuple(sorted(range(len(transfer_layers)), key=lambda k: (transfer_layers[k], k)))
 
 
 def pseudo_parent(step: int) -> str:
@@ -72,8 +80,8 @@ class GraphDims:
 
     @property
     def join_order(self) -> tuple[int, ...]:
-        """The steps, 0-based, in the order of their rows: the earliest transfer layer first."""
-        return tuple(sorted(range(self.num_steps), key=lambda k: (self.transfer_layers[k], k)))
+        """The steps, 0-based, in the order of their rows; see `join_order`."""
+        return join_order(self.transfer_layers)
 
     def inputs(self) -> list[Binding]:
         """Return the graph's inputs, in order."""

@@ -157,6 +157,16 @@ def test_exporting_again_replaces_the_engine(
     assert np.isfinite(read_engine_file(out).parity["largest_relative_difference"])
 
 
+def test_the_command_line_says_done_only_with_what_it_checked(
+    tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path, traced: ir.Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "engine.onnx"
+    options = ["--transfer", str(tiny_transfer), "--tree-rows", "3", "--pseudo-rows", "3,2,1", "--out", str(out)]
+    assert cli.main([str(tiny_checkpoint), *options]) == 0
+    assert f"done: {out}" in capsys.readouterr().err.replace("\n", "")
+    assert read_engine_file(out).tree.pseudo_rows == (3, 2, 1)
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])

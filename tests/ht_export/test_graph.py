@@ -1,5 +1,6 @@
 """The exported graph against the PyTorch reference, in ONNX Runtime and in ONNX's own reference evaluator."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,14 @@ def test_tree_attention_is_a_local_function_and_one_node_in_each_layer(tiny_engi
     assert [(f.domain, f.name) for f in model.functions] == [("ht.llm", "TreeAttention")]
     assert sum(node.op_type == "TreeAttention" and node.domain == "ht.llm" for node in model.graph.node) == 4
     assert {o.domain: o.version for o in model.opset_import}[""] == OPSET
+
+
+def test_normalisation_and_rotary_embedding_are_one_operator_each(tiny_engine: Path) -> None:
+    model = onnx.load(tiny_engine, load_external_data=False)
+    counts = Counter(node.op_type for node in model.graph.node)
+    assert counts["RMSNormalization"] == 2 * 4 + 1
+    assert counts["RotaryEmbedding"] == 2 * 4
+    assert not counts["Neg"]
 
 
 def test_inputs_and_outputs_are_those_of_the_contract(tiny_engine: Path) -> None:
