@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.errors import InputError
+from runtime.command_line import add_model, integers, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
         "tokenizer and the chat template; keep them together.",
         epilog="example: ht-export smollm2-135m --out engine.onnx",
     )
-    parser.add_argument("model", help="known name (smollm2-135m), Hugging Face folder, .gguf file, or hub id")
+    add_model(parser)
     parser.add_argument(
         "--transfer", type=Path, metavar="FILE", help="transfer layers (default: those shipped for a known model)"
     )
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--pseudo-rows",
-        type=_counts,
+        type=integers,
         metavar="R1,R2,...",
         help="default number of pseudo rows of each draft step (default: as many as tree rows)",
     )
@@ -43,15 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ht-export` and return its exit status: 0, or 1 with one line on stderr for a user's mistake."""
     options = build_parser().parse_args(arguments)
-    try:
-        _export(options)
-    except InputError as error:
-        print(f"ht-export: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("ht-export: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return run("ht-export", lambda: _export(options), interrupted="interrupted; nothing was written")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -71,13 +63,6 @@ def _export(options: argparse.Namespace) -> None:
     size = (description.graph.bytes + description.weights.bytes) / 2**20
     difference = description.parity["largest_relative_difference"]
     print(f"done: {options.out}, {size:.0f} MiB, within {difference:.1e} of the PyTorch reference", file=sys.stderr)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 4,4,2") from None
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.errors import InputError
+from runtime.command_line import run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,18 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ht-generate` and return its exit status: 0, or 1 with one line on stderr for a user's mistake."""
     options = build_parser().parse_args(arguments)
-    try:
-        _generate(options)
-    except InputError as error:
-        print(f"ht-generate: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader of our output went away: nothing is left to say, not even at interpreter exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return 0
+    return run("ht-generate", lambda: _generate(options), interrupted="interrupted")
 
 
 def _generate(options: argparse.Namespace) -> None:

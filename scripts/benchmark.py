@@ -25,6 +25,7 @@ from ht_export.checkpoint import BaseModel, load_base_model
 from ht_export.progress import progress_bar
 from ht_export.training.data import read_prompts
 from runtime import GenerationResult, Generator, InputError, TreeSizes
+from runtime.command_line import integers
 
 TIE = 1e-4
 
@@ -66,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tree-rows", type=int, help="instead of the engine's own")
-    parser.add_argument("--pseudo-rows", type=lambda text: tuple(map(int, text.split(","))), help="R1,R2,...")
+    parser.add_argument("--pseudo-rows", type=integers, help="R1,R2,...")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers.generate out")
     parser.add_argument("--json", type=Path, help="write everything measured here")
     return parser.parse_args()

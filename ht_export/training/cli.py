@@ -10,7 +10,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from runtime.errors import InputError
+from runtime.command_line import add_model, integers, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,15 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ht-train` and return its exit status: 0, or 1 with one line on stderr for a user's mistake."""
     options = build_parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except InputError as error:
-        print(f"ht-train: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("ht-train: interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
-    return 0
+    again = "interrupted; run the same command again to continue"
+    return run("ht-train", lambda: options.run(options), interrupted=again)
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
@@ -49,7 +42,7 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         description="Generate the base model's greedy answers to a file of prompts. Killed at any point, the same "
         "command continues where it stopped.",
     )
-    _add_model(data)
+    add_model(data)
     data.add_argument(
         "--prompts", type=Path, required=True, help="JSON lines with 'prompt', or 'turns' of which the first is used"
     )
@@ -70,13 +63,13 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
         description="Train transfer layers by KL to the frozen base model's distribution at random anchors of its own "
         "text. Writes checkpoints; killed at any point, the same command continues and ends with the same weights.",
     )
-    _add_model(fit)
+    add_model(fit)
     fit.add_argument("--data", type=Path, required=True, help="folder made by ht-train data")
     fit.add_argument("--held-out", type=Path, help="another such folder, to measure acceptance on; never trained on")
     fit.add_argument("--out", type=Path, required=True, help="transfer-layers file to write (.safetensors)")
     fit.add_argument(
         "--layers",
-        type=_layer_list,
+        type=integers,
         help="transfer layer of each draft step, 0-based, the number of layers meaning the last one's output "
         "(default: 3 steps, all at two thirds of the depth)",
     )
@@ -98,14 +91,10 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         help="measure transfer layers on held-out text",
         description="Print, as JSON, how often the base model's greedy token is in the draft's top 1/2/4/8 per step.",
     )
-    _add_model(evaluation)
+    add_model(evaluation)
     evaluation.add_argument("--transfer", type=Path, required=True, help="transfer-layers file")
     evaluation.add_argument("--data", type=Path, required=True, help="folder made by ht-train data")
     evaluation.set_defaults(run=_run_eval)
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="known name (smollm2-135m), Hugging Face folder, .gguf file, or hub id")
 
 
 def _add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
@@ -115,13 +104,6 @@ def _add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
         default=default,
         help=f"of the base model's run (default: {default})",
     )
-
-
-def _layer_list(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layer numbers such as 20,20,20") from None
 
 
 def _run_data(options: argparse.Namespace) -> None:

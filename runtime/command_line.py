@@ -1,0 +1,39 @@
+"""What all command lines here share: a user's mistake is one line on stderr, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from runtime.errors import InputError
+
+
+def run(program: str, work: Callable[[], None], *, interrupted: str) -> int:
+    """Do `work` and return the exit status: 0, 1 for an `InputError`, 130 with the line `interrupted` for Ctrl-C."""
+    try:
+        work()
+    except InputError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program}: {interrupted}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away: nothing is left to say, not even at interpreter exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the positional argument that names a base model."""
+    parser.add_argument("model", help="known name (smollm2-135m), Hugging Face folder, .gguf file, or hub id")
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Parse a list of integers such as 20,20,20; the type of an option with one number for each draft step."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 4,4,2") from None
