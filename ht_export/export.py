@@ -22,7 +22,7 @@ from ht_export.transfer import load_transfer_layers
 from runtime.engine_file import EngineFile, FileRecord, engine_file_path
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import InputError
-from runtime.files import sha256_file, unwritable
+from runtime.files import check_writable, sha256_file, unwritable
 from runtime.tree import TreeSizes
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -125,14 +125,7 @@ def check_out(out: Path) -> None:
         )
     if out.suffix != ".onnx":
         raise InputError(f"{out}: the engine's name must end in .onnx, for example {out.with_suffix('.onnx')}")
-    if out.is_dir():
-        raise InputError(f"{out} is a folder; give the name of a file")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise unwritable(out, error) from error
+    check_writable(out)
 
 
 def shipped_transfer(source: str) -> Path:

@@ -134,7 +134,9 @@ def _run_fit(options: argparse.Namespace) -> None:
     from ht_export.training.evaluate import evaluate
     from ht_export.training.fit import FitSettings, fit
     from ht_export.transfer import TransferFile, save_transfer_layers
+    from runtime.files import check_writable
 
+    check_writable(options.out)
     base = load_base_model(options.model, getattr(torch, options.dtype))
     num_layers = base.model.config.num_hidden_layers
     layers = options.layers or (round(num_layers * 2 / 3),) * 3

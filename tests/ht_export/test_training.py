@@ -230,6 +230,7 @@ def test_the_command_line_goes_from_prompts_to_a_transfer_file(
             "batch_size must be at least 1",
         ),
         (["fit", "MODEL", "--data", "OUT", "--out", "t"], "is not a data folder"),
+        (["fit", "MODEL", "--data", "DATA", "--out", "PROMPTS/t"], "cannot write"),
         (["fit", "MODEL", "--data", "DATA", "--out", "t", "--layers", "9"], "transfer layer 9 does not exist"),
         (["fit", "MODEL", "--data", "DATA", "--out", "t", "--steps", "0"], "steps must be more than 0"),
         (["eval", "MODEL", "--transfer", "nowhere", "--data", "DATA"], "no transfer layers at nowhere"),
@@ -247,7 +248,8 @@ def test_a_users_mistake_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     places = {"MODEL": tiny_checkpoint, "PROMPTS": prompts_file, "DATA": data_folder, "OUT": tmp_path / "new"}
-    assert cli.main([str(places.get(word, word)) for word in arguments]) == 1
+    words = [str(places.get(word, word)).replace("PROMPTS/", f"{prompts_file}/") for word in arguments]
+    assert cli.main(words) == 1
     captured = capsys.readouterr().err
     assert message in captured
     assert "Traceback" not in captured
