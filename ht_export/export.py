@@ -46,7 +46,9 @@ class ExportSettings:
     def tree(self, num_steps: int) -> TreeSizes:
         """Return the row counts for K draft steps. Raises `InputError` when they do not fit."""
         tree_rows = DEFAULT_TREE_ROWS if self.tree_rows is None else self.tree_rows
-        pseudo_rows = (tree_rows,) * num_steps if self.pseudo_rows is None else self.pseudo_rows
+        # Fewer for later steps, whose drafts are right less often.
+        falling = tuple(max(1, tree_rows - k) for k in range(num_steps))
+        pseudo_rows = falling if self.pseudo_rows is None else self.pseudo_rows
         if len(pseudo_rows) != num_steps:
             raise InputError(
                 f"--pseudo-rows has {len(pseudo_rows)} numbers, and the transfer layers have {num_steps} steps; "
