@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -142,6 +143,7 @@ def summarise(rows: list[dict[str, Any]], options: argparse.Namespace, generator
         "conditions": {
             "command": " ".join(sys.argv),
             "date": time.strftime("%Y-%m-%d"),
+            "commit": commit(),
             "model": about.base_model["name"],
             "precision": about.precision,
             "device": f"CPU, {options.threads} threads",
@@ -162,6 +164,13 @@ def summarise(rows: list[dict[str, Any]], options: argparse.Namespace, generator
         "results": {name: group_summary(group) for name, group in groups.items()},
         "prompts": rows,
     }
+
+
+def commit() -> str:
+    """Return the commit that is checked out, or nothing outside a clone."""
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def group_summary(rows: list[dict[str, Any]]) -> dict[str, float]:
