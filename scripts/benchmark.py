@@ -169,7 +169,9 @@ def summarise(rows: list[dict[str, Any]], options: argparse.Namespace, generator
 def commit() -> str:
     """Return the commit that is checked out, or nothing outside a clone."""
     here = Path(__file__).parent
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
     return done.stdout.strip()
 
 

@@ -137,6 +137,13 @@ def test_normalisation_and_rotary_embedding_are_one_operator_each(tiny_engine: P
     assert not counts["Neg"]
 
 
+def test_projections_of_the_same_rows_are_one_product(tiny_engine: Path) -> None:
+    model = onnx.load(tiny_engine, load_external_data=False)
+    products = sum(node.op_type == "MatMul" for node in model.graph.node)
+    # Queries, keys and values; output; gate and up; down. The head, and a transfer layer for each step.
+    assert products == 4 * 4 + 1 + STEPS
+
+
 def test_inputs_and_outputs_are_those_of_the_contract(tiny_engine: Path) -> None:
     model = onnx.load(tiny_engine, load_external_data=False)
     dims = read_engine_file(tiny_engine).dims
