@@ -18,6 +18,8 @@ from transformers.utils import logging as transformers_logging
 from ht_export.families import check_supported
 from runtime.errors import InputError
 
+FETCH_AGAIN = "it may be damaged or incomplete: fetch it again"
+
 
 @dataclass(frozen=True)
 class KnownModel:
@@ -90,7 +92,9 @@ def load_base_model(source: str, dtype: torch.dtype = torch.float32) -> BaseMode
     try:
         config = AutoConfig.from_pretrained(location.path, **options)
     except Exception as error:
-        raise InputError(f"cannot read a model configuration from {source}: {_first_line(error)}") from error
+        raise InputError(
+            f"cannot read a model configuration from {source}: {_first_line(error)}; {FETCH_AGAIN}"
+        ) from error
     check_supported(config, source)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
@@ -98,9 +102,7 @@ def load_base_model(source: str, dtype: torch.dtype = torch.float32) -> BaseMode
         )
         tokenizer = AutoTokenizer.from_pretrained(location.path, **options)
     except Exception as error:
-        raise InputError(
-            f"cannot load {source}: {_first_line(error)}; the file may be damaged or incomplete, fetch it again"
-        ) from error
+        raise InputError(f"cannot load {source}: {_first_line(error)}; {FETCH_AGAIN}") from error
     model, info = loaded
     if info["missing_keys"] or info.get("mismatched_keys"):
         absent = sorted(str(key) for key in [*info["missing_keys"], *info.get("mismatched_keys", [])])

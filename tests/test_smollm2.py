@@ -1,17 +1,21 @@
 """SmolLM2-135M, with its real weights and the shipped transfer layers."""
 
+import importlib.util
 from contextlib import nullcontext
 
 import pytest
 import torch
 
-from ht_export.checkpoint import BaseModel, load_base_model
+from ht_export.checkpoint import KNOWN_MODELS, BaseModel, load_base_model
 from ht_export.export import PRETRAINED, ExportSettings, export
 from ht_export.transfer import load_transfer_layers
 from runtime import Generator
-from runtime.errors import InputError
 
-pytestmark = pytest.mark.smollm2
+KNOWN = KNOWN_MODELS["smollm2-135m"]
+pytestmark = [
+    pytest.mark.smollm2,
+    pytest.mark.skipif(importlib.util.find_spec(KNOWN.package) is None, reason=f"not installed: {KNOWN.pip_line}"),
+]
 
 PROMPTS = [
     "Write a short story about a lighthouse keeper who finds a message in a bottle.",
@@ -24,10 +28,7 @@ TIE = 1e-4
 
 @pytest.fixture(scope="module")
 def base() -> BaseModel:
-    try:
-        return load_base_model("smollm2-135m")
-    except InputError as error:
-        pytest.skip(str(error))
+    return load_base_model("smollm2-135m")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,6 @@ def test_a_conversation_and_streaming(generator: Generator, base: BaseModel) -> 
 
 
 def test_the_shipped_file_says_what_was_measured(base: BaseModel) -> None:
-    transfer, about = load_transfer_layers(PRETRAINED / "smollm2-135m.safetensors", base.identity())
+    transfer, about = load_transfer_layers(PRETRAINED / KNOWN.transfer, base.identity())
     assert about.recipe["layers"] == list(transfer.layers)
     assert about.acceptance["top"]["1"][0] >= 0.45

@@ -121,7 +121,7 @@ def test_an_unsupported_rope_scaling_is_named(tmp_path: Path) -> None:
 def test_a_damaged_gguf_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"not a GGUF file|cannot read|may be damaged"):
+    with pytest.raises(InputError, match=r"fetch it again"):
         load_base_model(str(path))
 
 
