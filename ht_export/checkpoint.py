@@ -197,10 +197,11 @@ def _locate_folder(folder: Path) -> Location:
             "convert the weights first"
         )
     for index in folder.glob("*.safetensors.index.json"):
-        missing = sorted(
-            set(json.loads(index.read_text())["weight_map"].values())
-            - {path.name for path in folder.glob("*.safetensors")}
-        )
+        try:
+            needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} is not an index of weight files ({error!r}); {FETCH_AGAIN}") from error
+        missing = sorted(needed - {path.name for path in folder.glob("*.safetensors")})
         if missing:
             raise InputError(f"{folder} lacks {len(missing)} of its weight files (first: {missing[0]}); fetch it again")
     return Location(str(folder))

@@ -61,8 +61,7 @@ def compare(engine: Engine, reference: ReferenceEngine, seed: int = 0) -> list[D
     differences = []
     rng = np.random.default_rng(seed)
     cache = KeyValueCache(reference.dims)
-    for case, tree_rows, pseudo_rows in _cases(reference.dims.num_steps):
-        chained = case.startswith("prompt")
+    for case, chained, tree_rows, pseudo_rows in _cases(reference.dims.num_steps):
         rows = _random_rows(reference.dims, rng, cache.length, tree_rows, pseudo_rows, chained)
         expected = reference.run(rows, cache)
         found = engine.run(rows, cache)
@@ -87,14 +86,14 @@ def check(engine: Engine, reference: ReferenceEngine) -> float:
     return worst.relative
 
 
-def _cases(num_steps: int) -> list[tuple[str, int, tuple[int, ...]]]:
-    """Return name, tree rows and pseudo rows of each case; the first one runs over an empty cache."""
+def _cases(num_steps: int) -> list[tuple[str, bool, int, tuple[int, ...]]]:
+    """Return each case's name, whether it is a chain, its tree rows and its pseudo rows; the cache begins empty."""
     return [
-        ("prompt", 19, (0,) * num_steps),
-        ("prompt's end", 5, (1,) * num_steps),
-        ("tree", 9, tuple(max(1, 6 - 2 * k) for k in range(num_steps))),
-        ("tree, first step only", 4, (4, *(0,) * (num_steps - 1))),
-        ("plain", 1, (0,) * num_steps),
+        ("prompt", True, 19, (0,) * num_steps),
+        ("prompt's end", True, 5, (1,) * num_steps),
+        ("tree", False, 9, tuple(max(1, 6 - 2 * k) for k in range(num_steps))),
+        ("tree, first step only", False, 4, (4, *(0,) * (num_steps - 1))),
+        ("plain", False, 1, (0,) * num_steps),
     ]
 
 

@@ -149,10 +149,16 @@ def _parse_metadata(path: Path, text: str | None) -> dict[str, Any]:
         metadata = json.loads(text)
     except ValueError as error:
         raise InputError(f"{path}: its metadata is not valid JSON ({error}); train it again") from error
-    version = metadata.get("version")
+    version = metadata.get("version") if isinstance(metadata, dict) else None
     if version != FORMAT_VERSION:
         raise InputError(
             f"{path} is of format version {version}; this release reads version {FORMAT_VERSION}: "
             "update hidden-transfer, or train the file again"
         )
+    for key, kind in (("layers", list), ("base_model", dict), ("recipe", dict), ("acceptance", dict)):
+        if not isinstance(metadata.get(key), kind):
+            raise InputError(f"{path}: its metadata lacks or misstates {key!r}; train it again")
+    numbers = [*metadata["layers"], *(metadata["base_model"].get(key) for key in ("hidden_size", "num_layers"))]
+    if not all(isinstance(number, int) for number in numbers):
+        raise InputError(f"{path}: layers, hidden_size and num_layers must be whole numbers; train it again")
     return metadata

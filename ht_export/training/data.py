@@ -59,20 +59,26 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"no prompts file at {path}; give a JSON-lines file with a 'prompt' on each line")
     prompts = []
     # Not splitlines(): JSON strings may hold other Unicode line separators unescaped.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            # Decoded here: text that is not UTF-8 has a line number too.
+            row = json.loads(line.decode("utf-8"))
         except ValueError as error:
             raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
-        text = row.get("prompt") or (row.get("turns") or [None])[0] if isinstance(row, dict) else None
+        text = _first_turn(row) if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise InputError(f"{path}, line {number}: needs 'prompt' (a string) or 'turns' (a list of strings)")
         prompts.append({"id": str(row.get("id", number)), "task": str(row.get("task", "")), "text": text})
     if not prompts:
         raise InputError(f"{path} holds no prompts")
     return prompts
+
+
+def _first_turn(row: dict[str, Any]) -> Any:
+    turns = row.get("turns")
+    return row.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)
 
 
 def encode_prompt(base: BaseModel, text: str) -> list[int]:
@@ -148,7 +154,7 @@ def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[Seq
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(f"{folder} is not a data folder (no {MANIFEST}); make one with: ht-train data")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = _read_manifest(path)
     made_with = manifest["base_model"]["weights_sha256"]
     if made_with != base.weights_sha256:
         raise InputError(
@@ -160,20 +166,38 @@ def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[Seq
         raise InputError(
             f"{folder} has {len(shards)} of {manifest['shards']} shards; finish it by running ht-train data again"
         )
-    lines = [line for shard in shards for line in shard.read_text(encoding="utf-8").splitlines()]
-    sequences = [
-        sequence for line in lines if len((sequence := Sequence(**json.loads(line))).answer) >= min_answer_tokens
-    ]
+    sequences = [s for shard in shards for s in _read_shard(shard) if len(s.answer) >= min_answer_tokens]
     if not sequences:
         raise InputError(f"{folder} holds no answer of at least {min_answer_tokens} tokens")
     return sequences
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, _, _ = manifest["version"], manifest["shards"], manifest["base_model"]["weights_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error!r}); delete its folder and make the data again") from error
+    if version != MANIFEST_VERSION:
+        raise InputError(
+            f"{path} is of version {version}; this release reads version {MANIFEST_VERSION}: "
+            "update hidden-transfer, or make the data again"
+        )
+    return manifest
+
+
+def _read_shard(path: Path) -> list[Sequence]:
+    try:
+        return [Sequence(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); delete it and run ht-train data again") from error
 
 
 def _check_resumable(folder: Path, manifest: dict[str, Any]) -> None:
     path = folder / MANIFEST
     if not path.is_file():
         return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier = _read_manifest(path)
     differing = [key for key, value in manifest.items() if earlier.get(key) != value]
     if differing:
         raise InputError(

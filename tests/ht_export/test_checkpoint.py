@@ -93,6 +93,14 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         load_base_model(str(folder))
 
 
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_damaged_index_of_shards(tmp_path: Path, content: str) -> None:
+    folder = save_checkpoint(tmp_path, tiny_llama(), max_shard_size="30KB")
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(InputError, match="is not an index of weight files"):
+        load_base_model(str(folder))
+
+
 def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, tiny_llama())
     config = json.loads((folder / "config.json").read_text())

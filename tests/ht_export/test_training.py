@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,14 +94,43 @@ def test_data_of_other_weights_is_refused(data_folder: Path, tmp_path: Path) -> 
         ('{"prompt": "a"}\n{"prompt": \n', "line 2: not valid JSON"),
         ('{"prompt": "a"}\n\n{"text": "b"}\n', "line 3: needs 'prompt'"),
         ('["a"]\n', "line 1: needs 'prompt'"),
+        ('{"turns": "abc"}\n', "line 1: needs 'prompt'"),
+        ('{"turns": {"a": 1}}\n', "line 1: needs 'prompt'"),
+        ('{"prompt": "a"}\n{"prompt": "\udcff"}\n', "line 2: not valid JSON"),
         ("\n", "holds no prompts"),
     ],
 )
 def test_prompts_that_cannot_be_read_name_the_line(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(InputError, match=message):
         read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("manifest.json", "{", r"manifest\.json is damaged"),
+        ("manifest.json", "{}", r"manifest\.json is damaged"),
+        ("shard-00001.jsonl", '{"id": 1}', r"shard-00001\.jsonl is damaged"),
+        ("shard-00001.jsonl", '{"id": ', r"shard-00001\.jsonl is damaged"),
+    ],
+)
+def test_damaged_data_is_named(
+    base: BaseModel, data_folder: Path, tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    folder = Path(shutil.copytree(data_folder, tmp_path / "copy"))
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_data(folder, base, 4)
+
+
+def test_data_of_a_newer_version_is_refused(base: BaseModel, data_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(data_folder, tmp_path / "copy"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 2}))
+    with pytest.raises(InputError, match="is of version 2; this release reads version 1"):
+        read_data(folder, base, 4)
 
 
 def test_prompts_may_hold_any_line_separator(tmp_path: Path) -> None:

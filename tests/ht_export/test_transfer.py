@@ -93,6 +93,19 @@ def test_a_newer_version_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": None}, "lacks or misstates 'recipe'"),
+        ({"base_model": {}}, "must be whole numbers"),
+        ({"layers": ["x"]}, "must be whole numbers"),
+    ],
+)
+def test_metadata_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_transfer_layers(write(tmp_path / "t.safetensors", {"x": torch.zeros(2)}, **changes))
+
+
+@pytest.mark.parametrize(
     ("tensors", "message"),
     [
         ({"step1.weight": torch.zeros(32, 32)}, r"step1\.bias is missing"),
