@@ -7,15 +7,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.progress import TimeRemainingColumn as RemainingColumn
 
 
-def progress_bar() -> Progress:
-    """Return a bar with count, elapsed and remaining time, drawn on stderr."""
+def progress_bar(*, disable: bool = False) -> Progress:
+    """Return a bar with count, elapsed and remaining time, drawn on stderr unless disabled."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         RemainingColumn(),
-        console=Console(stderr=True),
+        console=Console(stderr=True, quiet=disable),
+        disable=disable,
     )
 
 

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ht_export.tensors import write_safetensors
 from runtime.bindings import join_order
 from runtime.errors import InputError
-from runtime.files import atomic_path
 
 FORMAT_VERSION = 1
 METADATA_KEY = "hidden_transfer"
@@ -38,6 +37,7 @@ class TransferLayers(nn.Module):
         if not layers:
             raise InputError("at least one transfer layer is needed")
         self.layers = tuple(layers)
+        self.hidden_size = hidden_size
         # The same modules twice: a ModuleList registers them, a plain list has their type.
         self.linears = [nn.Linear(hidden_size, hidden_size) for _ in layers]
         self.maps = nn.ModuleList(self.linears)
@@ -68,6 +68,12 @@ class TransferLayers(nn.Module):
                     f"allowed: 0 (the embeddings) to {num_layers} (the last layer's output)"
                 )
 
+    def set_affine(self, step: int, weight: Tensor, bias: Tensor) -> None:
+        """Set the map of `step` (0-based) to weight [d, d] and bias [d]."""
+        with torch.no_grad():
+            self.linears[step].weight.copy_(weight)
+            self.linears[step].bias.copy_(bias)
+
     def forward(self, step: int, hidden: Tensor) -> Tensor:
         """Return the pseudo hidden states of `step` (0-based) for hidden states [..., d]."""
         return self.linears[step](hidden)
@@ -93,10 +99,9 @@ def save_transfer_layers(path: Path, transfer: TransferLayers, about: TransferFi
     }
     tensors: dict[str, Tensor] = {}
     for k, linear in enumerate(transfer.linears, start=1):
-        tensors[f"step{k}.weight"] = linear.weight.detach().to("cpu").contiguous()
-        tensors[f"step{k}.bias"] = linear.bias.detach().to("cpu").contiguous()
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(metadata)})
+        tensors[f"step{k}.weight"] = linear.weight
+        tensors[f"step{k}.bias"] = linear.bias
+    write_safetensors(path, tensors, {METADATA_KEY: json.dumps(metadata)})
 
 
 def load_transfer_layers(path: Path, base_model: dict[str, Any] | None = None) -> tuple[TransferLayers, TransferFile]:

@@ -24,7 +24,7 @@ import torch
 
 from ht_export.checkpoint import BaseModel, load_base_model
 from ht_export.progress import progress_bar
-from ht_export.training.data import read_prompts
+from ht_export.training.prompts import Conversation, read_conversations
 from runtime import GenerationResult, Generator, InputError, TreeSizes
 from runtime.command_line import integers
 
@@ -35,7 +35,7 @@ def main() -> int:
     """Run the benchmark; exit with 1 when a text differs from that of `transformers` other than at a tie."""
     options = parse_arguments()
     try:
-        prompts = read_prompts(options.prompts)
+        prompts = read_conversations(options.prompts)
         generator = Generator(options.engine, threads=options.threads)
         base = None if options.no_transformers else load_base_model(options.model)
     except InputError as error:
@@ -45,7 +45,7 @@ def main() -> int:
     spread = max(1, len(prompts) // options.count)
     chosen = prompts[::spread][: options.count]
     tree = TreeSizes(options.tree_rows, options.pseudo_rows) if options.tree_rows else None
-    generator.generate(chosen[0]["text"], max_new_tokens=8)
+    generator.generate(chosen[0].turns[0], max_new_tokens=8)
     rows = []
     with progress_bar() as progress:
         for prompt in progress.track(chosen, description="measuring"):
@@ -75,11 +75,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(
-    generator: Generator, base: BaseModel | None, prompt: dict[str, Any], max_new_tokens: int, tree: TreeSizes | None
+    generator: Generator, base: BaseModel | None, prompt: Conversation, max_new_tokens: int, tree: TreeSizes | None
 ) -> dict[str, Any]:
     """Return what one prompt gave in each way of decoding."""
-    row: dict[str, Any] = {"id": prompt["id"], "task": prompt["task"]}
-    text = prompt["text"]
+    row: dict[str, Any] = {"id": prompt.id, "task": prompt.task}
+    text = prompt.turns[0]
     plain, plain_seconds = timed(lambda: generator.generate(text, max_new_tokens=max_new_tokens, speculate=False))
     fast, fast_seconds = timed(lambda: generator.generate(text, max_new_tokens=max_new_tokens, tree=tree))
     row["identical_to_plain"] = fast.tokens == plain.tokens

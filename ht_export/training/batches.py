@@ -21,6 +21,11 @@ class AnchorBatch:
     input_ids: Tensor
     anchors: Tensor
     weights: Tensor
+    sequences: tuple[Sequence, ...]
+
+    def to(self, device: torch.device) -> AnchorBatch:
+        """Return this batch on `device`."""
+        return AnchorBatch(self.input_ids.to(device), self.anchors.to(device), self.weights.to(device), self.sequences)
 
 
 class BatchSampler:
@@ -34,12 +39,12 @@ class BatchSampler:
         self.seed = seed
         self.batches_per_pass = len(data) // self.sequences
 
-    def batch(self, step: int) -> AnchorBatch:
-        """Return the batch of training step `step` (from 0)."""
-        pass_index, index = divmod(step, self.batches_per_pass)
+    def batch(self, number: int) -> AnchorBatch:
+        """Return the batch `number` (from 0) of an endless row of batches."""
+        pass_index, index = divmod(number, self.batches_per_pass)
         order = self._order(pass_index)
         chosen = [self.data[i] for i in order[index * self.sequences : (index + 1) * self.sequences]]
-        rng = np.random.default_rng([self.seed, 1, step])
+        rng = np.random.default_rng([self.seed, 1, number])
         return make_batch(chosen, self.num_steps, self.anchors, rng)
 
     def _order(self, pass_index: int) -> list[int]:
@@ -48,7 +53,7 @@ class BatchSampler:
         batches: list[np.ndarray] = []
         bucket = BUCKET_BATCHES * self.sequences
         for start in range(0, len(shuffled), bucket):
-            part = sorted(shuffled[start : start + bucket], key=lambda i: _length(self.data[i]))
+            part = sorted(shuffled[start : start + bucket], key=lambda i: len(self.data[i]))
             batches += [np.array(part[i : i + self.sequences]) for i in range(0, len(part), self.sequences)]
         return [int(i) for b in rng.permutation(len(batches)) for i in batches[b]]
 
@@ -63,21 +68,19 @@ def make_batch(
     chosen = []
     for sequence in sequences:
         first = len(sequence.prompt) - 1
-        positions = np.arange(first, _length(sequence) - 1 - num_steps)
+        positions = np.arange(first, len(sequence) - 1 - num_steps)
         if max_anchors is not None and rng is not None and len(positions) > max_anchors:
             positions = np.sort(rng.choice(positions, max_anchors, replace=False))
         chosen.append(positions)
-    width = max(map(_length, sequences))
+    width = max(map(len, sequences))
     count = max(map(len, chosen))
     input_ids = np.zeros((len(sequences), width), dtype=np.int64)
     anchors = np.zeros((len(sequences), count), dtype=np.int64)
     weights = np.zeros((len(sequences), count), dtype=np.float32)
     for row, (sequence, positions) in enumerate(zip(sequences, chosen, strict=True)):
-        input_ids[row, : _length(sequence)] = sequence.prompt + sequence.answer
+        input_ids[row, : len(sequence)] = sequence.tokens
         anchors[row, : len(positions)] = positions
         weights[row, : len(positions)] = 1
-    return AnchorBatch(torch.from_numpy(input_ids), torch.from_numpy(anchors), torch.from_numpy(weights))
-
-
-def _length(sequence: Sequence) -> int:
-    return len(sequence.prompt) + len(sequence.answer)
+    return AnchorBatch(
+        torch.from_numpy(input_ids), torch.from_numpy(anchors), torch.from_numpy(weights), tuple(sequences)
+    )

@@ -1,16 +1,18 @@
-"""`ht-train`: make self-distillation text, fit transfer layers to it, measure them on held-out text."""
+"""`ht-train`: make self-distillation text, fit transfer layers to it, measure them, and find where they belong."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 from runtime.command_line import add_model, integers, run
+
+PLACEMENT_HELP = (
+    "transfer layer of each draft step, 0-based, the number of layers meaning the last one's output; as many numbers "
+    "as draft steps (default: 3 steps, all at two thirds of the depth)"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -19,12 +21,13 @@ def build_parser() -> argparse.ArgumentParser:
         prog="ht-train",
         description=__doc__,
         epilog="example: ht-train data smollm2-135m --prompts prompts.jsonl --out data/ && "
-        "ht-train fit smollm2-135m --data data/ --out transfer.safetensors",
+        "ht-train fit smollm2-135m --data data/ --out transfer.safetensors; docs/training.md walks through it",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_data(commands)
     _add_fit(commands)
     _add_eval(commands)
+    _add_sweep(commands)
     return parser
 
 
@@ -32,28 +35,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ht-train` and return its exit status: 0, or 1 with one line on stderr for a user's mistake."""
     options = build_parser().parse_args(arguments)
     again = "interrupted; run the same command again to continue"
-    return run("ht-train", lambda: options.run(options), interrupted=again)
+
+    def work() -> None:
+        # Imports torch and transformers, which --help and a mistyped option should not wait for.
+        from ht_export.training import commands
+
+        getattr(commands, f"run_{options.command}")(options)
+
+    return run("ht-train", work, interrupted=again)
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
     data = commands.add_parser(
         "data",
         help="generate the base model's own answers to a file of prompts",
-        description="Generate the base model's greedy answers to a file of prompts. Killed at any point, the same "
-        "command continues where it stopped.",
+        description="Generate the base model's own answers to a file of prompts, greedy unless --temperature is given. "
+        "Killed at any point, the same command continues where it stopped.",
     )
     add_model(data)
     data.add_argument(
-        "--prompts", type=Path, required=True, help="JSON lines with 'prompt', or 'turns' of which the first is used"
+        "--prompts", type=Path, required=True, help="JSON lines with 'prompt' (a string) or 'turns' (a list of strings)"
     )
+    data.add_argument("--exclude", type=Path, help="another such file; prompts that begin as one of it are left out")
     data.add_argument("--out", type=Path, required=True, help="folder for the shards and their manifest")
     data.add_argument("--max-prompts", type=int, help="use this many, drawn at random (default: all)")
+    data.add_argument("--max-turns", type=int, default=1, help="turns of a conversation to answer (default: 1)")
     data.add_argument("--max-prompt-tokens", type=int, default=256, help="leave out longer prompts (default: 256)")
     data.add_argument("--max-new-tokens", type=int, default=128, help="length limit of an answer (default: 128)")
+    data.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature (default: 0, greedy)")
+    data.add_argument("--top-k", type=int, default=0, help="sample from the k most probable tokens (default: 0, all)")
+    data.add_argument("--top-p", type=float, default=1.0, help="sample from this much probability (default: 1, all)")
     data.add_argument("--batch-size", type=int, default=32, help="prompts answered together (default: 32)")
-    data.add_argument("--seed", type=int, default=0, help="draws the prompts (default: 0)")
-    _add_dtype(data, "float32")
-    data.set_defaults(run=_run_data)
+    data.add_argument("--seed", type=int, default=0, help="draws prompts and samples (default: 0)")
+    _add_machine(data, "float32")
 
 
 def _add_fit(commands: argparse._SubParsersAction) -> None:
@@ -61,133 +75,106 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
         "fit",
         help="train transfer layers on generated data",
         description="Train transfer layers by KL to the frozen base model's distribution at random anchors of its own "
-        "text. Writes checkpoints; killed at any point, the same command continues and ends with the same weights.",
+        "text, from a start in closed form. Writes checkpoints; killed at any point, the same command continues and "
+        "ends with the same weights. On several GPUs: accelerate launch -m ht_export.training.cli fit ...",
     )
     add_model(fit)
     fit.add_argument("--data", type=Path, required=True, help="folder made by ht-train data")
     fit.add_argument("--held-out", type=Path, help="another such folder, to measure acceptance on; never trained on")
     fit.add_argument("--out", type=Path, required=True, help="transfer-layers file to write (.safetensors)")
-    fit.add_argument(
-        "--layers",
-        type=integers,
-        help="transfer layer of each draft step, 0-based, the number of layers meaning the last one's output "
-        "(default: 3 steps, all at two thirds of the depth)",
-    )
+    fit.add_argument("--layers", type=integers, help=PLACEMENT_HELP)
     fit.add_argument("--steps", type=int, default=500, help="optimizer steps (default: 500)")
-    fit.add_argument("--sequences", type=int, default=8, help="texts in a step (default: 8)")
-    fit.add_argument("--anchors", type=int, default=64, help="anchors in a text (default: 64)")
-    fit.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: 0.002)")
-    fit.add_argument("--seed", type=int, default=0, help="draws texts and anchors (default: 0)")
+    _add_batches(fit)
+    _add_loss(fit)
+    fit.add_argument("--patience", type=int, default=0, help="stop after so many held-out measurements in a row that "
+                     "bring nothing, and keep the best weights (default: 0, never)")  # fmt: skip
     fit.add_argument("--checkpoint", type=Path, help="checkpoint file (default: OUT with .checkpoint added)")
     fit.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints (default: 50)")
-    fit.add_argument("--evaluate-every", type=int, default=100, help="steps between held-out displays (default: 100)")
-    _add_dtype(fit, "bfloat16")
-    fit.set_defaults(run=_run_fit)
+    fit.add_argument("--evaluate-every", type=int, default=100, help="steps between held-out measurements "
+                     "(default: 100)")  # fmt: skip
+    fit.add_argument("--evaluate-texts", type=int, default=40, help="held-out texts of such a measurement; all are "
+                     "measured at the end (default: 40)")  # fmt: skip
+    fit.add_argument("--feature-cache", type=Path, help="folder that keeps the base model's states of the data, so "
+                     "that later passes over it skip the base model; large, see docs/training.md")  # fmt: skip
+    fit.add_argument("--log", type=Path, help="folder for TensorBoard logs (default: none)")
+    _add_machine(fit, "bfloat16")
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     evaluation = commands.add_parser(
         "eval",
         help="measure transfer layers on held-out text",
-        description="Print, as JSON, how often the base model's greedy token is in the draft's top 1/2/4/8 per step.",
+        description="Measure, on the base model's own text: top-1/2/4/8 and KL by draft step, rank-wise acceptance, "
+        "calibration, and tokens per step by tree rows. Prints JSON.",
     )
     add_model(evaluation)
     evaluation.add_argument("--transfer", type=Path, required=True, help="transfer-layers file")
     evaluation.add_argument("--data", type=Path, required=True, help="folder made by ht-train data")
-    evaluation.set_defaults(run=_run_eval)
+    evaluation.add_argument("--out", type=Path, help="folder for eval.json and plots as PNG files (default: none)")
+    evaluation.add_argument("--tree-rows", type=int, help="also simulate this tree (default: the export's default)")
+    evaluation.add_argument("--pseudo-rows", type=integers, help="its pseudo rows by draft step")
+    evaluation.add_argument("--store", action="store_true", help="put the statistics into the transfer-layers file")
+    _add_machine(evaluation, "float32")
 
 
-def _add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default=default,
-        help=f"of the base model's run (default: {default})",
+def _add_sweep(commands: argparse._SubParsersAction) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="find the best transfer layers and number of draft steps for a cost of rows",
+        description="Compare placements by successive halving: short fits of all, longer ones of the better half. "
+        "Prints a table and a recommendation; writes sweep.json, sweep.md and sweep.png. Killed at any point, the same "
+        "command continues.",
     )
+    add_model(sweep)
+    sweep.add_argument("--data", type=Path, required=True, help="folder made by ht-train data")
+    sweep.add_argument("--held-out", type=Path, required=True, help="another such folder, to measure acceptance on")
+    sweep.add_argument("--out", type=Path, required=True, help="folder for results and checkpoints")
+    sweep.add_argument("--row-cost", type=float, default=0.05, help="cost of one more row in a pass, in plain passes; "
+                       "scripts/benchmark.py measures it (default: 0.05, a CPU with few cores)")  # fmt: skip
+    sweep.add_argument("--draft-steps", type=int, default=3, help="draft steps to train; fewer are compared too "
+                       "(default: 3)")  # fmt: skip
+    sweep.add_argument("--placement", type=integers, action="append", dest="placements", metavar="LAYERS",
+                       help="compare this placement, such as 20,20,20; repeat for more (default: shared layers at 1/3, "
+                       "1/2, 2/3, 5/6 and all of the depth, and two staggered ones)")  # fmt: skip
+    sweep.add_argument("--steps", type=int, default=200, help="optimizer steps of the finalists (default: 200)")
+    sweep.add_argument("--rungs", type=int, default=3, help="times that the field is measured (default: 3)")
+    sweep.add_argument("--evaluate-texts", type=int, default=40, help="held-out texts to measure on (default: 40)")
+    _add_batches(sweep)
+    _add_loss(sweep)
+    _add_machine(sweep, "bfloat16")
 
 
-def _run_data(options: argparse.Namespace) -> None:
-    import torch
-
-    from ht_export.checkpoint import load_base_model
-    from ht_export.progress import progress_bar
-    from ht_export.training.data import DataSettings, generate_data
-
-    settings = DataSettings(
-        max_prompts=options.max_prompts,
-        max_prompt_tokens=options.max_prompt_tokens,
-        max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size,
-        seed=options.seed,
-    )
-    base = load_base_model(options.model, getattr(torch, options.dtype))
-    with progress_bar() as progress:
-        generate_data(base, options.prompts, options.out, settings, progress)
+def _add_batches(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sequences", type=int, default=8, help="texts in a batch (default: 8)")
+    parser.add_argument("--anchors", type=int, default=64, help="anchors in a text (default: 64)")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches of a step, shared among the processes "
+                        "(default: 1)")  # fmt: skip
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: 0.002)")
+    parser.add_argument("--init", choices=("ridge", "identity"), default="ridge",
+                        help="start from ridge regression on the base model's states, or from the identity "
+                        "(default: ridge)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="draws texts and anchors (default: 0)")
 
 
-def _run_fit(options: argparse.Namespace) -> None:
-    import torch
-
-    from ht_export.checkpoint import load_base_model
-    from ht_export.progress import progress_bar
-    from ht_export.training.data import read_data
-    from ht_export.training.evaluate import evaluate
-    from ht_export.training.fit import FitSettings, fit
-    from ht_export.transfer import TransferFile, save_transfer_layers
-    from runtime.files import check_writable
-
-    check_writable(options.out)
-    base = load_base_model(options.model, getattr(torch, options.dtype))
-    num_layers = base.model.config.num_hidden_layers
-    layers = options.layers or (round(num_layers * 2 / 3),) * 3
-    settings = FitSettings(
-        layers=layers,
-        steps=options.steps,
-        sequences=options.sequences,
-        anchors=options.anchors,
-        learning_rate=options.learning_rate,
-        seed=options.seed,
-    )
-    data = read_data(options.data, base, len(layers) + 1)
-    held_out = read_data(options.held_out, base, len(layers) + 1) if options.held_out else []
-    with progress_bar() as progress:
-        transfer = fit(
-            base,
-            data,
-            settings,
-            options.checkpoint or Path(f"{options.out}.checkpoint"),
-            progress,
-            held_out=held_out[:: max(1, len(held_out) // 40)],
-            evaluate_every=options.evaluate_every,
-            checkpoint_every=options.checkpoint_every,
-            report=progress.console.print,
-        )
-        acceptance = evaluate(base, transfer, held_out, progress=progress) if held_out else {}
-    tokens = sum(len(sequence.answer) for sequence in data)
-    recipe = {
-        **asdict(settings),
-        "data": {"sequences": len(data), "answer_tokens": tokens},
-        "dtype": options.dtype,
-        "versions": {"hidden-transfer": version("hidden-transfer"), "torch": torch.__version__},
-    }
-    save_transfer_layers(options.out, transfer, TransferFile(base.identity(), recipe, acceptance))
-    print(f"wrote {options.out}", file=sys.stderr)
+def _add_loss(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--step-weights", type=_numbers, help="weight of each draft step's loss (default: all 1)")
+    parser.add_argument("--loss-temperature", type=float, default=1.0, help="softens both distributions (default: 1)")
+    parser.add_argument("--loss-top-k", type=int, default=0, help="count only the base model's k most probable tokens "
+                        "(default: 0, all)")  # fmt: skip
 
 
-def _run_eval(options: argparse.Namespace) -> None:
-    from ht_export.attention import use_attention_rows
-    from ht_export.checkpoint import load_base_model
-    from ht_export.progress import progress_bar
-    from ht_export.training.data import read_data
-    from ht_export.training.evaluate import evaluate
-    from ht_export.transfer import load_transfer_layers
+def _add_machine(parser: argparse.ArgumentParser, dtype: str) -> None:
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype,
+                        help=f"of the base model's run (default: {dtype})")  # fmt: skip
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="where the base model runs (default: auto, a GPU when there is one)")  # fmt: skip
 
-    base = load_base_model(options.model)
-    transfer, _ = load_transfer_layers(options.transfer, base.identity())
-    data = read_data(options.data, base, transfer.num_steps + 1)
-    use_attention_rows(base.model)
-    with progress_bar() as progress:
-        print(json.dumps(evaluate(base, transfer, data, progress=progress), indent=2))
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,0.8,0.6") from None
 
 
 if __name__ == "__main__":

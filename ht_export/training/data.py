@@ -1,149 +1,89 @@
-"""Self-distillation text: the base model's own greedy answers to a file of prompts, in shards that resume.
+"""The data folder: self-distillation text in shards, and the manifest that says what it was made from.
 
-A data folder holds `manifest.json` (what the text was made from) and `shard-00000.jsonl`, ..., one line a sequence:
-`{"id": ..., "task": ..., "prompt": [token ids], "answer": [token ids]}`.
+`manifest.json` names the base model, the prompts and the settings; `shard-0-00000.jsonl` (turn, number) and so on
+hold one answer a line: `{"id": ..., "task": ..., "prompt": [token ids], "answer": [token ids]}`. The prompt of a later
+turn holds the turns and answers before it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import random
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.progress import Progress
-
 from ht_export.checkpoint import BaseModel
 from runtime.errors import InputError
-from runtime.files import atomic_path, sha256_file, write_json
+from runtime.files import atomic_path, write_json
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """How self-distillation text is made. `max_prompts` None takes all; lengths are in tokens."""
-
-    max_prompts: int | None = None
-    max_prompt_tokens: int = 256
-    max_new_tokens: int = 128
-    batch_size: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_prompts", "max_prompt_tokens", "max_new_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, not {value}")
+MANIFEST_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """One prompt with the base model's greedy answer, as token ids."""
+    """One prompt with the base model's answer, as token ids."""
 
     id: str
     task: str
     prompt: list[int]
     answer: list[int]
 
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
 
-def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file of prompts: each line has `prompt` (a string) or `turns` (a list; the first is used).
-
-    Optional fields: `id`, `task`. Raises `InputError` with the line number of the first line that does not fit.
-    """
-    if not path.is_file():
-        raise InputError(f"no prompts file at {path}; give a JSON-lines file with a 'prompt' on each line")
-    prompts = []
-    # Not splitlines(): JSON strings may hold other Unicode line separators unescaped.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            # Decoded here: text that is not UTF-8 has a line number too.
-            row = json.loads(line.decode("utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
-        text = _first_turn(row) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise InputError(f"{path}, line {number}: needs 'prompt' (a string) or 'turns' (a list of strings)")
-        prompts.append({"id": str(row.get("id", number)), "task": str(row.get("task", "")), "text": text})
-    if not prompts:
-        raise InputError(f"{path} holds no prompts")
-    return prompts
+    @property
+    def tokens(self) -> list[int]:
+        """The whole text."""
+        return self.prompt + self.answer
 
 
-def _first_turn(row: dict[str, Any]) -> Any:
-    turns = row.get("turns")
-    return row.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)
+def fingerprint(sequences: SequenceOf[Sequence]) -> str:
+    """Return a SHA-256 of the sequences' tokens, which tells two sets of data apart."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(json.dumps([sequence.prompt, sequence.answer]).encode())
+    return digest.hexdigest()
 
 
-def encode_prompt(base: BaseModel, text: str) -> list[int]:
-    """Return the ids of one user message in the model's chat template, or of the bare text when it has none."""
-    if not base.tokenizer.chat_template:
-        return list(base.tokenizer(text).input_ids)
-    return list(
-        base.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-    )
+class DataFolder:
+    """A data folder that is being made. Raises `InputError` when it holds data made otherwise."""
 
-
-def generate_data(
-    base: BaseModel, prompts_file: Path, folder: Path, settings: DataSettings, progress: Progress
-) -> None:
-    """Write the base model's greedy answers to `folder`, going on where an earlier run with these settings stopped."""
-    manifest = {
-        "version": MANIFEST_VERSION,
-        "base_model": base.identity(),
-        "dtype": str(base.model.dtype).removeprefix("torch."),
-        "prompts_sha256": sha256_file(prompts_file) if prompts_file.is_file() else "",
-        "settings": asdict(settings),
-    }
-    prompts = read_prompts(prompts_file)
-    _check_resumable(folder, manifest)
-    random.Random(settings.seed).shuffle(prompts)
-    encoded = [(row, encode_prompt(base, row["text"])) for row in prompts[: settings.max_prompts]]
-    encoded = [item for item in encoded if len(item[1]) <= settings.max_prompt_tokens]
-    if not encoded:
-        raise InputError(
-            f"{prompts_file}: every prompt is longer than {settings.max_prompt_tokens} tokens; "
-            "raise --max-prompt-tokens"
-        )
-    encoded.sort(key=lambda item: len(item[1]))
-    batches = [encoded[i : i + settings.batch_size] for i in range(0, len(encoded), settings.batch_size)]
-    write_json(folder / MANIFEST, {**manifest, "shards": len(batches), "sequences": len(encoded)})
-    task = progress.add_task("generating", total=len(batches))
-    for index, batch in enumerate(batches):
-        shard = folder / f"shard-{index:05d}.jsonl"
-        if not shard.exists():
-            answers = greedy_answers(base, [ids for _, ids in batch], settings.max_new_tokens)
-            with atomic_path(shard) as temporary:
-                temporary.write_text(
-                    "".join(
-                        json.dumps({"id": row["id"], "task": row["task"], "prompt": ids, "answer": answer}) + "\n"
-                        for (row, ids), answer in zip(batch, answers, strict=True)
-                    )
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = {"version": MANIFEST_VERSION, **manifest}
+        existing = path / MANIFEST
+        if existing.is_file():
+            earlier = _read_manifest(existing)
+            differing = [key for key, value in self.manifest.items() if earlier.get(key) != value]
+            if differing:
+                raise InputError(
+                    f"{path} holds data made with another {differing[0]}; choose a new folder, or repeat the earlier "
+                    "settings"
                 )
-        progress.advance(task)
+        else:
+            write_json(existing, {**self.manifest, "shards": None})
 
+    def shard(self, turn: int, number: int) -> list[Sequence] | None:
+        """Return the shard when it was written before, else None."""
+        path = self._shard_path(turn, number)
+        return _read_shard(path) if path.exists() else None
 
-def greedy_answers(base: BaseModel, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Return each prompt's greedy continuation, end-of-text token included, from one left-padded batch."""
-    model = base.model
-    stops = base.stop_tokens()
-    pad = base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else stops[0]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad
-        )
-    return [_until_stop(row, stops) for row in output[:, width:].tolist()]
+    def write_shard(self, turn: int, number: int, sequences: Iterable[Sequence]) -> None:
+        """Write one shard, whole or not at all."""
+        with atomic_path(self._shard_path(turn, number)) as temporary:
+            temporary.write_text("".join(json.dumps(asdict(sequence)) + "\n" for sequence in sequences))
+
+    def finish(self, **counts: int) -> None:
+        """Record that every shard is there, with `counts` about them."""
+        shards = [path.name for path in _shard_paths(self.path)]
+        write_json(self.path / MANIFEST, {**self.manifest, "shards": shards, **counts})
+
+    def _shard_path(self, turn: int, number: int) -> Path:
+        return self.path / f"shard-{turn}-{number:05d}.jsonl"
 
 
 def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[Sequence]:
@@ -161,21 +101,34 @@ def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[Seq
             f"{folder} was made with other weights ({manifest['base_model']['name']}, {made_with[:12]}) than "
             f"{base.source} ({base.weights_sha256[:12]}); make it again with: ht-train data"
         )
-    shards = sorted(folder.glob("shard-*.jsonl"))
-    if len(shards) != manifest["shards"]:
+    expected = manifest["shards"]
+    if expected is None:
+        raise InputError(f"{folder} is not finished; run ht-train data again with the same settings")
+    missing = [name for name in expected if not (folder / name).is_file()]
+    if missing:
         raise InputError(
-            f"{folder} has {len(shards)} of {manifest['shards']} shards; finish it by running ht-train data again"
+            f"{folder} lacks {len(missing)} of {len(expected)} shards (first: {missing[0]}); copy them too, or delete "
+            f"{MANIFEST} and run ht-train data again"
         )
-    sequences = [s for shard in shards for s in _read_shard(shard) if len(s.answer) >= min_answer_tokens]
+    sequences = [s for name in expected for s in _read_shard(folder / name) if len(s.answer) >= min_answer_tokens]
     if not sequences:
-        raise InputError(f"{folder} holds no answer of at least {min_answer_tokens} tokens")
+        raise InputError(
+            f"{folder} holds no answer of at least {min_answer_tokens} tokens, one more than there are draft steps; "
+            "make longer ones with --max-new-tokens"
+        )
     return sequences
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shard-*.jsonl"))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, _, _ = manifest["version"], manifest["shards"], manifest["base_model"]["weights_sha256"]
+        version = manifest["version"]
+        if version == MANIFEST_VERSION:
+            _, _ = manifest["shards"], manifest["base_model"]["weights_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error!r}); delete its folder and make the data again") from error
     if version != MANIFEST_VERSION:
@@ -188,25 +141,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _read_shard(path: Path) -> list[Sequence]:
     try:
-        return [Sequence(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [_sequence(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}); delete it and run ht-train data again") from error
 
 
-def _check_resumable(folder: Path, manifest: dict[str, Any]) -> None:
-    path = folder / MANIFEST
-    if not path.is_file():
-        return
-    earlier = _read_manifest(path)
-    differing = [key for key, value in manifest.items() if earlier.get(key) != value]
-    if differing:
-        raise InputError(
-            f"{folder} holds data made with another {differing[0]}; choose a new folder, or repeat the earlier settings"
-        )
-
-
-def _until_stop(ids: list[int], stops: list[int]) -> list[int]:
-    for index, token in enumerate(ids):
-        if token in stops:
-            return ids[: index + 1]
-    return ids
+def _sequence(row: dict[str, Any]) -> Sequence:
+    sequence = Sequence(**row)
+    for name in ("prompt", "answer"):
+        ids = getattr(sequence, name)
+        if not isinstance(ids, list) or not ids or not all(isinstance(token, int) for token in ids):
+            raise ValueError(f"{name} must be a list of token ids")
+    return sequence

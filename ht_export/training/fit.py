@@ -2,59 +2,112 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from rich.progress import Progress
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ht_export.attention import use_attention_rows
 from ht_export.checkpoint import BaseModel
 from ht_export.families import decoder_parts
-from ht_export.training.batches import AnchorBatch, BatchSampler
-from ht_export.training.data import Sequence
-from ht_export.training.drafts import draft_hidden, run_context
-from ht_export.training.evaluate import evaluate
+from ht_export.training.batches import AnchorBatch, BatchSampler, make_batch
+from ht_export.training.checkpoints import FitState, load_checkpoint, save_checkpoint
+from ht_export.training.data import Sequence, fingerprint
+from ht_export.training.drafts import Context, draft_hidden, run_context
+from ht_export.training.evaluate import evaluate, headline
+from ht_export.training.features import FeatureCache
+from ht_export.training.losses import Losses, Objective, draft_losses
+from ht_export.training.memory import estimate, peak_memory
+from ht_export.training.ridge import RidgeRegression
 from ht_export.transfer import TransferLayers
 from runtime.errors import InputError
-from runtime.files import atomic_path
+
+INITIALISATIONS = ("ridge", "identity")
+SCHEDULES = ("cosine", "constant")
+# Texts of the initial regression; more do not change its outcome noticeably.
+RIDGE_TEXTS = 2048
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How transfer layers are fitted; two runs with equal settings, data and precision give equal weights on a CPU."""
+    """How transfer layers are fitted; two runs with equal settings, data and precision give equal weights on a CPU.
+
+    A step takes `accumulate` batches of `sequences` texts with `anchors` anchors each, whatever the number of
+    processes. `patience` is how many held-out measurements in a row may bring nothing before the fit stops; 0 never
+    stops it.
+    """
 
     layers: tuple[int, ...]
     steps: int = 500
     sequences: int = 8
     anchors: int = 64
+    accumulate: int = 1
+    init: str = "ridge"
     learning_rate: float = 2e-3
     warmup_steps: int = 20
+    schedule: str = "cosine"
     final_learning_rate: float = 0.02
     max_gradient_norm: float = 1.0
+    step_weights: tuple[float, ...] | None = None
+    loss_temperature: float = 1.0
+    loss_top_k: int = 0
+    patience: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "sequences", "anchors", "learning_rate", "max_gradient_norm"):
+        for name in ("steps", "sequences", "anchors", "accumulate", "learning_rate", "max_gradient_norm"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be more than 0, not {getattr(self, name)}")
+        for name, allowed in (("init", INITIALISATIONS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)}")
+        if self.step_weights is not None and len(self.step_weights) != len(self.layers):
+            raise InputError(
+                f"step_weights has {len(self.step_weights)} numbers for {len(self.layers)} draft steps; give one each"
+            )
+        _ = self.objective
+
+    @property
+    def objective(self) -> Objective:
+        """The loss that these settings ask for."""
+        weights = self.step_weights or (1.0,) * len(self.layers)
+        return Objective(weights, self.loss_temperature, self.loss_top_k)
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of `step` (from 0): linear warm-up, then a cosine to a share of the peak."""
+        """Return the learning rate of `step` (from 0): linear warm-up, then constant or a cosine to a small share."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         low = self.final_learning_rate
         return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class MetricLog(Protocol):
+    """Where the numbers of a fit go; `torch.utils.tensorboard.SummaryWriter` is one."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
+        """Record one value."""
+        ...
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a fit cost: anchors per second of training time, peak memory in bytes, and the steps taken."""
+
+    steps: int
+    best_step: int
+    anchors_per_second: float
+    peak_memory: int
 
 
 def fit(
@@ -67,107 +120,181 @@ def fit(
     held_out: SequenceOf[Sequence] = (),
     evaluate_every: int = 100,
     checkpoint_every: int = 50,
+    feature_cache: Path | None = None,
+    log: MetricLog | None = None,
+    accelerator: Accelerator | None = None,
     report: Callable[[str], None] = print,
-) -> TransferLayers:
+) -> tuple[TransferLayers, FitReport]:
     """Train transfer layers for `base` on `data`, continuing from `checkpoint` when that exists.
 
-    `held_out` is measured every `evaluate_every` steps for the display only; it does not steer the training.
+    `held_out` is measured every `evaluate_every` steps. With `settings.patience` the fit stops when that brings nothing
+    more, and the best weights are returned; without, it steers nothing. Under `accelerate launch` or `torchrun` the
+    batches of a step are shared among the processes. Raises `InputError`.
     """
-    use_attention_rows(base.model)
+    accelerator = accelerator or Accelerator(cpu=base.model.device.type == "cpu")
+    if settings.patience and not held_out:
+        raise InputError("stopping early needs held-out data: give --held-out, or leave --patience at 0")
     transfer = TransferLayers(settings.layers, base.model.config.hidden_size)
     transfer.check_layers(base.model.config.num_hidden_layers)
-    optimizer = torch.optim.AdamW(transfer.parameters(), lr=settings.learning_rate, weight_decay=0.0)
-    fingerprint = {"settings": asdict(settings), "base": base.weights_sha256, "sequences": len(data)}
-    first = _load_checkpoint(checkpoint, transfer, optimizer, fingerprint)
-    if first:
-        report(f"continuing at step {first} from {checkpoint}")
-    sampler = BatchSampler(data, settings.sequences, settings.anchors, transfer.num_steps, settings.seed)
+    needed = estimate(base, transfer, settings.sequences, settings.anchors, max(map(len, data)))
+    needed.check(base.model.device)
+    transfer.to(base.model.device)
+    state = FitState(transfer, _optimizer(transfer, settings))
+    run = _run_identity(settings, base, data)
+    trainer = _Trainer(base, data, settings, state, accelerator, feature_cache, progress)
+    if checkpoint.exists():
+        load_checkpoint(checkpoint, state, run)
+        report(f"continuing at step {state.step} from {checkpoint}")
+    else:
+        trainer.initialise(progress)
+    first = state.step
     bar = progress.add_task("fitting", total=settings.steps, completed=first)
+    seconds = 0.0
     shown = ""
-    for step in range(first, settings.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate(step)
-        losses = draft_losses(base, transfer, sampler.batch(step))
-        losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(transfer.parameters(), settings.max_gradient_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        done = step + 1
-        if done % checkpoint_every == 0 or done == settings.steps:
-            _save_checkpoint(checkpoint, transfer, optimizer, done, fingerprint)
-        if held_out and (done % evaluate_every == 0 or done == settings.steps):
-            top = evaluate(base, transfer, held_out)["top"]
-            by_step = zip(*(top[str(n)] for n in (1, 2, 4, 8)), strict=True)
-            shown = "  held-out top-1/2/4/8 " + ", ".join("/".join(f"{v:.2f}" for v in values) for values in by_step)
-            report(f"step {done}: loss {_show(losses)}{shown}")
-        progress.update(bar, completed=done, description=f"fitting  loss {_show(losses)}{shown}")
-    return transfer
+    while state.step < settings.steps and not _stopping(state, settings, evaluate_every):
+        started = perf_counter()
+        by_step = trainer.step()
+        seconds += perf_counter() - started
+        speed = (state.step - first) * trainer.anchors_per_step / seconds
+        if log:
+            for k, loss in enumerate(by_step.tolist(), start=1):
+                log.add_scalar(f"loss/step_{k}", loss, state.step)
+            log.add_scalar("learning_rate", settings.rate(state.step - 1), state.step)
+            log.add_scalar("anchors_per_second", speed, state.step)
+        if held_out and (state.step % evaluate_every == 0 or state.step == settings.steps):
+            found = evaluate(base, transfer, held_out)
+            state.note(sum(w * kl for w, kl in zip(settings.objective.weights, found["kl"], strict=True)))
+            shown = f"  held-out top-1/2/4/8 {headline(found)}"
+            report(f"step {state.step}: loss {_show(by_step)}{shown}")
+            if log:
+                _log_acceptance(log, found, state.step)
+        if accelerator.is_main_process and (state.step % checkpoint_every == 0 or state.step == settings.steps):
+            save_checkpoint(checkpoint, state, run)
+        progress.update(
+            bar, completed=state.step, description=f"fitting  loss {_show(by_step)}  {speed:,.0f} anchors/s{shown}"
+        )
+    if settings.patience and state.best:
+        transfer.load_state_dict(state.best)
+    speed = (state.step - first) * trainer.anchors_per_step / seconds if seconds else 0.0
+    best_step = state.best_step if settings.patience else state.step
+    return transfer, FitReport(state.step, best_step, speed, peak_memory(base.model.device))
 
 
-def draft_losses(base: BaseModel, transfer: TransferLayers, batch: AnchorBatch) -> Tensor:
-    """Return the mean KL(base || draft) of each step, [K], in nats."""
+def anchor_losses(
+    base: BaseModel, transfer: TransferLayers, batch: AnchorBatch, context: Context, objective: Objective
+) -> tuple[Tensor, Losses]:
+    """Return the last layer's output [N, K, d] of the N used anchors' drafts, and their losses."""
     parts = decoder_parts(base.model)
-    num_layers = len(parts.layers)
-    context = run_context(base.model, transfer, batch.input_ids)
+    length = batch.input_ids.shape[1]
     used = batch.weights > 0
-    with torch.no_grad():
-        steps = torch.arange(1, transfer.num_steps + 1)
-        targets = batch.anchors[..., None] + steps
-        length = batch.input_ids.shape[1]
-        flat = (targets + length * torch.arange(len(targets))[:, None, None])[used]
-        # Neighbouring anchors share target positions: the base model's head runs once for each.
-        positions, index = torch.unique(flat, return_inverse=True)
-        rows = context.hidden[num_layers].flatten(0, 1)[positions]
-        base_probability = parts.head(parts.norm(rows)).to(torch.float32).softmax(-1)
-        base_entropy = torch.special.entr(base_probability).sum(-1)
-    hidden = draft_hidden(base.model, transfer, context, batch.anchors)
-    losses = []
-    for k in range(transfer.num_steps):
-        logits = parts.head(parts.norm(hidden[:, :, k][used])).to(torch.float32)
-        cross = cross_entropy(logits, base_probability[index[:, k]])
-        losses.append(cross - base_entropy[index[:, k]].mean())
-    return torch.stack(losses)
+    steps = torch.arange(1, transfer.num_steps + 1, device=used.device)
+    offsets = length * torch.arange(len(batch.anchors), device=used.device)
+    targets = (batch.anchors[..., None] + steps + offsets[:, None, None])[used]
+    drafts = draft_hidden(base.model, transfer, context, batch.anchors)[used]
+    states = context.hidden[len(parts.layers)].flatten(0, 1)
+    return drafts, draft_losses(parts, drafts.detach(), states, targets, objective)
+
+
+class _Trainer:
+    """One process's share of the optimizer steps."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        data: SequenceOf[Sequence],
+        settings: FitSettings,
+        state: FitState,
+        accelerator: Accelerator,
+        feature_cache: Path | None,
+        progress: Progress,
+    ) -> None:
+        use_attention_rows(base.model)
+        self.base = base
+        self.data = data
+        self.settings = settings
+        self.state = state
+        self.accelerator = accelerator
+        self.sampler = BatchSampler(data, settings.sequences, settings.anchors, state.transfer.num_steps, settings.seed)
+        self.anchors_per_step = settings.accumulate * self.sampler.sequences * settings.anchors
+        self.cache: FeatureCache | None = None
+        if feature_cache is not None:
+            with accelerator.main_process_first():
+                self.cache = FeatureCache(feature_cache, base, state.transfer, data, progress)
+
+    def initialise(self, progress: Progress) -> None:
+        """Set the weights to begin with. Every process computes the same."""
+        if self.settings.init == "identity":
+            return
+        texts = self.data[:: max(1, len(self.data) // RIDGE_TEXTS)]
+        regression = RidgeRegression(self.state.transfer)
+        starts = range(0, len(texts), self.settings.sequences)
+        bar = progress.add_task("regression", total=len(starts))
+        ordered = sorted(texts, key=len)
+        for start in starts:
+            chosen = ordered[start : start + self.settings.sequences]
+            batch = make_batch(chosen, self.state.transfer.num_steps, None, None)
+            regression.add(self._context(batch.to(self.base.model.device)), map(len, chosen))
+            progress.advance(bar)
+        regression.solve()
+
+    def step(self) -> Tensor:
+        """Take one optimizer step and return the mean loss of each draft step, [K]."""
+        settings, state, accelerator = self.settings, self.state, self.accelerator
+        total = torch.zeros(state.transfer.num_steps, device=self.base.model.device)
+        for micro in range(accelerator.process_index, settings.accumulate, accelerator.num_processes):
+            batch = self.sampler.batch(state.step * settings.accumulate + micro).to(self.base.model.device)
+            drafts, losses = anchor_losses(self.base, state.transfer, batch, self._context(batch), settings.objective)
+            drafts.backward(losses.gradient / settings.accumulate)
+            total += losses.by_step / settings.accumulate
+        if accelerator.num_processes > 1:
+            total = accelerator.reduce(total, "sum")
+            for parameter in state.transfer.parameters():
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = accelerator.reduce(gradient, "sum")
+        torch.nn.utils.clip_grad_norm_(state.transfer.parameters(), settings.max_gradient_norm)
+        for group in state.optimizer.param_groups:
+            group["lr"] = settings.rate(state.step)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        return total
+
+    def _context(self, batch: AnchorBatch) -> Context:
+        if self.cache is not None:
+            return self.cache.context(batch)
+        return run_context(self.base.model, self.state.transfer, batch.input_ids)
+
+
+def _optimizer(transfer: TransferLayers, settings: FitSettings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(transfer.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+
+
+def _run_identity(settings: FitSettings, base: BaseModel, data: SequenceOf[Sequence]) -> dict[str, Any]:
+    """Return what a resumed run must have in common with the run of its checkpoint."""
+    run = {**asdict(settings), "base model": base.weights_sha256, "data": fingerprint(data)}
+    # Where they decide nothing about a step they may differ: a run can be made longer.
+    del run["patience"]
+    if settings.schedule == "constant":
+        del run["steps"]
+    run["dtype"] = str(base.model.dtype)
+    return run
+
+
+def _stopping(state: FitState, settings: FitSettings, evaluate_every: int) -> bool:
+    """Whether as many held-out measurements as `patience` says brought nothing."""
+    measured_since_best = (state.step - state.best_step) // evaluate_every
+    return bool(settings.patience and state.best and measured_since_best >= settings.patience)
+
+
+def _log_acceptance(log: MetricLog, found: dict[str, Any], step: int) -> None:
+    for n, shares in found["top"].items():
+        for k, share in enumerate(shares, start=1):
+            log.add_scalar(f"held_out/step_{k}_top_{n}", share, step)
+    for k, kl in enumerate(found["kl"], start=1):
+        log.add_scalar(f"held_out/step_{k}_kl", kl, step)
+    for rows, tokens in found["tokens_per_step"].items():
+        log.add_scalar(f"held_out/tokens_per_step_{rows}_rows", tokens, step)
 
 
 def _show(losses: Tensor) -> str:
     return "/".join(f"{loss:.3f}" for loss in losses.tolist())
-
-
-def _save_checkpoint(
-    path: Path, transfer: TransferLayers, optimizer: torch.optim.Optimizer, step: int, fingerprint: dict[str, Any]
-) -> None:
-    tensors = {}
-    for name, parameter in transfer.named_parameters():
-        state = optimizer.state[parameter]
-        tensors[name] = parameter.detach()
-        tensors[f"{name}.exp_avg"] = state["exp_avg"]
-        tensors[f"{name}.exp_avg_sq"] = state["exp_avg_sq"]
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"fit": json.dumps({"step": step, "run": fingerprint})})
-
-
-def _load_checkpoint(
-    path: Path, transfer: TransferLayers, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]
-) -> int:
-    """Restore weights and optimizer from `path` and return the step to continue at; 0 when there is no checkpoint."""
-    if not path.exists():
-        return 0
-    try:
-        with safe_open(path, framework="pt") as file:
-            saved = json.loads((file.metadata() or {})["fit"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is not a checkpoint of ht-train fit ({error}); delete it to start again") from error
-    if saved["run"] != json.loads(json.dumps(fingerprint)):
-        raise InputError(
-            f"{path} is the checkpoint of a run with other settings, data or base model; repeat those, "
-            "name another --checkpoint, or delete it to start again"
-        )
-    for name, parameter in transfer.named_parameters():
-        parameter.data = tensors[name]
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(saved["step"])),
-            "exp_avg": tensors[f"{name}.exp_avg"],
-            "exp_avg_sq": tensors[f"{name}.exp_avg_sq"],
-        }
-    return int(saved["step"])

@@ -1,0 +1,169 @@
+"""What pseudo rows read of the base model's run over the data, kept on disk so that later passes need not repeat it.
+
+A cache folder holds `features.json` (what it was made from) and `features-00000.safetensors`, ...: for each text one
+tensor [tokens, F], the states that are joined or are the base model's output, then keys and values of each layer
+passed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ht_export.checkpoint import BaseModel
+from ht_export.tensors import write_safetensors
+from ht_export.training.batches import AnchorBatch, make_batch
+from ht_export.training.data import Sequence, fingerprint
+from ht_export.training.drafts import Context, run_context
+from ht_export.transfer import TransferLayers
+from runtime.errors import InputError
+from runtime.files import write_json
+
+DESCRIPTION = "features.json"
+TEXTS_PER_FILE = 64
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class FeatureLayout:
+    """The parts of a token's features: states of these layers, then keys and values of layers first_layer..L-1."""
+
+    state_layers: tuple[int, ...]
+    first_layer: int
+    num_layers: int
+    hidden_size: int
+    key_value_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, base: BaseModel, transfer: TransferLayers) -> FeatureLayout:
+        """Return what training `transfer` reads."""
+        config = base.model.config
+        return cls(
+            state_layers=tuple(sorted({*transfer.layers, config.num_hidden_layers})),
+            first_layer=min(transfer.layers),
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            key_value_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        )
+
+    @property
+    def width(self) -> int:
+        """F, the values of a token."""
+        passed = self.num_layers - self.first_layer
+        return len(self.state_layers) * self.hidden_size + passed * 2 * self.key_value_heads * self.head_dim
+
+    def pack(self, context: Context, row: int, length: int) -> Tensor:
+        """Return the features [length, F] of one text."""
+        parts = [context.hidden[layer][row, :length] for layer in self.state_layers]
+        for layer in range(self.first_layer, self.num_layers):
+            for states in (context.keys[layer], context.values[layer]):
+                parts.append(states[row, :, :length].transpose(0, 1).flatten(1))
+        return torch.cat(parts, dim=1)
+
+    def unpack(self, features: Tensor) -> Context:
+        """Return the context of features [B, N, F]."""
+        context = Context()
+        heads = self.key_value_heads * self.head_dim
+        passed = range(self.first_layer, self.num_layers)
+        widths = [self.hidden_size] * len(self.state_layers) + [heads] * (2 * len(passed))
+        parts = features.split(widths, dim=-1)
+        for layer, part in zip(self.state_layers, parts, strict=False):
+            context.hidden[layer] = part
+        rest = iter(parts[len(self.state_layers) :])
+        for layer in passed:
+            for states in (context.keys, context.values):
+                states[layer] = next(rest).unflatten(-1, (self.key_value_heads, self.head_dim)).transpose(1, 2)
+        return context
+
+
+class FeatureCache:
+    """Features of every text of the data, made once. Raises `InputError` for a folder made for anything else."""
+
+    def __init__(
+        self,
+        folder: Path,
+        base: BaseModel,
+        transfer: TransferLayers,
+        data: SequenceOf[Sequence],
+        progress: Progress,
+    ) -> None:
+        self.folder = folder
+        self.layout = FeatureLayout.of(base, transfer)
+        self.dtype = base.model.dtype
+        self.index = {id(sequence): number for number, sequence in enumerate(data)}
+        self._check_description(base, data)
+        self._make(base, transfer, data, progress)
+
+    def context(self, batch: AnchorBatch) -> Context:
+        """Return what `run_context` would for the batch; past a text's end there are zeros."""
+        count, width = batch.input_ids.shape
+        features = torch.zeros(count, width, self.layout.width, dtype=self.dtype)
+        for row, sequence in enumerate(batch.sequences):
+            number = self.index[id(sequence)]
+            path = self._path(number // TEXTS_PER_FILE)
+            try:
+                with safe_open(path, framework="pt") as file:
+                    features[row, : len(sequence)] = file.get_tensor(str(number))
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path} is damaged ({error}); delete it and start again") from error
+        return self.layout.unpack(features.to(batch.input_ids.device))
+
+    def _check_description(self, base: BaseModel, data: SequenceOf[Sequence]) -> None:
+        description: dict[str, Any] = {
+            "weights_sha256": base.weights_sha256,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "state_layers": list(self.layout.state_layers),
+            "first_layer": self.layout.first_layer,
+            "data_sha256": fingerprint(data),
+        }
+        path = self.folder / DESCRIPTION
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise InputError(f"{path} is damaged ({error}); delete its folder") from error
+            differing = [key for key, value in description.items() if found.get(key) != value]
+            if differing:
+                raise InputError(
+                    f"{self.folder} holds features of another {differing[0]}; name a new --feature-cache, "
+                    "or delete that folder"
+                )
+        else:
+            write_json(path, description)
+
+    def _make(self, base: BaseModel, transfer: TransferLayers, data: SequenceOf[Sequence], progress: Progress) -> None:
+        groups = [range(i, min(i + TEXTS_PER_FILE, len(data))) for i in range(0, len(data), TEXTS_PER_FILE)]
+        missing = [group for number, group in enumerate(groups) if not self._path(number).is_file()]
+        needed = sum(len(data[i]) for group in missing for i in group) * self.layout.width * self.dtype.itemsize
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise InputError(
+                f"the feature cache needs {needed >> 20} MiB more in {self.folder} and {free >> 20} MiB are free; "
+                "choose another disk, or train without --feature-cache"
+            )
+        bar = progress.add_task("caching features", total=len(groups), completed=len(groups) - len(missing))
+        for group in missing:
+            tensors: dict[str, Tensor] = {}
+            ordered = sorted(group, key=lambda i: len(data[i]))
+            for start in range(0, len(ordered), BATCH):
+                chosen = ordered[start : start + BATCH]
+                batch = make_batch([data[i] for i in chosen], transfer.num_steps, None, None)
+                context = run_context(base.model, transfer, batch.input_ids.to(base.model.device))
+                for row, i in enumerate(chosen):
+                    tensors[str(i)] = self.layout.pack(context, row, len(data[i])).cpu().contiguous()
+            write_safetensors(self._path(group.start // TEXTS_PER_FILE), tensors)
+            progress.advance(bar)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"features-{number:05d}.safetensors"

@@ -1,0 +1,87 @@
+"""KL of the drafts to the base model's distribution, and its gradient, with one chunk of logits in memory at a time.
+
+A vocabulary-sized row for each draft would dwarf everything else in training. The gradient of a row's KL with respect
+to its logits is known in closed form, softmax(draft) - softmax(base), so each chunk goes through the LM head, back, and
+is forgotten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ht_export.families import DecoderParts
+from runtime.errors import InputError
+
+CHUNK_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What drafts are pulled towards.
+
+    `weights` [K] weigh the steps; both distributions are softened by `temperature`; with `top_k` above 0 only the base
+    model's k most probable tokens count, renormalised.
+    """
+
+    weights: tuple[float, ...]
+    temperature: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.weights) < 0 or sum(self.weights) == 0:
+            raise InputError(f"step weights must be at least 0 and not all 0, not {self.weights}")
+        if self.temperature <= 0:
+            raise InputError(f"the loss's temperature must be above 0, not {self.temperature}")
+        if self.top_k < 0:
+            raise InputError(f"the loss's top_k must be at least 0 (0 takes all tokens), not {self.top_k}")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """by_step [K], the mean KL(base || draft) of each step in nats; gradient [N, K, d] of their weighted sum."""
+
+    by_step: Tensor
+    gradient: Tensor
+
+
+@torch.no_grad()
+def draft_losses(parts: DecoderParts, drafts: Tensor, states: Tensor, targets: Tensor, objective: Objective) -> Losses:
+    """Return the losses of `drafts`.
+
+    drafts [N, K, d] and states [M, d] are outputs of the last layer, of pseudo rows and of the base model's own rows;
+    targets [N, K] say which state predicts the token that a draft stands for. The gradient is of the drafts.
+    """
+    count, num_steps = targets.shape
+    gradient = torch.zeros_like(drafts)
+    totals = torch.zeros(num_steps, device=drafts.device)
+    scale = objective.temperature / max(1, count)
+    for start in range(0, count, CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        # Neighbouring anchors share target positions: the base model's head runs once for each.
+        positions, index = torch.unique(targets[rows], return_inverse=True)
+        wanted, negative_entropy = _base_distribution(parts.head(parts.norm(states[positions])), objective)
+        for k in range(num_steps):
+            leaf = drafts[rows, k].detach().requires_grad_()
+            with torch.enable_grad():
+                output = parts.head(parts.norm(leaf))
+            logits = output.detach().float().div_(objective.temperature)
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            target = wanted[index[:, k]]
+            cross = normaliser[:, 0] - (target * logits).sum(-1)
+            totals[k] += (cross + negative_entropy[index[:, k]]).sum()
+            error = logits.sub_(normaliser).exp_().sub_(target).mul_(objective.weights[k] * scale)
+            gradient[rows, k] = torch.autograd.grad(output, leaf, error.to(output.dtype))[0]
+    return Losses(totals / max(1, count), gradient)
+
+
+def _base_distribution(logits: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Return the distribution [U, V] that drafts are pulled towards, and its negative entropy [U]."""
+    logits = logits.float().div_(objective.temperature)
+    if 0 < objective.top_k < logits.shape[-1]:
+        least = logits.topk(objective.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probabilities = logits.softmax(-1)
+    return probabilities, -torch.special.entr(probabilities).sum(-1)

@@ -1,0 +1,98 @@
+"""Plots of acceptance and of placement sweeps, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from runtime.files import atomic_path
+
+SIZE = (6.4, 4.0)
+
+
+def plot_acceptance(found: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw statistics of `evaluate`: acceptance by top n and rank, calibration, tokens per step; return the files."""
+    return [
+        _plot_top(found, folder / "acceptance.png"),
+        _plot_ranks(found, folder / "ranks.png"),
+        _plot_calibration(found, folder / "calibration.png"),
+        _plot_tokens(found, folder / "tokens_per_step.png"),
+    ]
+
+
+def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Draw the candidates of a sweep: the cost of a pass against tokens per step, with lines of equal speed-up."""
+    figure, axes = _axes("cost of a pass (plain passes)", "tokens per step")
+    costs = [row["cost"] for row in rows]
+    for row in rows:
+        axes.plot(row["cost"], row["tokens_per_step"], "o" if row["finalist"] else ".", color="tab:blue")
+        axes.annotate(
+            row["name"], (row["cost"], row["tokens_per_step"]), fontsize=7, xytext=(4, 2), textcoords="offset points"
+        )
+    best = max(row["speedup"] for row in rows)
+    ends = [min(costs), max(costs)]
+    for speedup in (best, 0.95 * best, 0.9 * best):
+        axes.plot(ends, [speedup * end for end in ends], ":", color="grey", linewidth=0.8)
+    axes.set_title(f"dotted: equal speed-up ({best:.2f}, {0.95 * best:.2f}, {0.9 * best:.2f})", fontsize=9)
+    return _save(figure, path)
+
+
+def _plot_top(found: dict[str, Any], path: Path) -> Path:
+    figure, axes = _axes("draft step", "share of positions")
+    num_steps = len(found["kl"])
+    for position, (n, shares) in enumerate(found["top"].items()):
+        width = 0.8 / len(found["top"])
+        places = [k + (position - (len(found["top"]) - 1) / 2) * width for k in range(1, num_steps + 1)]
+        axes.bar(places, shares, width, label=f"top {n}")
+    axes.set_xticks(range(1, num_steps + 1))
+    axes.set_ylim(0, 1)
+    axes.legend()
+    return _save(figure, path)
+
+
+def _plot_ranks(found: dict[str, Any], path: Path) -> Path:
+    figure, axes = _axes("rank of the candidate", "share accepted, given the steps before")
+    for k, shares in enumerate(found["ranks"], start=1):
+        axes.semilogy(range(1, len(shares) + 1), [share or None for share in shares], "o-", label=f"step {k}")
+    axes.legend()
+    return _save(figure, path)
+
+
+def _plot_calibration(found: dict[str, Any], path: Path) -> Path:
+    figure, axes = _axes("draft probability", "share right, given the steps before")
+    axes.plot([0, 1], [0, 1], ":", color="grey")
+    for k, table in enumerate(found["calibration"], start=1):
+        bins = table["bins"]
+        label = f"step {k} (error {table['error']:.3f})"
+        axes.plot([entry["predicted"] for entry in bins], [entry["observed"] for entry in bins], "o-", label=label)
+    axes.legend()
+    return _save(figure, path)
+
+
+def _plot_tokens(found: dict[str, Any], path: Path) -> Path:
+    figure, axes = _axes("tree rows, pseudo rows on each", "tokens per step")
+    rows = [int(rows) for rows in found["tokens_per_step"]]
+    axes.plot(rows, list(found["tokens_per_step"].values()), "o-")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(rows, [str(count) for count in rows])
+    axes.set_ylim(bottom=1)
+    return _save(figure, path)
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Any]:
+    # Not pyplot: it keeps figures alive and wants a display.
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    return path

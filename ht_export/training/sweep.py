@@ -1,0 +1,197 @@
+"""Where transfer layers belong, and how many draft steps pay: short fits, of which the better half goes on.
+
+Successive halving (Jamieson and Talwalkar, arXiv 1502.07943): every placement is trained for a few steps, the better
+half of them for twice as many, and so on. All train at a constant learning rate, so that a fit can be made longer; the
+accuracies are those of short fits and rank placements, no more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from ht_export.checkpoint import BaseModel
+from ht_export.training.cost import RowCosts, best_choice
+from ht_export.training.data import Sequence, fingerprint
+from ht_export.training.evaluate import predict, statistics
+from ht_export.training.fit import FitSettings, fit
+from runtime.errors import InputError
+from runtime.files import write_json
+
+RESULTS = "sweep.json"
+# Of the depth: shared layers, and layers that differ by step; 1 is Medusa's place.
+SHARED = (1 / 3, 1 / 2, 2 / 3, 5 / 6, 1)
+STAGGERED = ((2 / 3, 1 / 2, 1 / 3), (5 / 6, 3 / 4, 2 / 3))
+
+Placement = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """`placements` to compare, training `steps` of the finalists, number of `rungs`, cost of a row (see `RowCosts`)."""
+
+    placements: tuple[Placement, ...]
+    steps: int = 200
+    rungs: int = 3
+    row_cost: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.rungs < 1 or self.steps < 2 ** (self.rungs - 1):
+            raise InputError(
+                f"rungs must be at least 1 and steps at least 2 to the power of rungs - 1; "
+                f"not {self.rungs} rungs and {self.steps} steps"
+            )
+        if not self.placements:
+            raise InputError("a sweep needs at least one placement")
+
+    def rung_steps(self) -> list[int]:
+        """Return the training steps that a placement has behind it at the end of each rung."""
+        return [self.steps // 2 ** (self.rungs - 1 - rung) for rung in range(self.rungs)]
+
+
+def default_placements(num_layers: int, num_steps: int) -> tuple[Placement, ...]:
+    """Return placements that span the depth: one layer for all steps, and a layer for each step."""
+    placements = [(round(num_layers * share),) * num_steps for share in SHARED]
+    for shares in STAGGERED:
+        extended = (*shares, *(shares[-1],) * num_steps)
+        placements.append(tuple(round(num_layers * share) for share in extended[:num_steps]))
+    return tuple(dict.fromkeys(placements))
+
+
+def sweep(
+    base: BaseModel,
+    data: SequenceOf[Sequence],
+    held_out: SequenceOf[Sequence],
+    fit_settings: FitSettings,
+    settings: SweepSettings,
+    folder: Path,
+    progress: Progress,
+    report: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Compare placements and return a row for each, the best first; `folder` keeps checkpoints and results.
+
+    Killed at any point, the same call continues. A row has name, layers, steps, finalist, top1 and top8 by draft step,
+    and for the best row counts at this row cost: sizes, tokens_per_step, cost, speedup. Raises `InputError`.
+    """
+    costs = RowCosts.of(base, settings.row_cost)
+    about = {
+        "sweep": asdict(replace(settings, row_cost=0.0)),
+        "fit": {k: v for k, v in asdict(fit_settings).items() if k not in ("layers", "steps")},
+        "base_model": base.identity(),
+        "data_sha256": fingerprint([*data, *held_out]),
+        "row_cost": settings.row_cost,
+    }
+    measured = _read_results(folder / RESULTS, about)
+    alive = list(settings.placements)
+    bar = progress.add_task("placements", total=_fits(len(alive), settings.rungs))
+    for rung, steps in enumerate(settings.rung_steps()):
+        for layers in alive:
+            name = _name(layers)
+            at_rung = measured.setdefault(name, {})
+            # A resumed sweep ranks by what was measured at the rung, not by what came after.
+            if str(steps) not in at_rung:
+                settings_here = replace(fit_settings, layers=layers, steps=steps, schedule="constant", patience=0)
+                transfer, _ = fit(
+                    base, data, settings_here, folder / f"{name}.checkpoint", progress, report=lambda _: None
+                )
+                texts = list(predict(base, transfer, held_out))
+                choice = best_choice(texts, layers, costs)
+                found = statistics(texts)
+                at_rung[str(steps)] = {
+                    "name": name,
+                    "layers": list(layers),
+                    "steps": steps,
+                    "top1": found["top"]["1"],
+                    "top8": found["top"]["8"],
+                    "sizes": {
+                        "tree_rows": choice.sizes.tree_rows,
+                        "pseudo_rows": list(choice.sizes.pseudo_rows),
+                    },
+                    "tokens_per_step": round(choice.tokens_per_step, 4),
+                    "cost": round(choice.cost, 4),
+                    "speedup": round(choice.speedup, 4),
+                }
+                write_json(folder / RESULTS, {**about, "results": measured})
+                report(f"{name} after {steps} steps: {_summary(at_rung[str(steps)])}")
+            for task in progress.task_ids:
+                if task != bar:
+                    progress.remove_task(task)
+            progress.advance(bar)
+        if rung + 1 < settings.rungs:
+            speedups = {layers: measured[_name(layers)][str(steps)]["speedup"] for layers in alive}
+            alive = sorted(alive, key=lambda layers: -speedups[layers])[: max(1, (len(alive) + 1) // 2)]
+    finalists = {_name(layers) for layers in alive}
+    last = {name: max(at_rung.values(), key=lambda row: row["steps"]) for name, at_rung in measured.items()}
+    rows = [{**row, "finalist": name in finalists} for name, row in last.items()]
+    return sorted(rows, key=lambda row: (not row["finalist"], -row["speedup"]))
+
+
+def table(rows: SequenceOf[dict[str, Any]]) -> str:
+    """Return the rows of a sweep as a Markdown table."""
+    lines = [
+        "| layers | trained | top-1 by step | top-8 | tree rows | pseudo rows | tokens per step | cost | speed-up |",
+        "| --- | ---: | --- | --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        layers = ",".join(map(str, row["layers"]))
+        shown = f"**{layers}**" if row is rows[0] else layers
+        top1, top8 = (" ".join(f"{share:.2f}" for share in row[key]) for key in ("top1", "top8"))
+        pseudo = ",".join(map(str, row["sizes"]["pseudo_rows"]))
+        lines.append(
+            f"| {shown} | {row['steps']} | {top1} | {top8} | {row['sizes']['tree_rows']} | {pseudo} | "
+            f"{row['tokens_per_step']:.2f} | {row['cost']:.2f} | {row['speedup']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def recommendation(rows: SequenceOf[dict[str, Any]], row_cost: float) -> str:
+    """Return one sentence with the best placement, its draft steps and row counts."""
+    best = rows[0]
+    used = sum(1 for count in best["sizes"]["pseudo_rows"] if count)
+    if not used:
+        return f"at {row_cost} plain passes a row nothing is faster than plain decoding"
+    layers = ",".join(map(str, best["layers"][:used]))
+    return (
+        f"at {row_cost} plain passes a row: --layers {layers}, {best['sizes']['tree_rows']} tree rows, "
+        f"{best['sizes']['pseudo_rows'][0]} pseudo rows a step: {best['tokens_per_step']:.2f} tokens per step at "
+        f"{best['cost']:.2f} plain passes"
+    )
+
+
+def _name(layers: Placement) -> str:
+    return "-".join(map(str, layers))
+
+
+def _fits(count: int, rungs: int) -> int:
+    total = 0
+    for _ in range(rungs):
+        total += count
+        count = max(1, (count + 1) // 2)
+    return total
+
+
+def _summary(row: dict[str, Any]) -> str:
+    top1 = "/".join(f"{share:.2f}" for share in row["top1"])
+    return f"top-1 {top1}, {row['tokens_per_step']:.2f} tokens per step, speed-up {row['speedup']:.2f}"
+
+
+def _read_results(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        results = found["results"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); delete its folder and sweep again") from error
+    differing = [key for key, value in json.loads(json.dumps(about)).items() if found.get(key) != value]
+    if differing:
+        raise InputError(
+            f"{path.parent} holds a sweep with another {differing[0]}; choose a new --out, or repeat those settings"
+        )
+    return results

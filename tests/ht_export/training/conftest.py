@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.progress import Progress
+
+from ht_export.attention import use_attention_rows
+from ht_export.checkpoint import BaseModel, load_base_model
+from ht_export.training.data import Sequence, read_data
+from ht_export.training.generate import DataSettings, generate_data
+
+SETTINGS = DataSettings(max_new_tokens=24, batch_size=4)
+QUIET = Progress(disable=True)
+
+
+@pytest.fixture(scope="session")
+def base(tiny_checkpoint: Path) -> BaseModel:
+    loaded = load_base_model(str(tiny_checkpoint))
+    use_attention_rows(loaded.model)
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"id": i, "task": "ab"[i % 2], "prompt": f"Prompt number {i * 37 % 11}{'.' * i}"} for i in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory, base: BaseModel, prompts_file: Path) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    generate_data(base, prompts_file, folder, SETTINGS, QUIET)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sequences(base: BaseModel, data_folder: Path) -> list[Sequence]:
+    return read_data(data_folder, base, 4)

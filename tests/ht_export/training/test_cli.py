@@ -1,0 +1,111 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ht_export.checkpoint import load_base_model
+from ht_export.training import cli
+from ht_export.transfer import load_transfer_layers
+
+PNG = b"\x89PNG"
+SHORT = ["--sequences", "2", "--anchors", "4", "--dtype", "float32"]
+
+
+def test_the_commands_go_from_prompts_to_measured_transfer_layers(
+    tiny_checkpoint: Path, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, folder, out = str(tiny_checkpoint), str(tmp_path / "data"), tmp_path / "t.safetensors"
+    lengths = ["--max-new-tokens", "24", "--batch-size", "4"]
+    assert cli.main(["data", model, "--prompts", str(prompts_file), "--out", folder, *lengths]) == 0
+    places = ["--data", folder, "--held-out", folder, "--out", str(out), "--log", str(tmp_path / "log")]
+    assert cli.main(["fit", model, *places, "--layers", "2,3", "--steps", "4", "--evaluate-every", "2", *SHORT]) == 0
+    assert "wrote " in (said := capsys.readouterr().err)
+    assert "anchors/s, peak memory" in said
+    transfer, about = load_transfer_layers(out, load_base_model(model).identity())
+    assert transfer.layers == (2, 3)
+    assert about.recipe["steps"] == 4
+    assert about.recipe["report"]["peak_memory"] > 0
+    events = EventAccumulator(str(tmp_path / "log")).Reload()
+    assert {"loss/step_1", "loss/step_2", "held_out/step_1_top_1", "learning_rate"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss/step_1")] == [1, 2, 3, 4]
+
+    arguments = ["eval", model, "--transfer", str(out), "--data", folder, "--out", str(tmp_path / "eval")]
+    assert cli.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out) == about.acceptance
+    assert json.loads((tmp_path / "eval" / "eval.json").read_text()) == about.acceptance
+    plots = sorted((tmp_path / "eval").glob("*.png"))
+    assert [plot.stem for plot in plots] == ["acceptance", "calibration", "ranks", "tokens_per_step"]
+    assert all(plot.read_bytes().startswith(PNG) for plot in plots)
+
+
+def test_eval_stores_its_statistics_and_leaves_the_weights(
+    tiny_checkpoint: Path, tiny_transfer: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(tiny_transfer.read_bytes())
+    options = ["--tree-rows", "6", "--pseudo-rows", "6,3,1"]
+    arguments = ["eval", str(tiny_checkpoint), "--transfer", str(copy), "--data", str(data_folder), "--store", *options]
+    assert cli.main(arguments) == 0
+    transfer, about = load_transfer_layers(copy)
+    assert about.acceptance == json.loads(capsys.readouterr().out)
+    assert about.acceptance["sizes"]["pseudo_rows"] == [6, 3, 1]
+    before, _ = load_transfer_layers(tiny_transfer)
+    for name, tensor in before.state_dict().items():
+        torch.testing.assert_close(transfer.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "MODEL", "--prompts", "nowhere.jsonl", "--out", "OUT"], "no prompts file at nowhere.jsonl"),
+        (
+            ["data", "MODEL", "--prompts", "PROMPTS", "--out", "OUT", "--batch-size", "0"],
+            "batch_size must be at least 1",
+        ),
+        (
+            ["data", "MODEL", "--prompts", "PROMPTS", "--out", "OUT", "--temperature", "-1"],
+            "temperature and top_k must be at least 0",
+        ),
+        (["data", "MODEL", "--prompts", "PROMPTS", "--out", "PROMPTS/d"], "cannot write"),
+        (["data", "MODEL", "--prompts", "PROMPTS", "--out", "OUT", "--device", "cuda"], "torch finds no CUDA GPU"),
+        (["fit", "MODEL", "--data", "OUT", "--out", "t"], "is not a data folder"),
+        (["fit", "MODEL", "--data", "DATA", "--out", "PROMPTS/t"], "cannot write"),
+        (["fit", "MODEL", "--data", "DATA", "--out", "t", "--layers", "9"], "transfer layer 9 does not exist"),
+        (["fit", "MODEL", "--data", "DATA", "--out", "t", "--steps", "0"], "steps must be more than 0"),
+        (
+            ["fit", "MODEL", "--data", "DATA", "--out", "t", "--layers", "2,3", "--step-weights", "1"],
+            "step_weights has 1 numbers for 2 draft steps",
+        ),
+        (["fit", "MODEL", "--data", "DATA", "--out", "t", "--patience", "2"], "stopping early needs held-out data"),
+        (["eval", "MODEL", "--transfer", "nowhere", "--data", "DATA"], "no transfer layers at nowhere"),
+        (
+            ["sweep", "MODEL", "--data", "DATA", "--held-out", "DATA", "--out", "OUT", "--row-cost", "3"],
+            "between 0 and 1 plain passes, not 3.0",
+        ),
+        (
+            ["sweep", "MODEL", "--data", "DATA", "--held-out", "DATA", "--out", "OUT", "--steps", "1"],
+            "not 3 rungs and 1 steps",
+        ),
+    ],
+)
+def test_a_users_mistake_is_one_line(
+    tiny_checkpoint: Path,
+    prompts_file: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(tmp_path)
+    places = {"MODEL": tiny_checkpoint, "PROMPTS": prompts_file, "DATA": data_folder, "OUT": tmp_path / "new"}
+    words = [str(places.get(word, word)).replace("PROMPTS/", f"{prompts_file}/") for word in arguments]
+    assert cli.main(words) == 1
+    captured = capsys.readouterr().err
+    assert message in captured
+    assert "Traceback" not in captured

@@ -1,0 +1,191 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ht_export.checkpoint import BaseModel, load_base_model
+from ht_export.training import generate
+from ht_export.training.data import Sequence, fingerprint, read_data
+from ht_export.training.generate import DataSettings, answer, generate_data
+from ht_export.training.prompts import Conversation, encode_chat, read_conversations, without_duplicates
+from runtime.errors import InputError
+from tests.conftest import save_checkpoint, tiny_llama
+from tests.ht_export.training.conftest import QUIET, SETTINGS
+
+
+def test_answers_are_the_base_models_own_whatever_their_batch(base: BaseModel) -> None:
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20]]
+    together = answer(base, prompts, DataSettings(max_new_tokens=12))
+    for prompt, tokens in zip(prompts, together, strict=True):
+        ids = torch.tensor([prompt])
+        output = base.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+        assert tokens == output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generation_continues_after_a_kill_with_the_same_text(
+    base: BaseModel, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    settings = replace(SETTINGS, temperature=temperature)
+    generate_data(base, prompts_file, tmp_path / "whole", settings, QUIET)
+    calls = 0
+
+    def dies_at_the_second_batch(*arguments: Any) -> list[list[int]]:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return answer(*arguments)
+
+    monkeypatch.setattr(generate, "answer", dies_at_the_second_batch)
+    with pytest.raises(KeyboardInterrupt):
+        generate_data(base, prompts_file, tmp_path / "killed", settings, QUIET)
+    with pytest.raises(InputError, match="is not finished; run ht-train data again"):
+        read_data(tmp_path / "killed", base, 4)
+    generate_data(base, prompts_file, tmp_path / "killed", settings, QUIET)
+    assert calls == 4
+    assert read_data(tmp_path / "killed", base, 4) == read_data(tmp_path / "whole", base, 4)
+
+
+def test_sampled_text_depends_on_the_seed_and_differs_from_greedy_text(base: BaseModel) -> None:
+    prompts = [[5, 6, 7], [8, 9, 10]]
+    sampled = DataSettings(max_new_tokens=16, temperature=1.5)
+    greedy = answer(base, prompts, DataSettings(max_new_tokens=16))
+    assert answer(base, prompts, sampled, seed=3) == answer(base, prompts, sampled, seed=3)
+    assert answer(base, prompts, sampled, seed=3) != answer(base, prompts, sampled, seed=4)
+    assert answer(base, prompts, sampled, seed=3) != greedy
+    assert answer(base, prompts, replace(sampled, top_k=1), seed=3) == greedy
+
+
+def test_a_later_turn_follows_the_base_models_answer_to_the_one_before(base: BaseModel, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"id": "a", "turns": ["one", "two"]}, {"id": "b", "prompt": "alone"}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate_data(base, prompts, tmp_path / "data", replace(SETTINGS, max_turns=3), QUIET)
+    found = {sequence.id: sequence for sequence in read_data(tmp_path / "data", base, 1)}
+    assert sorted(found) == ["a/1", "a/2", "b/1"]
+    said = base.tokenizer.decode(found["a/1"].answer, skip_special_tokens=True)
+    assert found["a/2"].prompt == encode_chat(base.tokenizer, ["one", "two"], [said])
+    assert base.tokenizer.decode(found["a/2"].prompt).startswith(
+        f"<s><|user|>one</s><|assistant|>{said}</s><|user|>two"
+    )
+
+
+def test_duplicates_and_held_out_prompts_are_left_out(base: BaseModel, tmp_path: Path) -> None:
+    prompts, held_out = tmp_path / "prompts.jsonl", tmp_path / "held-out.jsonl"
+    texts = ["Why is  the sky blue?", "why is the sky blue? ", "Why not?", "Held out"]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    held_out.write_text(json.dumps({"turns": ["held OUT", "and on"]}) + "\n")
+    generate_data(base, prompts, tmp_path / "data", SETTINGS, QUIET, held_out)
+    assert sorted(sequence.id for sequence in read_data(tmp_path / "data", base, 1)) == ["1/1", "3/1"]
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    assert (manifest["sequences"], manifest["duplicates_or_excluded"], manifest["too_long"]) == (2, 2, 0)
+    assert manifest["base_model"] == base.identity()
+    assert manifest["settings"]["seed"] == 0
+    with pytest.raises(InputError, match="every prompt is in"):
+        generate_data(base, held_out, tmp_path / "none", SETTINGS, QUIET, held_out)
+
+
+@given(st.lists(st.lists(st.sampled_from(["a", "A ", " a b", "b"]), min_size=1, max_size=2)))
+def test_what_is_kept_is_distinct_and_in_order(turns: list[list[str]]) -> None:
+    conversations = [Conversation(str(i), "", tuple(t)) for i, t in enumerate(turns)]
+    kept = without_duplicates(conversations)
+    assert len({c.words for c in kept}) == len(kept) == len({c.words for c in conversations})
+    assert [c for c in conversations if c in kept] == kept
+
+
+def test_a_folder_of_other_settings_is_not_mixed(base: BaseModel, prompts_file: Path, data_folder: Path) -> None:
+    with pytest.raises(InputError, match="made with another settings"):
+        generate_data(base, prompts_file, data_folder, DataSettings(max_new_tokens=5), QUIET)
+
+
+def test_data_of_other_weights_is_refused(data_folder: Path, tmp_path: Path) -> None:
+    other = load_base_model(str(save_checkpoint(tmp_path, tiny_llama(seed=1))))
+    with pytest.raises(InputError, match="was made with other weights"):
+        read_data(data_folder, other, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": \n', "line 2: not valid JSON"),
+        ('{"prompt": "a"}\n\n{"text": "b"}\n', "line 3: needs 'prompt'"),
+        ('["a"]\n', "line 1: needs 'prompt'"),
+        ('{"turns": "abc"}\n', "line 1: needs 'prompt'"),
+        ('{"turns": {"a": 1}}\n', "line 1: needs 'prompt'"),
+        ('{"turns": ["a", 1]}\n', "line 1: needs 'prompt'"),
+        ('{"turns": []}\n', "line 1: needs 'prompt'"),
+        ('{"prompt": " "}\n', "line 1: needs 'prompt'"),
+        ('{"prompt": "a"}\n{"prompt": "\udcff"}\n', "line 2: not valid JSON"),
+        ("\n", "holds no prompts"),
+    ],
+)
+def test_prompts_that_cannot_be_read_name_the_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(InputError, match=message):
+        read_conversations(path)
+
+
+def test_prompts_may_hold_any_line_separator(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"turns": ["one\u2028two\x85three", "next"]}, ensure_ascii=False) + "\n")
+    assert [c.turns for c in read_conversations(path)] == [("one\u2028two\x85three", "next")]
+
+
+def test_prompts_that_are_all_too_long(base: BaseModel, prompts_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no prompt has at most 3 tokens \(the shortest has \d+\); raise"):
+        generate_data(base, prompts_file, tmp_path, DataSettings(max_prompt_tokens=3), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("manifest.json", "{", r"manifest\.json is damaged"),
+        ("manifest.json", "{}", r"manifest\.json is damaged"),
+        ("shard-0-00001.jsonl", '{"id": 1}', r"shard-0-00001\.jsonl is damaged"),
+        ("shard-0-00001.jsonl", '{"id": ', r"shard-0-00001\.jsonl is damaged"),
+        (
+            "shard-0-00001.jsonl",
+            '{"id": "1", "task": "", "prompt": [1], "answer": ["x"]}',
+            "answer must be a list of token ids",
+        ),
+        ("shard-0-00001.jsonl", None, r"lacks 1 of 3 shards \(first: shard-0-00001"),
+    ],
+)
+def test_damaged_data_is_named(
+    base: BaseModel, data_folder: Path, tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    folder = Path(shutil.copytree(data_folder, tmp_path / "copy"))
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_data(folder, base, 4)
+
+
+def test_data_of_a_newer_version_is_refused(base: BaseModel, data_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(data_folder, tmp_path / "copy"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 3}))
+    with pytest.raises(InputError, match="is of version 3; this release reads version 2"):
+        read_data(folder, base, 4)
+
+
+def test_answers_too_short_to_learn_from(base: BaseModel, data_folder: Path) -> None:
+    with pytest.raises(InputError, match="holds no answer of at least 99 tokens"):
+        read_data(data_folder, base, 99)
+
+
+def test_the_fingerprint_tells_texts_apart() -> None:
+    one = Sequence("0", "", [1, 2], [3])
+    assert fingerprint([one]) == fingerprint([replace(one, id="x")])
+    assert fingerprint([one]) != fingerprint([Sequence("0", "", [1], [2, 3])])
+    assert fingerprint([one]) != fingerprint([one, one])

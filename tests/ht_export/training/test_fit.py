@@ -1,0 +1,283 @@
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from ht_export.checkpoint import BaseModel
+from ht_export.training import fit as fit_module
+from ht_export.training.batches import make_batch
+from ht_export.training.data import Sequence
+from ht_export.training.drafts import run_context
+from ht_export.training.features import FeatureCache
+from ht_export.training.fit import FitSettings, anchor_losses, fit
+from ht_export.training.memory import estimate
+from ht_export.training.ridge import RidgeRegression
+from ht_export.transfer import TransferLayers, load_transfer_layers
+from runtime.errors import InputError
+from tests.ht_export.training.conftest import QUIET
+
+SETTINGS = FitSettings(
+    layers=(2, 3), steps=30, sequences=4, anchors=8, init="identity", learning_rate=0.02, warmup_steps=2
+)
+
+
+def run(
+    base: BaseModel, data: list[Sequence], checkpoint: Path, settings: FitSettings = SETTINGS, **options: Any
+) -> TransferLayers:
+    options.setdefault("report", lambda _: None)
+    transfer, _ = fit(base, data, settings, checkpoint, QUIET, **options)
+    return transfer
+
+
+def losses_of(base: BaseModel, transfer: TransferLayers, sequences: list[Sequence]) -> torch.Tensor:
+    batch = make_batch(sequences, transfer.num_steps, None, None)
+    context = run_context(base.model, transfer, batch.input_ids)
+    _, losses = anchor_losses(base, transfer, batch, context, replace(SETTINGS, layers=transfer.layers).objective)
+    return losses.by_step
+
+
+def assert_equal(one: TransferLayers, other: TransferLayers) -> None:
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def test_fitting_lowers_the_loss(base: BaseModel, sequences: list[Sequence], tmp_path: Path) -> None:
+    untrained = losses_of(base, TransferLayers((2, 3), 32), sequences)
+    assert (losses_of(base, run(base, sequences, tmp_path / "c"), sequences) < 0.7 * untrained).all()
+
+
+def test_the_regression_is_the_best_affine_map_to_the_later_state(base: BaseModel, sequences: list[Sequence]) -> None:
+    transfer = TransferLayers((2, 3), 32)
+    regression = RidgeRegression(transfer)
+    contexts = []
+    for sequence in sequences:
+        context = run_context(base.model, transfer, torch.tensor([sequence.tokens]))
+        regression.add(context, [len(sequence)])
+        contexts.append(context)
+    regression.solve()
+
+    def error(k: int, change: float) -> float:
+        torch.manual_seed(0)
+        weight = transfer.linears[k].weight + change * torch.randn(32, 32)
+        total = 0.0
+        for context in contexts:
+            states = context.hidden[transfer.layers[k]][0, 4:]
+            used = len(states) - transfer.num_steps
+            found = states[:used] @ weight.T + transfer.linears[k].bias
+            total += float((found - states[k + 1 : k + 1 + used]).square().sum())
+        return total
+
+    for k in range(2):
+        assert error(k, 0.0) < min(error(k, 1e-2), error(k, -1e-2))
+
+
+def test_the_regression_beats_the_identity(base: BaseModel, sequences: list[Sequence], tmp_path: Path) -> None:
+    one_step = replace(SETTINGS, init="ridge", steps=1, learning_rate=1e-9)
+    regressed = losses_of(base, run(base, sequences, tmp_path / "c", one_step), sequences)
+    assert (regressed < losses_of(base, TransferLayers((2, 3), 32), sequences)).all()
+
+
+def test_the_regression_says_when_the_data_is_too_small(base: BaseModel, tmp_path: Path) -> None:
+    few = [Sequence("0", "", [5, 6, 7], [8, 9, 10, 11, 12])]
+    with pytest.raises(InputError, match=r"has 2 positions for the initial regression of 33 unknowns"):
+        run(base, few, tmp_path / "c", replace(SETTINGS, init="ridge"))
+
+
+@pytest.mark.parametrize("patience", [0, 5])
+def test_a_fit_that_was_interrupted_ends_with_the_same_weights(
+    base: BaseModel, sequences: list[Sequence], tmp_path: Path, patience: int
+) -> None:
+    settings = replace(SETTINGS, patience=patience)
+    measured = {"held_out": sequences[:2], "evaluate_every": 10}
+    whole = run(base, sequences, tmp_path / "whole", settings, **measured)
+
+    def dies(text: str) -> None:
+        if text.startswith("step 20"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(base, sequences, tmp_path / "killed", settings, report=dies, checkpoint_every=8, **measured)
+    assert_equal(whole, run(base, sequences, tmp_path / "killed", settings, **measured))
+
+
+def test_a_fit_killed_twice_with_sigkill_ends_with_the_same_weights(
+    tiny_checkpoint: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    def command(out: Path) -> list[str]:
+        options = "--layers 2,3 --steps 300 --sequences 4 --anchors 8 --checkpoint-every 10 --dtype float32"
+        places = ["--data", str(data_folder), "--out", str(out)]
+        return [sys.executable, "-m", "ht_export.training.cli", "fit", str(tiny_checkpoint), *places, *options.split()]
+
+    def steps_done(checkpoint: Path) -> int:
+        if not checkpoint.exists():
+            return 0
+        with safe_open(checkpoint, framework="pt") as file:
+            return json.loads(file.metadata()["fit"])["step"]
+
+    subprocess.run(command(tmp_path / "whole.safetensors"), check=True, capture_output=True, timeout=300)
+    killed = tmp_path / "killed.safetensors"
+    checkpoint = Path(f"{killed}.checkpoint")
+    for _ in range(2):
+        before = steps_done(checkpoint)
+        process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while steps_done(checkpoint) <= before:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert steps_done(checkpoint) < 300
+    subprocess.run(command(killed), check=True, capture_output=True, timeout=300)
+    assert_equal(load_transfer_layers(tmp_path / "whole.safetensors")[0], load_transfer_layers(killed)[0])
+
+
+def test_accumulated_batches_are_one_large_batch(base: BaseModel, sequences: list[Sequence], tmp_path: Path) -> None:
+    # All texts, every anchor: only the split into batches differs.
+    equal = [replace(s, prompt=s.prompt[:4], answer=s.answer[:12]) for s in sequences[:8]]
+    together = run(base, equal, tmp_path / "1", replace(SETTINGS, steps=1, sequences=8, anchors=99))
+    apart = run(base, equal, tmp_path / "2", replace(SETTINGS, steps=1, sequences=4, accumulate=2, anchors=99))
+    for name, tensor in together.state_dict().items():
+        torch.testing.assert_close(apart.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_share_a_step_and_reach_the_same_weights(
+    tiny_checkpoint: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    def command(out: str) -> list[str]:
+        options = "--layers 2,3 --steps 5 --sequences 2 --anchors 8 --accumulate 2 --dtype float32 --device cpu"
+        places = ["--data", str(data_folder), "--out", str(tmp_path / out)]
+        return ["ht_export.training.cli", "fit", str(tiny_checkpoint), *places, *options.split()]
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([sys.executable, "-m", *command("one")], check=True, capture_output=True, timeout=300)
+    subprocess.run([*torchrun, "-m", *command("two")], check=True, capture_output=True, timeout=300)
+    one, two = (load_transfer_layers(tmp_path / name)[0] for name in ("one", "two"))
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_feature_cache_changes_nothing_and_is_made_once(
+    base: BaseModel, sequences: list[Sequence], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = replace(SETTINGS, steps=4)
+    without = run(base, sequences, tmp_path / "without", short)
+    cached = run(base, sequences, tmp_path / "with", short, feature_cache=tmp_path / "cache")
+    for name, tensor in without.state_dict().items():
+        torch.testing.assert_close(cached.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(fit_module, "run_context", None)
+    monkeypatch.setattr("ht_export.training.features.run_context", None)
+    assert_equal(cached, run(base, sequences, tmp_path / "again", short, feature_cache=tmp_path / "cache"))
+    transfer = TransferLayers((1, 3), 32)
+    with pytest.raises(InputError, match="holds features of another state_layers"):
+        FeatureCache(tmp_path / "cache", base, transfer, sequences, QUIET)
+    file = tmp_path / "cache" / "features-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"features-00000\.safetensors is damaged"):
+        run(base, sequences, tmp_path / "more", short, feature_cache=tmp_path / "cache")
+
+
+def test_a_feature_cache_larger_than_the_disk_is_not_begun(
+    base: BaseModel, sequences: list[Sequence], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(InputError, match=r"MiB more in .* and 0 MiB are free; choose another disk"):
+        run(base, sequences, tmp_path / "c", feature_cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.safetensors"))
+
+
+def test_a_fit_stops_when_held_out_text_gains_nothing_and_keeps_the_best_weights(
+    base: BaseModel, sequences: list[Sequence], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, 2.0, 2.5, 2.4, 2.3, 0.0])
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def evaluate(_: BaseModel, transfer: TransferLayers, __: list[Sequence]) -> dict[str, Any]:
+        seen.append({name: tensor.clone() for name, tensor in transfer.state_dict().items()})
+        return {"kl": [next(losses), 0.0], "top": {str(n): [0.0, 0.0] for n in (1, 2, 4, 8)}}
+
+    monkeypatch.setattr(fit_module, "evaluate", evaluate)
+    settings = replace(SETTINGS, patience=3)
+    transfer, report = fit(
+        base, sequences, settings, tmp_path / "c", QUIET, held_out=sequences, evaluate_every=4, report=lambda _: None
+    )
+    assert (report.steps, report.best_step) == (20, 8)
+    for name, tensor in transfer.state_dict().items():
+        torch.testing.assert_close(tensor, seen[1][name], rtol=0, atol=0)
+    with pytest.raises(InputError, match="needs held-out data"):
+        run(base, sequences, tmp_path / "d", settings)
+
+
+def test_step_weights_decide_what_is_learned(base: BaseModel, sequences: list[Sequence], tmp_path: Path) -> None:
+    only_first = run(base, sequences, tmp_path / "c", replace(SETTINGS, steps=3, step_weights=(1.0, 0.0)))
+    untrained = TransferLayers((2, 3), 32)
+    torch.testing.assert_close(only_first.linears[1].weight, untrained.linears[1].weight)
+    assert not torch.equal(only_first.linears[0].weight, untrained.linears[0].weight)
+
+
+def test_a_checkpoint_of_another_run_is_refused(base: BaseModel, sequences: list[Sequence], tmp_path: Path) -> None:
+    short = replace(SETTINGS, steps=2)
+    run(base, sequences, tmp_path / "c", short)
+    for other, name in (
+        (replace(short, steps=3), "steps"),
+        (replace(short, learning_rate=0.5), "learning_rate"),
+        (replace(short, layers=(2, 2)), "layers"),
+    ):
+        with pytest.raises(InputError, match=f"is the checkpoint of a run with another {name}"):
+            run(base, sequences, tmp_path / "c", other)
+    with pytest.raises(InputError, match="is the checkpoint of a run with another data"):
+        run(base, sequences[1:], tmp_path / "c", short)
+    (tmp_path / "c").write_bytes(b"junk")
+    with pytest.raises(InputError, match="is not a checkpoint of ht-train fit"):
+        run(base, sequences, tmp_path / "c", short)
+
+
+def test_a_run_at_a_constant_rate_can_be_made_longer(
+    base: BaseModel, sequences: list[Sequence], tmp_path: Path
+) -> None:
+    constant = replace(SETTINGS, schedule="constant")
+    run(base, sequences, tmp_path / "c", replace(constant, steps=10))
+    longer = run(base, sequences, tmp_path / "c", replace(constant, steps=20))
+    assert_equal(run(base, sequences, tmp_path / "d", replace(constant, steps=20)), longer)
+
+
+def test_too_little_memory_is_said_beforehand(
+    base: BaseModel, sequences: list[Sequence], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ht_export.training.memory.free_memory", lambda _: 1 << 20)
+    with pytest.raises(InputError, match=r"needs about \d+ MiB more memory .* and 1 MiB are free on cpu; lower"):
+        run(base, sequences, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    transfer = TransferLayers((2, 3), 32)
+    small, large = (estimate(base, transfer, 4, anchors, 64) for anchors in (8, 16))
+    assert small.total < large.total
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(
+    base: BaseModel, sequences: list[Sequence], tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "c"
+    constant = replace(SETTINGS, schedule="constant")
+    run(base, sequences, checkpoint, replace(constant, steps=10))
+    before = checkpoint.read_bytes()
+    # No file may grow past this, as on a disk that fills up while one is written.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*; choose a writable folder with free space"):
+            run(base, sequences, checkpoint, replace(constant, steps=20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert checkpoint.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [checkpoint]
