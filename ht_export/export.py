@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from ht_export.checkpoint import KNOWN_MODELS, BaseModel, load_base_model
+from ht_export.correction import correction_tables
 from ht_export.graph import OPSET, build_graph, graph_dims
 from ht_export.model import HiddenTransferModel
 from ht_export.parity import ReferenceEngine, check
@@ -93,6 +94,7 @@ def export(source: str, transfer_file: Path | None, out: Path, settings: ExportS
             difference = check(OnnxRuntimeEngine(staged, dims), ReferenceEngine(model))
         with stage("putting the engine in place"):
             tokenizer, template = _write_tokenizer(base, folder, out.stem)
+            correction = _write_correction(model, folder, out.stem)
             description = EngineFile(
                 dims=dims,
                 precision="float32",
@@ -105,6 +107,7 @@ def export(source: str, transfer_file: Path | None, out: Path, settings: ExportS
                 weights=FileRecord.of(weights),
                 tokenizer=tokenizer,
                 chat_template=template,
+                correction=correction,
                 base_model=base.identity(),
                 transfer={
                     "sha256": sha256_file(transfer_path),
@@ -189,6 +192,14 @@ def _write_tokenizer(base: BaseModel, folder: Path, stem: str) -> tuple[FileReco
     template_path = folder / f"{stem}.chat_template.jinja"
     template_path.write_text(template, encoding="utf-8")
     return FileRecord.of(path), FileRecord.of(template_path)
+
+
+def _write_correction(model: HiddenTransferModel, folder: Path, stem: str) -> FileRecord | None:
+    if model.transfer.correction is None:
+        return None
+    path = folder / f"{stem}.correction.npy"
+    correction_tables(model.base, model.transfer.correction).write(path)
+    return FileRecord.of(path)
 
 
 def _special_tokens(base: BaseModel) -> dict[str, str]:

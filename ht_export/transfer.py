@@ -2,13 +2,13 @@
 
 The file is safetensors: `step{k}.weight` [d, d] and `step{k}.bias` [d] for k = 1..K, and one metadata entry
 `hidden_transfer` that holds JSON: the format version, the transfer layers, the base model's identity, the training
-recipe and the acceptance measured on held-out text.
+recipe and the acceptance measured on held-out text. With a token correction there are its tensors, `correction.*`, too.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ht_export.correction import CorrectionNetwork
 from ht_export.tensors import write_safetensors
 from runtime.bindings import join_order
 from runtime.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "hidden_transfer"
 
 
@@ -29,10 +30,10 @@ class TransferLayers(nn.Module):
     """K affine maps of hidden states: W_k takes the input of layer t_k at a token to a pseudo state k positions on.
 
     `layers` holds t_1..t_K, 0-based; t_k = L stands for the output of the last layer, which is Medusa-1's place.
-    The maps begin as the identity.
+    The maps begin as the identity. With `correction_rank` above 0 the drafts are corrected for the token before each.
     """
 
-    def __init__(self, layers: Sequence[int], hidden_size: int) -> None:
+    def __init__(self, layers: Sequence[int], hidden_size: int, correction_rank: int = 0) -> None:
         super().__init__()
         if not layers:
             raise InputError("at least one transfer layer is needed")
@@ -44,6 +45,9 @@ class TransferLayers(nn.Module):
         for linear in self.linears:
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
+        self.correction: CorrectionNetwork | None = None
+        if correction_rank:
+            self.correction = CorrectionNetwork(len(layers), hidden_size, correction_rank)
 
     @property
     def num_steps(self) -> int:
@@ -93,14 +97,12 @@ def save_transfer_layers(path: Path, transfer: TransferLayers, about: TransferFi
     metadata = {
         "version": FORMAT_VERSION,
         "layers": list(transfer.layers),
+        "correction_rank": transfer.correction.rank if transfer.correction else 0,
         "base_model": about.base_model,
         "recipe": about.recipe,
         "acceptance": about.acceptance,
     }
-    tensors: dict[str, Tensor] = {}
-    for k, linear in enumerate(transfer.linears, start=1):
-        tensors[f"step{k}.weight"] = linear.weight
-        tensors[f"step{k}.bias"] = linear.bias
+    tensors = dict(_named_in_file(transfer))
     write_safetensors(path, tensors, {METADATA_KEY: json.dumps(metadata)})
 
 
@@ -122,18 +124,26 @@ def load_transfer_layers(path: Path, base_model: dict[str, Any] | None = None) -
         check_fits(path, about.base_model, base_model)
     layers = metadata["layers"]
     hidden_size = about.base_model["hidden_size"]
-    transfer = TransferLayers(layers, hidden_size)
+    transfer = TransferLayers(layers, hidden_size, metadata["correction_rank"])
     transfer.check_layers(about.base_model["num_layers"])
-    for k, linear in enumerate(transfer.linears, start=1):
-        for part, parameter in (("weight", linear.weight), ("bias", linear.bias)):
-            tensor = tensors.get(f"step{k}.{part}")
-            if tensor is None or tensor.shape != parameter.shape:
-                found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
-                raise InputError(f"{path}: step{k}.{part} is {found}; it must be of shape {list(parameter.shape)}")
-            if not torch.isfinite(tensor).all():
-                raise InputError(f"{path}: step{k}.{part} has values that are not finite; train it again")
-            parameter.data = tensor.to(torch.float32)
+    for name, parameter in _named_in_file(transfer):
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != parameter.shape:
+            found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+            raise InputError(f"{path}: {name} is {found}; it must be of shape {list(parameter.shape)}")
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: {name} has values that are not finite; train it again")
+        parameter.data = tensor.to(torch.float32)
     return transfer.requires_grad_(False), about
+
+
+def _named_in_file(transfer: TransferLayers) -> Iterator[tuple[str, Tensor]]:
+    for k, linear in enumerate(transfer.linears, start=1):
+        yield f"step{k}.weight", linear.weight
+        yield f"step{k}.bias", linear.bias
+    if transfer.correction is not None:
+        for name, parameter in transfer.correction.named_parameters():
+            yield f"correction.{name}", parameter
 
 
 def check_fits(path: Path, trained_for: dict[str, Any], base_model: dict[str, Any]) -> None:
@@ -163,7 +173,11 @@ def _parse_metadata(path: Path, text: str | None) -> dict[str, Any]:
     for key, kind in (("layers", list), ("base_model", dict), ("recipe", dict), ("acceptance", dict)):
         if not isinstance(metadata.get(key), kind):
             raise InputError(f"{path}: its metadata lacks or misstates {key!r}; train it again")
-    numbers = [*metadata["layers"], *(metadata["base_model"].get(key) for key in ("hidden_size", "num_layers"))]
-    if not all(isinstance(number, int) for number in numbers):
-        raise InputError(f"{path}: layers, hidden_size and num_layers must be whole numbers; train it again")
+    sizes = [metadata["base_model"].get("hidden_size"), metadata["base_model"].get("num_layers")]
+    numbers = [*metadata["layers"], metadata.get("correction_rank"), *sizes]
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise InputError(
+            f"{path}: layers, correction_rank, hidden_size and num_layers must be whole numbers of at least 0; "
+            "train it again"
+        )
     return metadata

@@ -13,7 +13,7 @@ from runtime.files import sha256_file, write_json
 from runtime.tree import TreeSizes
 
 FORMAT = "hidden-transfer-engine"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class EngineFile:
     weights: FileRecord
     tokenizer: FileRecord
     chat_template: FileRecord | None
+    correction: FileRecord | None
     base_model: dict[str, Any]
     transfer: dict[str, Any]
     versions: dict[str, str]
@@ -106,7 +107,7 @@ def read_engine_file(engine: Path) -> EngineFile:
 def _parse(value: dict[str, Any]) -> EngineFile:
     fields = {key: item for key, item in value.items() if key not in ("format", "version")}
     dims = fields["dims"]
-    template = fields["chat_template"]
+    template, correction = fields["chat_template"], fields["correction"]
     return EngineFile(
         **{
             **fields,
@@ -117,5 +118,6 @@ def _parse(value: dict[str, Any]) -> EngineFile:
             "weights": FileRecord(**fields["weights"]),
             "tokenizer": FileRecord(**fields["tokenizer"]),
             "chat_template": FileRecord(**template) if template else None,
+            "correction": FileRecord(**correction) if correction else None,
         }
     )

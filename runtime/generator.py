@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runtime.chat import ChatTemplate, Message
+from runtime.drafts import TokenCorrection
 from runtime.engine_file import EngineFile, read_engine_file
 from runtime.engines import Engine
 from runtime.errors import EngineFileError, InputError, PromptTooLongError
@@ -79,6 +80,11 @@ class Generator:
         if self.about.chat_template:
             template = self.about.chat_template.check(path.parent, contents=True).read_text(encoding="utf-8")
             self._chat = ChatTemplate(template, self.about.special_tokens)
+        self._correction: TokenCorrection | None = None
+        if self.about.correction:
+            tables = self.about.correction.check(path.parent, contents=True)
+            dims = self.about.dims
+            self._correction = TokenCorrection.read(tables, dims.vocab_size, dims.num_steps)
         self._engine = _load_engine(path, self.about, threads)
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
@@ -154,7 +160,8 @@ class Generator:
         tokens: list[int] = []
         reason: FinishReason | None = None
         steps = 0
-        for certain in draft_and_verify(self._engine, ids, sizes, self.about.prompt_chunk):
+        passes = draft_and_verify(self._engine, ids, sizes, self.about.prompt_chunk, correction=self._correction)
+        for certain in passes:
             steps += 1
             if steps == 1:
                 first = time.perf_counter()

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.cache import KeyValueCache
+from runtime.drafts import SHORTLIST, DraftStep, TokenCorrection, corrected, most_probable
 from runtime.engines import Engine, Outputs
-from runtime.tree import DraftStep, Rows, Tree, TreeSizes, best_first_tree, chain, lay_out, likely_ends, most_probable
+from runtime.tree import Rows, Tree, TreeSizes, best_first_tree, chain, lay_out, likely_ends
 
 Choose = Callable[[NDArray[np.float32]], int]
 
@@ -20,22 +21,29 @@ def greedy(logits: NDArray[np.float32]) -> int:
 
 
 def draft_and_verify(
-    engine: Engine, prompt: Sequence[int], sizes: TreeSizes, chunk: int, choose: Choose = greedy
+    engine: Engine,
+    prompt: Sequence[int],
+    sizes: TreeSizes,
+    chunk: int,
+    choose: Choose = greedy,
+    correction: TokenCorrection | None = None,
 ) -> Iterator[list[int]]:
     """Yield the tokens that follow `prompt`, without end, one list for each engine pass that makes a token certain.
 
     The tokens are those of plain decoding: each is `choose` of the base model's logits after all tokens before it.
     """
+    shortlist = sizes.tree_rows if correction is None else max(SHORTLIST, sizes.tree_rows)
     cache = KeyValueCache(engine.dims)
-    token, drafts = process_prompt(engine, cache, prompt, sizes, chunk, choose)
+    token, drafted = process_prompt(engine, cache, prompt, sizes, chunk, choose, shortlist)
     yield [token]
     while True:
+        drafts = corrected(drafted, correction, sizes.tree_rows)
         tree = best_first_tree(token, drafts, sizes.tree_rows)
         rows = lay_out(tree, likely_ends(tree, sizes.pseudo_rows), engine.dims.join_order, start=cache.length)
         outputs = engine.run(rows, cache)
         accepted, token = verify(tree, outputs.logits, choose)
         cache.commit(outputs.key_new, outputs.value_new, accepted)
-        drafts = drafts_of(accepted[-1], rows, outputs, engine.dims.join_order, sizes.tree_rows)
+        drafted = drafts_of(accepted[-1], rows, outputs, engine.dims.join_order, shortlist)
         yield [*tree.tokens[accepted[1:]].tolist(), token]
 
 
@@ -71,9 +79,18 @@ def drafts_of(node: int, rows: Rows, outputs: Outputs, join_order: Sequence[int]
 
 
 def process_prompt(
-    engine: Engine, cache: KeyValueCache, prompt: Sequence[int], sizes: TreeSizes, chunk: int, choose: Choose
+    engine: Engine,
+    cache: KeyValueCache,
+    prompt: Sequence[int],
+    sizes: TreeSizes,
+    chunk: int,
+    choose: Choose,
+    shortlist: int,
 ) -> tuple[int, list[DraftStep]]:
-    """Run the prompt in chunks into `cache`. Returns the first token after it and the drafts that follow that."""
+    """Run the prompt in chunks into `cache`.
+
+    Returns the first token after it, and the `shortlist` most probable tokens of each draft step that follows that.
+    """
     join_order = engine.dims.join_order
     nothing = (np.empty(0, dtype=np.int64),) * engine.dims.num_steps
     for start in range(0, len(prompt), chunk):
@@ -84,5 +101,4 @@ def process_prompt(
         rows = lay_out(tree, drafting, join_order, start, logit_rows=last)
         outputs = engine.run(rows, cache)
         cache.commit(outputs.key_new, outputs.value_new, range(len(tree)))
-    drafts = drafts_of(len(tree) - 1, rows, outputs, join_order, sizes.tree_rows)
-    return choose(outputs.logits[0]), drafts
+    return choose(outputs.logits[0]), drafts_of(len(tree) - 1, rows, outputs, join_order, shortlist)

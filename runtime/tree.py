@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-IntArray = NDArray[np.int64]
-
-BLOCK = 64
+from runtime.drafts import Drafts, IntArray
 
 
 @dataclass(frozen=True)
@@ -29,14 +27,6 @@ class TreeSizes:
     def plain(cls, num_steps: int) -> TreeSizes:
         """Return the sizes of plain decoding: the certain token alone, nothing drafted."""
         return cls(1, (0,) * num_steps)
-
-
-@dataclass(frozen=True)
-class DraftStep:
-    """The most probable tokens of one draft step, best first: tokens [N], probabilities [N]."""
-
-    tokens: IntArray
-    probabilities: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -76,21 +66,7 @@ class Rows:
     logit_rows: IntArray
 
 
-def most_probable(logits: NDArray[np.float32], count: int) -> DraftStep:
-    """Return the `count` most probable tokens of a softmax over logits [V]."""
-    # Partitioning a whole vocabulary takes longer than all else between two passes. The count-th largest of the blocks'
-    # maxima is a bound instead: at least `count` logits reach it, and few more do.
-    maxima = logits[: len(logits) // BLOCK * BLOCK].reshape(-1, BLOCK).max(axis=1)
-    bound = np.partition(maxima, -count)[-count] if len(maxima) >= count else -np.inf
-    near = np.flatnonzero(logits >= bound)
-    # Equal logits: the smaller token first.
-    best = near[np.lexsort((near, -logits[near]))[:count]]
-    top = logits[best[0]]
-    total = np.exp(logits - top).sum(dtype=np.float64)
-    return DraftStep(best.astype(np.int64), np.exp((logits[best] - top).astype(np.float64)) / total)
-
-
-def best_first_tree(root: int, drafts: Sequence[DraftStep], max_rows: int) -> Tree:
+def best_first_tree(root: int, drafts: Drafts, max_rows: int) -> Tree:
     """Return the tree of at most `max_rows` nodes with the highest path probabilities.
 
     A path's probability is the product of its tokens' draft probabilities, step by step, as in Medusa's and EAGLE's
@@ -102,14 +78,14 @@ def best_first_tree(root: int, drafts: Sequence[DraftStep], max_rows: int) -> Tr
 
     def consider(parent: int, rank: int) -> None:
         depth = depths[parent]
-        if depth < len(drafts) and rank < len(drafts[depth].tokens):
-            path = probabilities[parent] * float(drafts[depth].probabilities[rank])
+        if depth < len(drafts) and rank < len((step := drafts.after(depth, tokens[parent])).tokens):
+            path = probabilities[parent] * float(step.probabilities[rank])
             heapq.heappush(heap, (-path, depth, parent, rank))
 
     consider(0, 0)
     while heap and len(tokens) < max_rows:
         path, depth, parent, rank = heapq.heappop(heap)
-        tokens.append(int(drafts[depth].tokens[rank]))
+        tokens.append(int(drafts.after(depth, tokens[parent]).tokens[rank]))
         parents.append(parent)
         depths.append(depth + 1)
         probabilities.append(-path)

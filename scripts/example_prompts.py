@@ -23,9 +23,10 @@ QUESTIONS = {
 }
 TOPICS = (
     "bread baking", "the moon", "bicycles", "bees", "chess", "rivers", "public libraries", "tea", "earthquakes",
-    "gardening", "trains", "sleep", "volcanoes", "photography", "whales", "glass", "maps", "football", "clouds", "money",
-    "a weather station", "shoes", "the violin", "recycling", "spices", "castles", "dreams", "batteries", "sheep", "ice",
-    "a lighthouse", "paper", "swimming", "the number zero", "bridges", "owls", "soap", "windmills", "puppets", "salt",
+    "gardening", "trains", "sleep", "volcanoes", "photography", "whales", "glass", "maps", "football", "clouds",
+    "money", "a weather station", "shoes", "the violin", "recycling", "spices", "castles", "dreams", "batteries",
+    "sheep", "ice", "a lighthouse", "paper", "swimming", "the number zero", "bridges", "owls", "soap", "windmills",
+    "puppets", "salt",
 )  # fmt: skip
 HELD_OUT_TOPICS = ("coffee", "mountains", "robots", "cats", "radio")
 

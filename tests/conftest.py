@@ -65,10 +65,15 @@ def save_checkpoint(folder: Path, model: LlamaForCausalLM, **options: object) ->
     return folder
 
 
-def random_transfer(layers: tuple[int, ...], hidden_size: int = 32, seed: int = 1) -> TransferLayers:
+def random_transfer(
+    layers: tuple[int, ...], hidden_size: int = 32, seed: int = 1, correction_rank: int = 0
+) -> TransferLayers:
     """Return transfer layers away from the identity, so that a swapped step or a lost bias shows."""
     generator = torch.Generator().manual_seed(seed)
-    transfer = TransferLayers(layers, hidden_size).requires_grad_(False)
+    transfer = TransferLayers(layers, hidden_size, correction_rank).requires_grad_(False)
+    if transfer.correction is not None:
+        for parameter in transfer.correction.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
     for linear in transfer.maps:
         linear.weight += 0.2 * torch.randn(linear.weight.shape, generator=generator)
         linear.bias += 0.2 * torch.randn(linear.bias.shape, generator=generator)
@@ -86,7 +91,7 @@ def tiny_transfer(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Pat
     """A transfer-layers file for the tiny Llama: three steps, two joining at one layer, out of order."""
     path = tmp_path_factory.mktemp("transfer") / "tiny.safetensors"
     base = load_base_model(str(tiny_checkpoint))
-    save_transfer_layers(path, random_transfer((3, 1, 3)), TransferFile(base.identity()))
+    save_transfer_layers(path, random_transfer((3, 1, 3), correction_rank=4), TransferFile(base.identity()))
     return path
 
 

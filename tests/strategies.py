@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from runtime.tree import DraftStep, Tree
+from runtime.drafts import DraftStep, IndependentDrafts
+from runtime.tree import Tree
 
 
 @st.composite
@@ -24,9 +25,9 @@ def trees(draw: st.DrawFn, max_rows: int = 12, vocab_size: int = 264) -> Tree:
 
 
 @st.composite
-def draft_steps(draw: st.DrawFn, max_steps: int = 4) -> list[DraftStep]:
+def draft_steps(draw: st.DrawFn, max_steps: int = 4) -> IndependentDrafts:
     """Draft steps with different tokens in falling probability."""
-    steps = []
+    steps = IndependentDrafts()
     for _ in range(draw(st.integers(0, max_steps))):
         count = draw(st.integers(1, 6))
         weights = sorted(draw(st.lists(st.floats(0.01, 1.0), min_size=count, max_size=count)), reverse=True)

@@ -153,6 +153,12 @@ def _add_batches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init", choices=("ridge", "identity"), default="ridge",
                         help="start from ridge regression on the base model's states, or from the identity "
                         "(default: ridge)")  # fmt: skip
+    parser.add_argument(
+        "--correction-rank",
+        type=int,
+        default=128,
+        help="rank of the token correction, which conditions drafts on the token before (default: 128; 0 for none)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="draws texts and anchors (default: 0)")
 
 

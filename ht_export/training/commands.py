@@ -151,6 +151,7 @@ def _batches_and_loss(options: argparse.Namespace) -> dict[str, Any]:
         "accumulate": options.accumulate,
         "learning_rate": options.learning_rate,
         "init": options.init,
+        "correction_rank": options.correction_rank,
         "step_weights": options.step_weights,
         "loss_temperature": options.loss_temperature,
         "loss_top_k": options.loss_top_k,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ht_export.attention import use_attention_rows
 from ht_export.checkpoint import BaseModel
+from ht_export.correction import correction_tables
 from ht_export.families import DecoderParts, decoder_parts
 from ht_export.training.batches import make_batch
 from ht_export.training.data import Sequence
@@ -23,11 +24,10 @@ from ht_export.training.drafts import draft_hidden, run_context
 from ht_export.training.losses import CHUNK_ROWS
 from ht_export.training.simulate import TextDrafts, tokens_per_step
 from ht_export.transfer import TransferLayers
+from runtime.drafts import SHORTLIST, CorrectedDrafts, DraftStep, TokenCorrection
 from runtime.tree import TreeSizes
 
 TOP = (1, 2, 4, 8)
-# How many candidates of a draft are kept; trees of 64 nodes hardly ever take a later one.
-CANDIDATES = 32
 # Ranks whose acceptance is told one by one; also what "the steps before were right" means.
 RANKS = 16
 TREE_ROWS = (2, 4, 8, 16, 32, 64)
@@ -36,10 +36,21 @@ BIN_EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9,
 
 @dataclass(frozen=True)
 class TextPredictions(TextDrafts):
-    """The drafts at every anchor of one text, with kl [A, K], the KL of each from the base model in nats."""
+    """The drafts at every anchor of one text, and what is counted about them.
+
+    kl [A, K] in nats and hits [A, K, SHORTLIST], whether the text's token has rank 1, 2, ... in the draft as corrected
+    for the token before it, with the `predicted` probability of each; uncorrected_hits [A, K, SHORTLIST] without.
+    """
 
     task: str
     kl: NDArray[np.float32]
+    hits: NDArray[np.bool_]
+    predicted: NDArray[np.float64]
+
+    @property
+    def uncorrected_hits(self) -> NDArray[np.bool_]:
+        """See the class."""
+        return self.tokens == self.labels[:, :, None]
 
 
 def evaluate(
@@ -70,6 +81,7 @@ def predict(
     parts = decoder_parts(base.model)
     device = base.model.device
     ordered = sorted(data, key=len)
+    correction = correction_tables(base.model, transfer.correction) if transfer.correction else None
     starts = range(0, len(ordered), batch_size)
     bar = progress.add_task("evaluating", total=len(starts)) if progress else None
     for start in starts:
@@ -80,7 +92,8 @@ def predict(
         for row, sequence in enumerate(sequences):
             used = batch.weights[row] > 0
             anchors = batch.anchors[row][used]
-            yield _text_predictions(parts, sequence, hidden[row][used], context.hidden[len(parts.layers)][row], anchors)
+            states = context.hidden[len(parts.layers)][row]
+            yield _text_predictions(parts, sequence, hidden[row][used], states, anchors, correction)
         if progress and bar is not None:
             progress.advance(bar)
 
@@ -89,7 +102,9 @@ def statistics(texts: SequenceOf[TextPredictions], sizes: TreeSizes | None = Non
     """Return what the predictions say, as JSON values.
 
     - `anchors`: positions counted; `top`: per n, the share of positions whose token is in the draft's first n, by
-      step; `kl`: mean KL from the base model's distribution, in nats, by step.
+      step; `kl`: mean KL from the base model's distribution, in nats, by step. With a token correction both are of
+      drafts corrected for the text's own token before, which at step 1 is certain and at later steps means: given that
+      the step before was right. `top_uncorrected` knows nothing of the tokens in between.
     - `ranks`: by step, the share of positions whose token has rank 1, 2, ..., given that the tokens of the steps before
       had one of these ranks. `calibration`: by step, under the same condition, candidates in bins of their draft
       probability, each with `count`, mean `predicted` and `observed` share of right ones; and their `error` (ECE).
@@ -118,36 +133,76 @@ def statistics(texts: SequenceOf[TextPredictions], sizes: TreeSizes | None = Non
 
 
 def _text_predictions(
-    parts: DecoderParts, sequence: Sequence, hidden: Tensor, states: Tensor, anchors: Tensor
+    parts: DecoderParts,
+    sequence: Sequence,
+    hidden: Tensor,
+    states: Tensor,
+    anchors: Tensor,
+    correction: TokenCorrection | None,
 ) -> TextPredictions:
     """Return the predictions of one text from hidden [A, K, d] of its drafts and states [N, d] of its own rows."""
-    num_steps = hidden.shape[1]
-    steps = torch.arange(num_steps, device=anchors.device)
-    tokens, probabilities, kl = [], [], []
-    for start in range(0, len(anchors), CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
-        targets, index = torch.unique(anchors[rows, None] + steps + 1, return_inverse=True)
-        wanted = parts.head(parts.norm(states[targets])).float().log_softmax(-1)
-        chunk_tokens, chunk_probabilities, chunk_kl = [], [], []
-        for k in range(num_steps):
-            logs = parts.head(parts.norm(hidden[rows, k])).float().log_softmax(-1)
-            best = logs.topk(min(CANDIDATES, logs.shape[-1]), dim=-1)
-            chunk_tokens.append(best.indices)
-            chunk_probabilities.append(best.values.exp())
-            base_logs = wanted[index[:, k]]
-            chunk_kl.append((base_logs.exp() * (base_logs - logs)).sum(-1))
-        tokens.append(torch.stack(chunk_tokens, 1).cpu())
-        probabilities.append(torch.stack(chunk_probabilities, 1).cpu())
-        kl.append(torch.stack(chunk_kl, 1).cpu())
     text = np.array(sequence.tokens)
     positions = anchors.cpu().numpy()
+    num_steps = hidden.shape[1]
+    steps = torch.arange(num_steps, device=anchors.device)
+    tables = None
+    if correction is not None:
+        tables = [torch.from_numpy(table).to(hidden.device) for table in (correction.contexts, correction.candidates)]
+        scales = torch.from_numpy(correction.scales).to(hidden.device)
+        ids = torch.from_numpy(text).to(hidden.device)
+    chunks: list[tuple[Tensor, Tensor, Tensor]] = []
+    for start in range(0, len(anchors), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        before_rows = anchors[rows, None] + steps + 1
+        targets, index = torch.unique(before_rows, return_inverse=True)
+        wanted = parts.head(parts.norm(states[targets])).float().log_softmax(-1)
+        by_step = []
+        for k in range(num_steps):
+            logs = parts.head(parts.norm(hidden[rows, k])).float().log_softmax(-1)
+            best = logs.topk(min(SHORTLIST, logs.shape[-1]), dim=-1)
+            if tables is not None:
+                contexts = tables[0][ids[before_rows[:, k]]] * scales[k]
+                logs = (logs + contexts @ tables[1].T).log_softmax(-1)
+            base_logs = wanted[index[:, k]]
+            kl = (base_logs.exp() * (base_logs - logs)).sum(-1)
+            by_step.append((best.indices.cpu(), best.values.exp().cpu(), kl.cpu()))
+        indices, values, divergences = zip(*by_step, strict=True)
+        chunks.append((torch.stack(indices, 1), torch.stack(values, 1), torch.stack(divergences, 1)))
+    tokens, probabilities, kl_by_step = (torch.cat(found).numpy() for found in zip(*chunks, strict=True))
+    labels = text[positions[:, None] + np.arange(num_steps) + 2]
+    before = text[positions[:, None] + np.arange(num_steps) + 1]
+    probabilities = probabilities.astype(np.float64)
+    ranked, predicted = _corrected(tokens, probabilities, before, correction)
     return TextPredictions(
-        tokens=torch.cat(tokens).numpy(),
-        probabilities=torch.cat(probabilities).numpy().astype(np.float64),
-        labels=text[positions[:, None] + np.arange(num_steps) + 2],
+        tokens=tokens,
+        probabilities=probabilities,
+        labels=labels,
+        certain=before[:, 0],
+        correction=correction,
         task=sequence.task,
-        kl=torch.cat(kl).numpy(),
+        kl=kl_by_step,
+        hits=ranked == labels[:, :, None],
+        predicted=predicted,
     )
+
+
+def _corrected(
+    tokens: NDArray[np.int64],
+    probabilities: NDArray[np.float64],
+    before: NDArray[np.int64],
+    correction: TokenCorrection | None,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return tokens and probabilities [A, K, N] in the order that they have after the tokens `before` [A, K]."""
+    if correction is None:
+        return tokens, probabilities
+    ranked, predicted = np.empty_like(tokens), np.empty_like(probabilities)
+    for anchor in range(len(tokens)):
+        steps = [DraftStep(*step) for step in zip(tokens[anchor], probabilities[anchor], strict=True)]
+        drafts = CorrectedDrafts(steps, correction, tokens.shape[2])
+        for k in range(tokens.shape[1]):
+            step = drafts.after(k, int(before[anchor, k]))
+            ranked[anchor, k], predicted[anchor, k] = step.tokens, step.probabilities
+    return ranked, predicted
 
 
 def _everywhere(rows: int, texts: SequenceOf[TextPredictions]) -> TreeSizes:
@@ -155,15 +210,24 @@ def _everywhere(rows: int, texts: SequenceOf[TextPredictions]) -> TreeSizes:
 
 
 def _shares(texts: SequenceOf[TextPredictions]) -> dict[str, Any]:
-    hits = np.concatenate([text.hits for text in texts])
-    top = {str(n): [round(float(share), 4) for share in hits[:, :, :n].any(-1).mean(0)] for n in TOP}
     kl = np.concatenate([text.kl for text in texts]).mean(0)
-    return {"anchors": len(hits), "top": top, "kl": [round(float(value), 4) for value in kl]}
+    found = {
+        "anchors": sum(len(text.labels) for text in texts),
+        "top": _top(np.concatenate([text.hits for text in texts])),
+        "kl": [round(float(value), 4) for value in kl],
+    }
+    if texts[0].correction is not None:
+        found["top_uncorrected"] = _top(np.concatenate([text.uncorrected_hits for text in texts]))
+    return found
+
+
+def _top(hits: NDArray[np.bool_]) -> dict[str, list[float]]:
+    return {str(n): [round(float(share), 4) for share in hits[:, :, :n].any(-1).mean(0)] for n in TOP}
 
 
 def _conditional(texts: SequenceOf[TextPredictions]) -> dict[str, Any]:
     hits = np.concatenate([text.hits for text in texts])[:, :, :RANKS]
-    probabilities = np.concatenate([text.probabilities for text in texts])[:, :, :RANKS]
+    probabilities = np.concatenate([text.predicted for text in texts])[:, :, :RANKS]
     right_so_far = np.ones(len(hits), dtype=bool)
     ranks, calibration = [], []
     for k in range(hits.shape[1]):

@@ -24,7 +24,7 @@ from ht_export.training.data import Sequence, fingerprint
 from ht_export.training.drafts import Context, draft_hidden, run_context
 from ht_export.training.evaluate import evaluate, headline
 from ht_export.training.features import FeatureCache
-from ht_export.training.losses import Losses, Objective, draft_losses
+from ht_export.training.losses import Objective, draft_losses
 from ht_export.training.memory import estimate, peak_memory
 from ht_export.training.ridge import RidgeRegression
 from ht_export.transfer import TransferLayers
@@ -51,6 +51,7 @@ class FitSettings:
     anchors: int = 64
     accumulate: int = 1
     init: str = "ridge"
+    correction_rank: int = 128
     learning_rate: float = 2e-3
     warmup_steps: int = 20
     schedule: str = "cosine"
@@ -66,6 +67,8 @@ class FitSettings:
         for name in ("steps", "sequences", "anchors", "accumulate", "learning_rate", "max_gradient_norm"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be more than 0, not {getattr(self, name)}")
+        if self.correction_rank < 0:
+            raise InputError(f"correction_rank must be at least 0 (0 leaves it out), not {self.correction_rank}")
         for name, allowed in (("init", INITIALISATIONS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)}")
@@ -134,7 +137,8 @@ def fit(
     accelerator = accelerator or Accelerator(cpu=base.model.device.type == "cpu")
     if settings.patience and not held_out:
         raise InputError("stopping early needs held-out data: give --held-out, or leave --patience at 0")
-    transfer = TransferLayers(settings.layers, base.model.config.hidden_size)
+    torch.manual_seed(settings.seed)
+    transfer = TransferLayers(settings.layers, base.model.config.hidden_size, settings.correction_rank)
     transfer.check_layers(base.model.config.num_hidden_layers)
     needed = estimate(base, transfer, settings.sequences, settings.anchors, max(map(len, data)))
     needed.check(base.model.device)
@@ -181,18 +185,41 @@ def fit(
 
 
 def anchor_losses(
-    base: BaseModel, transfer: TransferLayers, batch: AnchorBatch, context: Context, objective: Objective
-) -> tuple[Tensor, Losses]:
-    """Return the last layer's output [N, K, d] of the N used anchors' drafts, and their losses."""
+    base: BaseModel,
+    transfer: TransferLayers,
+    batch: AnchorBatch,
+    context: Context,
+    objective: Objective,
+    share: float | None = None,
+) -> Tensor:
+    """Return the mean loss of each draft step over the batch's anchors, [K], times `share`.
+
+    With a `share`, also add the gradients of that share of the objective to the parameters.
+    """
     parts = decoder_parts(base.model)
     length = batch.input_ids.shape[1]
     used = batch.weights > 0
     steps = torch.arange(1, transfer.num_steps + 1, device=used.device)
     offsets = length * torch.arange(len(batch.anchors), device=used.device)
+    # Position of the token before each draft, which is also the row whose output predicts what the draft stands for.
     targets = (batch.anchors[..., None] + steps + offsets[:, None, None])[used]
-    drafts = draft_hidden(base.model, transfer, context, batch.anchors)[used]
+    with torch.set_grad_enabled(share is not None):
+        drafts = draft_hidden(base.model, transfer, context, batch.anchors)[used]
+        shifts = None
+        if transfer.correction is not None:
+            before = parts.embed(batch.input_ids.flatten()[targets])
+            by_step = [transfer.correction(k, before[:, k]) for k in range(transfer.num_steps)]
+            shifts = torch.stack(by_step, dim=1)
     states = context.hidden[len(parts.layers)].flatten(0, 1)
-    return drafts, draft_losses(parts, drafts.detach(), states, targets, objective)
+    losses = draft_losses(parts, drafts, states, targets, objective, shifts)
+    if share is None:
+        return losses.by_step
+    roots, gradients = [drafts], [losses.gradient * share]
+    if shifts is not None and losses.shift_gradient is not None:
+        roots.append(shifts)
+        gradients.append(losses.shift_gradient * share)
+    torch.autograd.backward(roots, gradients)
+    return losses.by_step * share
 
 
 class _Trainer:
@@ -243,9 +270,8 @@ class _Trainer:
         total = torch.zeros(state.transfer.num_steps, device=self.base.model.device)
         for micro in range(accelerator.process_index, settings.accumulate, accelerator.num_processes):
             batch = self.sampler.batch(state.step * settings.accumulate + micro).to(self.base.model.device)
-            drafts, losses = anchor_losses(self.base, state.transfer, batch, self._context(batch), settings.objective)
-            drafts.backward(losses.gradient / settings.accumulate)
-            total += losses.by_step / settings.accumulate
+            share = 1 / settings.accumulate
+            total += anchor_losses(self.base, state.transfer, batch, self._context(batch), settings.objective, share)
         if accelerator.num_processes > 1:
             total = accelerator.reduce(total, "sum")
             for parameter in state.transfer.parameters():

@@ -41,21 +41,34 @@ class Objective:
 
 @dataclass(frozen=True)
 class Losses:
-    """by_step [K], the mean KL(base || draft) of each step in nats; gradient [N, K, d] of their weighted sum."""
+    """by_step [K], the mean KL(base || draft) of each step in nats, and the gradients of their weighted sum.
+
+    gradient and shift_gradient [N, K, d] are those of the drafts and of the shifts.
+    """
 
     by_step: Tensor
     gradient: Tensor
+    shift_gradient: Tensor | None
 
 
 @torch.no_grad()
-def draft_losses(parts: DecoderParts, drafts: Tensor, states: Tensor, targets: Tensor, objective: Objective) -> Losses:
+def draft_losses(
+    parts: DecoderParts,
+    drafts: Tensor,
+    states: Tensor,
+    targets: Tensor,
+    objective: Objective,
+    shifts: Tensor | None = None,
+) -> Losses:
     """Return the losses of `drafts`.
 
     drafts [N, K, d] and states [M, d] are outputs of the last layer, of pseudo rows and of the base model's own rows;
-    targets [N, K] say which state predicts the token that a draft stands for. The gradient is of the drafts.
+    targets [N, K] say which state predicts the token that a draft stands for; shifts [N, K, d] are added to the normed
+    drafts.
     """
     count, num_steps = targets.shape
     gradient = torch.zeros_like(drafts)
+    shift_gradient = None if shifts is None else torch.zeros_like(shifts)
     totals = torch.zeros(num_steps, device=drafts.device)
     scale = objective.temperature / max(1, count)
     for start in range(0, count, CHUNK_ROWS):
@@ -64,17 +77,24 @@ def draft_losses(parts: DecoderParts, drafts: Tensor, states: Tensor, targets: T
         positions, index = torch.unique(targets[rows], return_inverse=True)
         wanted, negative_entropy = _base_distribution(parts.head(parts.norm(states[positions])), objective)
         for k in range(num_steps):
-            leaf = drafts[rows, k].detach().requires_grad_()
+            leaves = [drafts[rows, k].detach().requires_grad_()]
             with torch.enable_grad():
-                output = parts.head(parts.norm(leaf))
+                normed = parts.norm(leaves[0])
+                if shifts is not None:
+                    leaves.append(shifts[rows, k].detach().requires_grad_())
+                    normed = normed + leaves[1].to(normed.dtype)
+                output = parts.head(normed)
             logits = output.detach().float().div_(objective.temperature)
             normaliser = logits.logsumexp(-1, keepdim=True)
             target = wanted[index[:, k]]
             cross = normaliser[:, 0] - (target * logits).sum(-1)
             totals[k] += (cross + negative_entropy[index[:, k]]).sum()
             error = logits.sub_(normaliser).exp_().sub_(target).mul_(objective.weights[k] * scale)
-            gradient[rows, k] = torch.autograd.grad(output, leaf, error.to(output.dtype))[0]
-    return Losses(totals / max(1, count), gradient)
+            found = torch.autograd.grad(output, leaves, error.to(output.dtype))
+            gradient[rows, k] = found[0]
+            if shift_gradient is not None:
+                shift_gradient[rows, k] = found[1]
+    return Losses(totals / max(1, count), gradient, shift_gradient)
 
 
 def _base_distribution(logits: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:

@@ -11,29 +11,36 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.tree import DraftStep, TreeSizes, best_first_tree, likely_ends
+from runtime.drafts import SHORTLIST, Drafts, DraftStep, TokenCorrection, corrected
+from runtime.tree import TreeSizes, best_first_tree, likely_ends
 
 
 @dataclass(frozen=True)
 class TextDrafts:
     """The drafts at A successive positions of a text.
 
-    tokens [A, K, N] best first, with probabilities [A, K, N]; labels [A, K]: the text's own tokens.
+    tokens [A, K, N] best first, with probabilities [A, K, N], before any correction; labels [A, K], the text's own
+    tokens; certain [A], the token before those of step 1.
     """
 
     tokens: NDArray[np.int64]
     probabilities: NDArray[np.float64]
     labels: NDArray[np.int64]
+    certain: NDArray[np.int64]
+    correction: TokenCorrection | None
 
     @property
     def num_steps(self) -> int:
         """K, the number of draft steps."""
         return self.labels.shape[1]
 
-    @property
-    def hits(self) -> NDArray[np.bool_]:
-        """Whether each candidate is the text's own token, [A, K, N]."""
-        return self.tokens == self.labels[:, :, None]
+    def drafts(self, position: int, steps: int, count: int) -> Drafts:
+        """Return the drafts of the first `steps` steps at `position`, with `count` candidates each."""
+        kept = count if self.correction is None else max(count, SHORTLIST)
+        shortlists = [
+            DraftStep(self.tokens[position, k, :kept], self.probabilities[position, k, :kept]) for k in range(steps)
+        ]
+        return corrected(shortlists, self.correction, count)
 
 
 def tokens_per_step(texts: Iterable[TextDrafts], sizes: TreeSizes) -> float:
@@ -51,12 +58,8 @@ def advances(text: TextDrafts, sizes: TreeSizes) -> Iterable[int]:
     position = 0
     drafted = sum(1 for rows in sizes.pseudo_rows if rows)
     while position < len(text.labels):
-        drafts = [
-            DraftStep(text.tokens[position, k, : sizes.tree_rows], text.probabilities[position, k, : sizes.tree_rows])
-            for k in range(drafted)
-        ]
-        # The root's own token does not matter here.
-        tree = best_first_tree(0, drafts, sizes.tree_rows)
+        drafts = text.drafts(position, drafted, sizes.tree_rows)
+        tree = best_first_tree(int(text.certain[position]), drafts, sizes.tree_rows)
         node = 0
         accepted = 0
         while accepted < drafted:

@@ -29,7 +29,7 @@ IDENTITY: dict[str, Any] = {
 
 def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
-    transfer = random_transfer((3, 1, 4))
+    transfer = random_transfer((3, 1, 4), correction_rank=5)
     about = TransferFile(IDENTITY, {"steps": 7}, {"top": {"1": [0.5]}})
     save_transfer_layers(path, transfer, about)
     loaded, found = load_transfer_layers(path, IDENTITY)
@@ -74,7 +74,8 @@ def test_a_truncated_file(tmp_path: Path) -> None:
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], **changes: Any) -> Path:
-    metadata = {"version": 1, "layers": [1], "base_model": IDENTITY, "recipe": {}, "acceptance": {}, **changes}
+    known = {"version": 2, "layers": [1], "correction_rank": 0, "base_model": IDENTITY, "recipe": {}, "acceptance": {}}
+    metadata = {**known, **changes}
     save_file(tensors, path, metadata={METADATA_KEY: json.dumps(metadata)})
     return path
 
@@ -87,8 +88,8 @@ def test_other_safetensors_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_newer_version_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.safetensors", {"x": torch.zeros(2)}, version=2)
-    with pytest.raises(InputError, match="format version 2; this release reads version 1"):
+    path = write(tmp_path / "t.safetensors", {"x": torch.zeros(2)}, version=3)
+    with pytest.raises(InputError, match="format version 3; this release reads version 2"):
         load_transfer_layers(path)
 
 
@@ -98,6 +99,7 @@ def test_a_newer_version_is_refused(tmp_path: Path) -> None:
         ({"recipe": None}, "lacks or misstates 'recipe'"),
         ({"base_model": {}}, "must be whole numbers"),
         ({"layers": ["x"]}, "must be whole numbers"),
+        ({"correction_rank": -1}, "must be whole numbers of at least 0"),
     ],
 )
 def test_metadata_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -201,8 +201,8 @@ def change(engine: Path, **changes: object) -> None:
 
 
 def test_a_newer_description_is_refused(engine_copy: Path) -> None:
-    change(engine_copy, version=2)
-    with pytest.raises(EngineFileError, match=r"is of version 2, and this runtime reads version 1; update"):
+    change(engine_copy, version=3)
+    with pytest.raises(EngineFileError, match=r"is of version 3, and this runtime reads version 2; update"):
         Generator(engine_copy)
 
 

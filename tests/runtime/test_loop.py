@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from runtime.bindings import GraphDims
 from runtime.cache import KeyValueCache
+from runtime.drafts import TokenCorrection
 from runtime.engines import Outputs
 from runtime.loop import draft_and_verify, greedy, verify
 from runtime.tree import Rows, Tree, TreeSizes
@@ -55,6 +56,11 @@ class KnownEngine:
         return Outputs(logits, np.array(drafts).reshape(-1, VOCAB).astype(np.float32), [keys], [keys])
 
 
+def random_correction(seed: int) -> TokenCorrection:
+    rng = np.random.default_rng(seed)
+    return TokenCorrection(*rng.standard_normal((2, VOCAB, 2)), rng.standard_normal((3, 2)))
+
+
 def plain(prompt: list[int], count: int) -> list[int]:
     text = tuple(prompt)
     for _ in range(count):
@@ -68,12 +74,19 @@ def plain(prompt: list[int], count: int) -> list[int]:
     st.integers(1, 9),
     st.tuples(*[st.integers(0, 9)] * 3),
     st.integers(1, 8),
+    st.none() | st.integers(0, 99).map(random_correction),
 )
 def test_any_tree_and_any_drafts_give_the_tokens_of_plain_decoding(
-    prompt: list[int], right: list[bool], tree_rows: int, pseudo_rows: tuple[int, ...], chunk: int
+    prompt: list[int],
+    right: list[bool],
+    tree_rows: int,
+    pseudo_rows: tuple[int, ...],
+    chunk: int,
+    correction: TokenCorrection | None,
 ) -> None:
     engine = KnownEngine(right)
-    steps = islice(draft_and_verify(engine, prompt, TreeSizes(tree_rows, pseudo_rows), chunk), 15)
+    sizes = TreeSizes(tree_rows, pseudo_rows)
+    steps = islice(draft_and_verify(engine, prompt, sizes, chunk, correction=correction), 15)
     tokens = [token for certain in steps for token in certain]
     assert tokens == plain(prompt, len(tokens))
 

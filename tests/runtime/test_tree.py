@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.tree import DraftStep, Tree, best_first_tree, chain, lay_out, likely_ends, most_probable
+from runtime.drafts import IndependentDrafts
+from runtime.tree import Tree, best_first_tree, chain, lay_out, likely_ends
 from tests.strategies import draft_steps, trees
 
 
@@ -18,7 +19,7 @@ def paths(tree: Tree) -> list[tuple[int, ...]]:
 
 
 @given(draft_steps(), st.integers(1, 20))
-def test_a_best_first_tree_holds_the_most_probable_paths(drafts: list[DraftStep], max_rows: int) -> None:
+def test_a_best_first_tree_holds_the_most_probable_paths(drafts: IndependentDrafts, max_rows: int) -> None:
     tree = best_first_tree(7, drafts, max_rows)
     every_path = {
         tuple(int(d.tokens[rank]) for d, rank in zip(drafts, ranks, strict=False)): float(
@@ -35,7 +36,7 @@ def test_a_best_first_tree_holds_the_most_probable_paths(drafts: list[DraftStep]
 
 
 @given(draft_steps(), st.integers(1, 20))
-def test_a_best_first_tree_is_in_topological_order_without_twins(drafts: list[DraftStep], max_rows: int) -> None:
+def test_a_best_first_tree_is_in_topological_order_without_twins(drafts: IndependentDrafts, max_rows: int) -> None:
     tree = best_first_tree(7, drafts, max_rows)
     assert tree.tokens[0] == 7
     assert tree.parents[0] == -1
@@ -45,7 +46,7 @@ def test_a_best_first_tree_is_in_topological_order_without_twins(drafts: list[Dr
 
 
 @given(draft_steps(), st.integers(1, 20))
-def test_end_probabilities_are_a_distribution_over_nodes(drafts: list[DraftStep], max_rows: int) -> None:
+def test_end_probabilities_are_a_distribution_over_nodes(drafts: IndependentDrafts, max_rows: int) -> None:
     ends = best_first_tree(7, drafts, max_rows).end_probabilities()
     assert ends.sum() == pytest.approx(1)
     assert (ends > -1e-9).all()
@@ -98,14 +99,3 @@ def test_pseudo_rows_go_where_acceptance_most_probably_ends() -> None:
     assert first.tolist() == [0, 3]
     assert second.tolist() == [3]
     assert none.tolist() == []
-
-
-@given(st.integers(1, 12), st.integers(0, 2**32 - 1))
-def test_most_probable_is_the_head_of_a_sorted_softmax(count: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    size = int(rng.integers(12, 2000))
-    logits = rng.integers(-4, 4, size).astype(np.float32)
-    step = most_probable(logits, count)
-    assert step.tokens.tolist() == sorted(range(size), key=lambda token: (-logits[token], token))[:count]
-    softmax = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
-    np.testing.assert_allclose(step.probabilities, softmax[step.tokens], rtol=1e-5)

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ht_export.checkpoint import BaseModel
+from ht_export.correction import correction_tables
 from ht_export.export import ExportSettings
 from ht_export.model import HiddenTransferModel
 from ht_export.parity import ReferenceEngine
@@ -33,12 +34,16 @@ def test_acceptance_counts_the_greedy_token_of_every_position(base: BaseModel, s
 @pytest.mark.parametrize(
     "sizes", [TreeSizes(1, (0, 0, 0)), TreeSizes(6, (6, 6, 6)), TreeSizes(6, (4, 2, 1)), TreeSizes(8, (3, 0, 0))]
 )
-def test_simulated_steps_are_those_of_the_loop(base: BaseModel, sequences: list[Sequence], sizes: TreeSizes) -> None:
-    transfer = random_transfer((3, 1, 3))
+@pytest.mark.parametrize("rank", [0, 4])
+def test_simulated_steps_are_those_of_the_loop(
+    base: BaseModel, sequences: list[Sequence], sizes: TreeSizes, rank: int
+) -> None:
+    transfer = random_transfer((3, 1, 3), correction_rank=rank)
+    correction = correction_tables(base.model, transfer.correction) if transfer.correction else None
     engine = ReferenceEngine(HiddenTransferModel(base.model, transfer))
     for text, sequence in zip(predict(base, transfer, sequences), sorted(sequences, key=len), strict=True):
         simulated = list(advances(text, sizes))
-        loop = draft_and_verify(engine, sequence.prompt, sizes, chunk=64)
+        loop = draft_and_verify(engine, sequence.prompt, sizes, chunk=64, correction=correction)
         assert next(loop) == sequence.answer[:1]
         lengths = [len(next(loop)) for _ in simulated]
         assert lengths == simulated
@@ -46,7 +51,9 @@ def test_simulated_steps_are_those_of_the_loop(base: BaseModel, sequences: list[
 
 def drafts_of(labels: list[list[int]], tokens: list[list[list[int]]], probability: float = 0.5) -> TextDrafts:
     candidates = np.array(tokens)
-    return TextDrafts(candidates, np.full(candidates.shape, probability), np.array(labels))
+    return TextDrafts(
+        candidates, np.full(candidates.shape, probability), np.array(labels), np.zeros(len(labels), np.int64), None
+    )
 
 
 def test_drafts_that_are_always_right_make_every_step_full() -> None:
@@ -69,19 +76,21 @@ def test_more_rows_never_bring_fewer_tokens_from_the_same_position(seed: int, ro
     rng = np.random.default_rng(seed)
     tokens = np.stack([np.stack([rng.permutation(20)[:6] for _ in range(3)]) for _ in range(5)])
     probabilities = -np.sort(-rng.dirichlet(np.ones(6), (5, 3)), axis=-1)
-    text = TextDrafts(tokens, probabilities, rng.integers(0, 20, (5, 3)))
+    text = TextDrafts(tokens, probabilities, rng.integers(0, 20, (5, 3)), np.zeros(5, np.int64), None)
     fewer, more = (next(iter(advances(text, TreeSizes(n, (n,) * 3)))) for n in (rows, rows + 1))
     assert 1 <= fewer <= more <= 4
 
 
 def test_the_statistics_are_conditional_on_the_steps_before(base: BaseModel, sequences: list[Sequence]) -> None:
-    texts = list(predict(base, random_transfer((2, 3)), sequences))
+    texts = list(predict(base, random_transfer((2, 3), correction_rank=4), sequences))
     found = statistics(texts, TreeSizes(4, (4, 3)))
     hits = np.concatenate([text.hits for text in texts])[:, :, :16]
     before = hits[:, 0].any(-1)
     assert found["ranks"][0] == pytest.approx(hits[:, 0].mean(0).tolist(), abs=1e-4)
     assert found["ranks"][1] == pytest.approx(hits[before, 1].mean(0).tolist(), abs=1e-4)
     assert sum(entry["count"] for entry in found["calibration"][1]["bins"]) == before.sum() * 16
+    assert set(found["top_uncorrected"]) == {"1", "2", "4", "8"}
+    assert found["top_uncorrected"] != found["top"]
     assert list(found["tokens_per_step"]) == ["2", "4", "8", "16", "32", "64"]
     assert found["sizes"]["tokens_per_step"] == pytest.approx(tokens_per_step(texts, TreeSizes(4, (4, 3))), abs=1e-4)
     assert ExportSettings().tree(2) == TreeSizes(4, (4, 3))

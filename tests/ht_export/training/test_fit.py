@@ -27,7 +27,14 @@ from runtime.errors import InputError
 from tests.ht_export.training.conftest import QUIET
 
 SETTINGS = FitSettings(
-    layers=(2, 3), steps=30, sequences=4, anchors=8, init="identity", learning_rate=0.02, warmup_steps=2
+    layers=(2, 3),
+    steps=30,
+    sequences=4,
+    anchors=8,
+    init="identity",
+    correction_rank=4,
+    learning_rate=0.02,
+    warmup_steps=2,
 )
 
 
@@ -42,8 +49,7 @@ def run(
 def losses_of(base: BaseModel, transfer: TransferLayers, sequences: list[Sequence]) -> torch.Tensor:
     batch = make_batch(sequences, transfer.num_steps, None, None)
     context = run_context(base.model, transfer, batch.input_ids)
-    _, losses = anchor_losses(base, transfer, batch, context, replace(SETTINGS, layers=transfer.layers).objective)
-    return losses.by_step
+    return anchor_losses(base, transfer, batch, context, replace(SETTINGS, layers=transfer.layers).objective)
 
 
 def assert_equal(one: TransferLayers, other: TransferLayers) -> None:

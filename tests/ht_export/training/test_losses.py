@@ -20,19 +20,25 @@ def test_losses_and_gradient_are_those_of_torch(
     states = torch.randn(9, 32, generator=generator)
     drafts = torch.randn(7, 2, 32, generator=generator, requires_grad=True)
     targets = torch.randint(0, 9, (7, 2), generator=generator)
+    shifts = torch.randn(7, 2, 32, generator=generator, requires_grad=True)
     weights = (1.0, 0.5)
-    found = draft_losses(parts, drafts.detach(), states, targets, Objective(weights, temperature, top_k))
+    objective = Objective(weights, temperature, top_k)
+    found = draft_losses(parts, drafts.detach(), states, targets, objective, shifts.detach())
 
     wanted = parts.head(parts.norm(states)) / temperature
     if top_k:
         wanted = wanted.masked_fill(wanted < wanted.topk(top_k).values[:, -1:], -torch.inf)
-    logs = (parts.head(parts.norm(drafts)) / temperature).log_softmax(-1)
+    logs = (parts.head(parts.norm(drafts) + shifts) / temperature).log_softmax(-1)
     by_step = torch.stack(
         [kl_div(logs[:, k], wanted.softmax(-1)[targets[:, k]], reduction="batchmean") for k in range(2)]
     )
     (by_step * torch.tensor(weights)).sum().mul(temperature**2).backward()
     torch.testing.assert_close(found.by_step, by_step.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.gradient, drafts.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.shift_gradient, shifts.grad, rtol=1e-4, atol=1e-6)
+    unshifted = draft_losses(parts, drafts.detach(), states, targets, objective)
+    assert unshifted.shift_gradient is None
+    assert not torch.allclose(unshifted.by_step, found.by_step)
 
 
 @pytest.mark.parametrize(
