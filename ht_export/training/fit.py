@@ -33,7 +33,7 @@ from runtime.errors import InputError
 INITIALISATIONS = ("ridge", "identity")
 SCHEDULES = ("cosine", "constant")
 # Texts of the initial regression; more do not change its outcome noticeably.
-RIDGE_TEXTS = 2048
+RIDGE_TEXTS = 512
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from runtime.errors import InputError
 MEBIBYTE = 1 << 20
 # The interpreter and its libraries.
 PROGRAM_BYTES = 700 * MEBIBYTE
+# Allocators hold on to more than is in use.
+SLACK = 1.25
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,11 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.context + self.drafts + self.logits + self.program
+        return int(self.weights + self.program + SLACK * (self.context + self.drafts + self.logits))
 
     def check(self, device: torch.device) -> None:
         """Raise `InputError` when the device has less memory free than this. The weights are already loaded."""
-        needed = self.total - self.weights - self.program
+        needed = int(SLACK * (self.context + self.drafts + self.logits))
         free = free_memory(device)
         if needed > free:
             raise InputError(
