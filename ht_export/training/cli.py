@@ -94,8 +94,6 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
                      "(default: 100)")  # fmt: skip
     fit.add_argument("--evaluate-texts", type=int, default=40, help="held-out texts of such a measurement; all are "
                      "measured at the end (default: 40)")  # fmt: skip
-    fit.add_argument("--feature-cache", type=Path, help="folder that keeps the base model's states of the data, so "
-                     "that later passes over it skip the base model; large, see docs/training.md")  # fmt: skip
     fit.add_argument("--log", type=Path, help="folder for TensorBoard logs (default: none)")
     _add_machine(fit, "bfloat16")
 
@@ -147,6 +145,8 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
 def _add_batches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", type=int, default=8, help="texts in a batch (default: 8)")
     parser.add_argument("--anchors", type=int, default=64, help="anchors in a text (default: 64)")
+    parser.add_argument("--feature-cache", type=Path, help="folder that keeps the base model's states of the data, so "
+                        "that the base model runs over it once; large, see docs/training.md")  # fmt: skip
     parser.add_argument("--accumulate", type=int, default=1, help="batches of a step, shared among the processes "
                         "(default: 1)")  # fmt: skip
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: 0.002)")

@@ -122,7 +122,17 @@ def run_sweep(options: argparse.Namespace) -> None:
     data = read_data(options.data, base, most_steps + 1)
     held_out = _spread(read_data(options.held_out, base, most_steps + 1), options.evaluate_texts)
     with progress_bar() as progress:
-        rows = sweep(base, data, held_out, fit_settings, settings, options.out, progress, report=progress.console.print)
+        rows = sweep(
+            base,
+            data,
+            held_out,
+            fit_settings,
+            settings,
+            options.out,
+            progress,
+            options.feature_cache,
+            report=progress.console.print,
+        )
     text = f"{table(rows)}\n\nRecommended {recommendation(rows, options.row_cost)}.\n"
     with atomic_path(options.out / "sweep.md") as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -6,6 +6,7 @@ own earlier steps, as at run time (`HiddenTransferModel`), so the drafts are the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -66,16 +67,17 @@ class _AnchorRows:
 
 
 @torch.no_grad()
-def run_context(base: PreTrainedModel, transfer: TransferLayers, input_ids: Tensor) -> Context:
-    """Run the base model over input_ids [B, N], padded on the right, and keep what pseudo rows read."""
+def run_context(base: PreTrainedModel, layers: Iterable[int], input_ids: Tensor) -> Context:
+    """Run the base model over input_ids [B, N], padded on the right, and keep what transfer layers at `layers` read."""
     parts = decoder_parts(base)
     context = Context()
-    rows = _CausalRows(context, min(transfer.layers))
+    layers = set(layers)
+    rows = _CausalRows(context, min(layers))
     hidden = parts.embed(input_ids)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     position_embeddings = parts.rotary(hidden, positions)
     for index, layer in enumerate(parts.layers):
-        if index in transfer.layers:
+        if index in layers:
             context.hidden[index] = hidden
         hidden = layer(hidden, position_embeddings=position_embeddings, attention_rows=rows)
     context.hidden[len(parts.layers)] = hidden

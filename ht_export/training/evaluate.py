@@ -87,7 +87,7 @@ def predict(
     for start in starts:
         sequences = ordered[start : start + batch_size]
         batch = make_batch(sequences, transfer.num_steps, None, None).to(device)
-        context = run_context(base.model, transfer, batch.input_ids)
+        context = run_context(base.model, transfer.layers, batch.input_ids)
         hidden = draft_hidden(base.model, transfer, context, batch.anchors)
         for row, sequence in enumerate(sequences):
             used = batch.weights[row] > 0

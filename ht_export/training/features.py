@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from ht_export.tensors import write_safetensors
 from ht_export.training.batches import AnchorBatch, make_batch
 from ht_export.training.data import Sequence, fingerprint
 from ht_export.training.drafts import Context, run_context
-from ht_export.transfer import TransferLayers
 from runtime.errors import InputError
 from runtime.files import write_json
 
@@ -35,27 +35,34 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class FeatureLayout:
-    """The parts of a token's features: states of these layers, then keys and values of layers first_layer..L-1."""
+    """The parts of a token's features: states of these layers, then keys and values from the first of them to L-1."""
 
     state_layers: tuple[int, ...]
-    first_layer: int
     num_layers: int
     hidden_size: int
     key_value_heads: int
     head_dim: int
 
     @classmethod
-    def of(cls, base: BaseModel, transfer: TransferLayers) -> FeatureLayout:
-        """Return what training `transfer` reads."""
+    def of(cls, base: BaseModel, layers: Iterable[int]) -> FeatureLayout:
+        """Return what training transfer layers at any of `layers` reads."""
         config = base.model.config
         return cls(
-            state_layers=tuple(sorted({*transfer.layers, config.num_hidden_layers})),
-            first_layer=min(transfer.layers),
+            state_layers=tuple(sorted({*layers, config.num_hidden_layers})),
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
             key_value_heads=config.num_key_value_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         )
+
+    def covers(self, other: FeatureLayout) -> bool:
+        """Whether these features hold all of the other's."""
+        return {*other.state_layers} <= {*self.state_layers}
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer that a pseudo row passes."""
+        return self.state_layers[0]
 
     @property
     def width(self) -> int:
@@ -88,22 +95,25 @@ class FeatureLayout:
 
 
 class FeatureCache:
-    """Features of every text of the data, made once. Raises `InputError` for a folder made for anything else."""
+    """Features of every text of the data for transfer layers at any of `layers`, made once.
+
+    A folder made for more layers serves fewer. Raises `InputError` for one made for anything else.
+    """
 
     def __init__(
         self,
         folder: Path,
         base: BaseModel,
-        transfer: TransferLayers,
+        layers: SequenceOf[int],
         data: SequenceOf[Sequence],
         progress: Progress,
     ) -> None:
         self.folder = folder
-        self.layout = FeatureLayout.of(base, transfer)
+        self.layout = FeatureLayout.of(base, layers)
         self.dtype = base.model.dtype
         self.index = {id(sequence): number for number, sequence in enumerate(data)}
         self._check_description(base, data)
-        self._make(base, transfer, data, progress)
+        self._make(base, data, progress)
 
     def context(self, batch: AnchorBatch) -> Context:
         """Return what `run_context` would for the batch; past a text's end there are zeros."""
@@ -123,15 +133,14 @@ class FeatureCache:
         description: dict[str, Any] = {
             "weights_sha256": base.weights_sha256,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "state_layers": list(self.layout.state_layers),
-            "first_layer": self.layout.first_layer,
             "data_sha256": fingerprint(data),
         }
         path = self.folder / DESCRIPTION
         if path.is_file():
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
+                held = replace(self.layout, state_layers=tuple(found["state_layers"]))
+            except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path} is damaged ({error}); delete its folder") from error
             differing = [key for key, value in description.items() if found.get(key) != value]
             if differing:
@@ -139,10 +148,16 @@ class FeatureCache:
                     f"{self.folder} holds features of another {differing[0]}; name a new --feature-cache, "
                     "or delete that folder"
                 )
+            if not held.covers(self.layout):
+                raise InputError(
+                    f"{self.folder} holds states of layers {', '.join(map(str, held.state_layers))}, and layers "
+                    f"{', '.join(map(str, self.layout.state_layers))} are needed; name a new --feature-cache"
+                )
+            self.layout = held
         else:
-            write_json(path, description)
+            write_json(path, {**description, "state_layers": list(self.layout.state_layers)})
 
-    def _make(self, base: BaseModel, transfer: TransferLayers, data: SequenceOf[Sequence], progress: Progress) -> None:
+    def _make(self, base: BaseModel, data: SequenceOf[Sequence], progress: Progress) -> None:
         groups = [range(i, min(i + TEXTS_PER_FILE, len(data))) for i in range(0, len(data), TEXTS_PER_FILE)]
         missing = [group for number, group in enumerate(groups) if not self._path(number).is_file()]
         needed = sum(len(data[i]) for group in missing for i in group) * self.layout.width * self.dtype.itemsize
@@ -158,8 +173,8 @@ class FeatureCache:
             ordered = sorted(group, key=lambda i: len(data[i]))
             for start in range(0, len(ordered), BATCH):
                 chosen = ordered[start : start + BATCH]
-                batch = make_batch([data[i] for i in chosen], transfer.num_steps, None, None)
-                context = run_context(base.model, transfer, batch.input_ids.to(base.model.device))
+                batch = make_batch([data[i] for i in chosen], 0, None, None)
+                context = run_context(base.model, self.layout.state_layers, batch.input_ids.to(base.model.device))
                 for row, i in enumerate(chosen):
                     tensors[str(i)] = self.layout.pack(context, row, len(data[i])).cpu().contiguous()
             write_safetensors(self._path(group.start // TEXTS_PER_FILE), tensors)

@@ -174,6 +174,8 @@ def fit(
                 _log_acceptance(log, found, state.step)
         if accelerator.is_main_process and (state.step % checkpoint_every == 0 or state.step == settings.steps):
             save_checkpoint(checkpoint, state, run)
+            # The bar is not seen where output goes to a file.
+            report(f"step {state.step}: loss {_show(by_step)}, {speed:,.0f} anchors/s, saved {checkpoint}")
         progress.update(
             bar, completed=state.step, description=f"fitting  loss {_show(by_step)}  {speed:,.0f} anchors/s{shown}"
         )
@@ -246,7 +248,7 @@ class _Trainer:
         self.cache: FeatureCache | None = None
         if feature_cache is not None:
             with accelerator.main_process_first():
-                self.cache = FeatureCache(feature_cache, base, state.transfer, data, progress)
+                self.cache = FeatureCache(feature_cache, base, state.transfer.layers, data, progress)
 
     def initialise(self, progress: Progress) -> None:
         """Set the weights to begin with. Every process computes the same."""
@@ -288,7 +290,7 @@ class _Trainer:
     def _context(self, batch: AnchorBatch) -> Context:
         if self.cache is not None:
             return self.cache.context(batch)
-        return run_context(self.base.model, self.state.transfer, batch.input_ids)
+        return run_context(self.base.model, self.state.transfer.layers, batch.input_ids)
 
 
 def _optimizer(transfer: TransferLayers, settings: FitSettings) -> torch.optim.Optimizer:

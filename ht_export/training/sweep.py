@@ -20,6 +20,7 @@ from ht_export.checkpoint import BaseModel
 from ht_export.training.cost import RowCosts, best_choice
 from ht_export.training.data import Sequence, fingerprint
 from ht_export.training.evaluate import predict, statistics
+from ht_export.training.features import FeatureCache
 from ht_export.training.fit import FitSettings, fit
 from runtime.errors import InputError
 from runtime.files import write_json
@@ -72,6 +73,7 @@ def sweep(
     settings: SweepSettings,
     folder: Path,
     progress: Progress,
+    feature_cache: Path | None = None,
     report: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Compare placements and return a row for each, the best first; `folder` keeps checkpoints and results.
@@ -88,6 +90,10 @@ def sweep(
         "row_cost": settings.row_cost,
     }
     measured = _read_results(folder / RESULTS, about)
+    if feature_cache is not None:
+        # Made here for all placements; each fit takes its own part.
+        every_layer = sorted({layer for placement in settings.placements for layer in placement})
+        FeatureCache(feature_cache, base, every_layer, data, progress)
     alive = list(settings.placements)
     bar = progress.add_task("placements", total=_fits(len(alive), settings.rungs))
     for rung, steps in enumerate(settings.rung_steps()):
@@ -98,7 +104,13 @@ def sweep(
             if str(steps) not in at_rung:
                 settings_here = replace(fit_settings, layers=layers, steps=steps, schedule="constant", patience=0)
                 transfer, _ = fit(
-                    base, data, settings_here, folder / f"{name}.checkpoint", progress, report=lambda _: None
+                    base,
+                    data,
+                    settings_here,
+                    folder / f"{name}.checkpoint",
+                    progress,
+                    feature_cache=feature_cache,
+                    report=lambda _: None,
                 )
                 texts = list(predict(base, transfer, held_out))
                 choice = best_choice(texts, layers, costs)

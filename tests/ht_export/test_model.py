@@ -96,7 +96,7 @@ def test_the_trainers_drafts_are_those_of_the_reference(layers: tuple[int, ...])
         empty_cache(2),
     )
     parts = decoder_parts(base)
-    hidden = draft_hidden(base, transfer, run_context(base, transfer, ids), anchors)
+    hidden = draft_hidden(base, transfer, run_context(base, transfer.layers, ids), anchors)
     drafts = parts.head(parts.norm(hidden))
     for i, step in enumerate(order):
         torch.testing.assert_close(output.draft_logits[:, 2 * i : 2 * i + 2], drafts[:, :, step], atol=2e-5, rtol=1e-5)
