@@ -56,6 +56,8 @@ def tree_attention(
 
 def use_attention_rows(model: PreTrainedModel) -> None:
     """Let the layers of `model` take an `attention_rows=` argument; without it they attend as `sdpa` does."""
+    if model.config._attn_implementation == ATTENTION_NAME:
+        return
     AttentionInterface.register(ATTENTION_NAME, _attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
     model.set_attn_implementation(ATTENTION_NAME)

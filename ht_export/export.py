@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import onnx
@@ -59,6 +60,11 @@ class ExportSettings:
             raise InputError(
                 f"--tree-rows must be at least 1, and every number of --pseudo-rows between 0 and it; "
                 f"not {tree_rows} and {','.join(map(str, pseudo_rows))}"
+            )
+        if any(later and not earlier for earlier, later in pairwise(pseudo_rows)):
+            raise InputError(
+                f"--pseudo-rows {','.join(map(str, pseudo_rows))}: a draft step needs the steps before "
+                "it; give no rows to a step only if none after it has any"
             )
         return TreeSizes(tree_rows, pseudo_rows)
 

@@ -24,6 +24,8 @@ from runtime.errors import InputError
 
 FORMAT_VERSION = 2
 METADATA_KEY = "hidden_transfer"
+# Far above any model's; a damaged file must not ask for all memory.
+LARGEST_SIZE = 1 << 16
 
 
 class TransferLayers(nn.Module):
@@ -175,9 +177,9 @@ def _parse_metadata(path: Path, text: str | None) -> dict[str, Any]:
             raise InputError(f"{path}: its metadata lacks or misstates {key!r}; train it again")
     sizes = [metadata["base_model"].get("hidden_size"), metadata["base_model"].get("num_layers")]
     numbers = [*metadata["layers"], metadata.get("correction_rank"), *sizes]
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+    if not all(isinstance(number, int) and 0 <= number <= LARGEST_SIZE for number in numbers):
         raise InputError(
-            f"{path}: layers, correction_rank, hidden_size and num_layers must be whole numbers of at least 0; "
-            "train it again"
+            f"{path}: layers, correction_rank, hidden_size and num_layers must be whole numbers from 0 to "
+            f"{LARGEST_SIZE}; train it again"
         )
     return metadata

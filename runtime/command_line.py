@@ -17,6 +17,9 @@ def run(program: str, work: Callable[[], None], *, interrupted: str) -> int:
     except InputError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 1
+    except MemoryError as error:
+        print(f"{program}: error: not enough memory ({error})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{program}: {interrupted}", file=sys.stderr)
         return 130

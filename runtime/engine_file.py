@@ -99,9 +99,26 @@ def read_engine_file(engine: Path) -> EngineFile:
             "update hidden-transfer, or export the engine again"
         )
     try:
-        return _parse(value)
-    except (KeyError, TypeError) as error:
+        about = _parse(value)
+        _check_numbers(about)
+    except (KeyError, TypeError, ValueError) as error:
         raise EngineFileError(f"{path} lacks or misstates {error}; export the engine again") from error
+    return about
+
+
+def _check_numbers(about: EngineFile) -> None:
+    """Raise `ValueError`, naming the field, unless the numbers that steer decoding can be what they say."""
+    numbers = [
+        ("prompt_chunk", about.prompt_chunk, 1),
+        ("max_context", about.max_context, 1),
+        ("tree_rows", about.tree.tree_rows, 1),
+        *(("pseudo_rows", rows, 0) for rows in about.tree.pseudo_rows),
+    ]
+    for name, number, least in numbers:
+        if not isinstance(number, int) or number < least:
+            raise ValueError(f"{name} ({number!r})")
+    if len(about.tree.pseudo_rows) != about.dims.num_steps:
+        raise ValueError(f"pseudo_rows ({list(about.tree.pseudo_rows)})")
 
 
 def _parse(value: dict[str, Any]) -> EngineFile:

@@ -38,11 +38,14 @@ class BatchSampler:
         self.num_steps = num_steps
         self.seed = seed
         self.batches_per_pass = len(data) // self.sequences
+        self._pass: tuple[int, list[int]] = (-1, [])
 
     def batch(self, number: int) -> AnchorBatch:
         """Return the batch `number` (from 0) of an endless row of batches."""
         pass_index, index = divmod(number, self.batches_per_pass)
-        order = self._order(pass_index)
+        if self._pass[0] != pass_index:
+            self._pass = pass_index, self._order(pass_index)
+        order = self._pass[1]
         chosen = [self.data[i] for i in order[index * self.sequences : (index + 1) * self.sequences]]
         rng = np.random.default_rng([self.seed, 1, number])
         return make_batch(chosen, self.num_steps, self.anchors, rng)

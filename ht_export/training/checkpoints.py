@@ -12,10 +12,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ht_export.tensors import write_safetensors
+from ht_export.training.identity import first_difference
 from ht_export.transfer import TransferLayers
 from runtime.errors import InputError
 
 METADATA_KEY = "fit"
+OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")
+COUNTS = {"step": int, "best_loss": float, "best_step": int, "anchors": int, "seconds": float}
 
 
 @dataclass
@@ -23,7 +26,7 @@ class FitState:
     """A fit after `step` optimizer steps.
 
     `best` holds the weights with the lowest held-out loss so far, `best_loss`, of step `best_step`; it is empty while
-    nothing was measured.
+    nothing was measured. `anchors` were trained on in `seconds`.
     """
 
     transfer: TransferLayers
@@ -32,6 +35,8 @@ class FitState:
     best: dict[str, Tensor] = field(default_factory=dict)
     best_loss: float = float("inf")
     best_step: int = 0
+    anchors: int = 0
+    seconds: float = 0.0
 
     def note(self, loss: float) -> None:
         """Remember the present weights when their held-out loss is the lowest so far."""
@@ -46,7 +51,7 @@ def save_checkpoint(path: Path, state: FitState, run: dict[str, Any]) -> None:
     tensors |= {f"best/{name}": tensor for name, tensor in state.best.items()}
     for name, parameter in state.transfer.named_parameters():
         tensors |= {f"optimizer/{name}/{key}": value for key, value in state.optimizer.state[parameter].items()}
-    about = {"step": state.step, "best_loss": state.best_loss, "best_step": state.best_step, "run": run}
+    about = {**{name: getattr(state, name) for name in COUNTS}, "run": run}
     write_safetensors(path, tensors, {METADATA_KEY: json.dumps(about)})
 
 
@@ -56,18 +61,19 @@ def load_checkpoint(path: Path, state: FitState, run: dict[str, Any]) -> None:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})[METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is not a checkpoint of ht-train fit ({error}); delete it to start again") from error
-    differing = [key for key, value in json.loads(json.dumps(run)).items() if about["run"].get(key) != value]
-    if differing:
+        made_by = about["run"]
+        differing = first_difference(run, made_by)
+        if differing is None:
+            _restore(state, about, tensors)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(
-            f"{path} is the checkpoint of a run with another {differing[0]} ({about['run'].get(differing[0])!r}, "
-            f"now {run[differing[0]]!r}); repeat that, name another --checkpoint, or delete it to start again"
+            f"{path} is not a whole checkpoint of ht-train fit ({error}); delete it to start again"
+        ) from error
+    if differing is not None:
+        raise InputError(
+            f"{path} is the checkpoint of a run with another {differing} ({made_by.get(differing)!r}, now "
+            f"{run[differing]!r}); repeat that, name another --checkpoint, or delete it to start again"
         )
-    try:
-        _restore(state, about, tensors)
-    except (KeyError, RuntimeError) as error:
-        raise InputError(f"{path} is damaged ({error}); delete it to start again") from error
 
 
 def _restore(state: FitState, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -75,11 +81,13 @@ def _restore(state: FitState, about: dict[str, Any], tensors: dict[str, Tensor])
     for name, tensor in tensors.items():
         group, _, rest = name.partition("/")
         groups[group][rest] = tensor
+    counts = {name: kind(about[name]) for name, kind in COUNTS.items()}
     state.transfer.load_state_dict(groups["weight"])
     state.best = groups["best"]
-    state.step, state.best_loss, state.best_step = about["step"], about["best_loss"], about["best_step"]
-    for name, tensor in groups["optimizer"].items():
-        parameter_name, _, key = name.rpartition("/")
-        parameter = state.transfer.get_parameter(parameter_name)
-        # AdamW counts its steps in a tensor on the CPU.
-        state.optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+    for name, value in counts.items():
+        setattr(state, name, value)
+    for name, parameter in state.transfer.named_parameters():
+        for key in OPTIMIZER_KEYS if state.step else ():
+            tensor = groups["optimizer"][f"{name}/{key}"]
+            # AdamW counts its steps in a tensor on the CPU.
+            state.optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.command_line import add_model, integers, run
+from runtime.errors import InputError
 
 PLACEMENT_HELP = (
     "transfer layer of each draft step, 0-based, the number of layers meaning the last one's output; as many numbers "
@@ -34,13 +35,20 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ht-train` and return its exit status: 0, or 1 with one line on stderr for a user's mistake."""
     options = build_parser().parse_args(arguments)
-    again = "interrupted; run the same command again to continue"
+    resumes = options.command != "eval"
+    again = "interrupted; run the same command again to continue" if resumes else "interrupted"
 
     def work() -> None:
         # Imports torch and transformers, which --help and a mistyped option should not wait for.
+        import torch
+
         from ht_export.training import commands
 
-        getattr(commands, f"run_{options.command}")(options)
+        try:
+            getattr(commands, f"run_{options.command}")(options)
+        except torch.OutOfMemoryError as error:
+            lower = "--batch-size" if options.command == "data" else "--sequences or --anchors"
+            raise InputError(f"the GPU's memory is used up ({error}); lower {lower}, or use --device cpu") from error
 
     return run("ht-train", work, interrupted=again)
 
@@ -128,7 +136,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     sweep.add_argument("--held-out", type=Path, required=True, help="another such folder, to measure acceptance on")
     sweep.add_argument("--out", type=Path, required=True, help="folder for results and checkpoints")
     sweep.add_argument("--row-cost", type=float, default=0.05, help="cost of one more row in a pass, in plain passes; "
-                       "scripts/benchmark.py measures it (default: 0.05, a CPU with few cores)")  # fmt: skip
+                       "compare passes of two engines or trees (default: 0.05, a CPU with few cores)")  # fmt: skip
     sweep.add_argument("--draft-steps", type=int, default=3, help="draft steps to train; fewer are compared too "
                        "(default: 3)")  # fmt: skip
     sweep.add_argument("--placement", type=integers, action="append", dest="placements", metavar="LAYERS",

@@ -5,28 +5,33 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from rich.progress import Progress
 
 from ht_export.checkpoint import BaseModel, load_base_model
 from ht_export.export import ExportSettings
 from ht_export.progress import progress_bar
 from ht_export.training.data import Sequence, read_data
 from ht_export.training.evaluate import evaluate
-from ht_export.training.fit import FitReport, FitSettings, MetricLog, fit
+from ht_export.training.fit import FitSettings, MetricLog, fit
 from ht_export.training.generate import DataSettings, generate_data
 from ht_export.training.plots import plot_acceptance, plot_sweep
 from ht_export.training.sweep import SweepSettings, default_placements, recommendation, sweep, table
 from ht_export.transfer import TransferFile, load_transfer_layers, save_transfer_layers
+from runtime.drafts import SHORTLIST
 from runtime.errors import InputError
-from runtime.files import atomic_path, check_writable, write_json
+from runtime.files import atomic_path, check_writable, unwritable, write_json
 
 DEFAULT_STEPS = 3
 
@@ -52,8 +57,13 @@ def run_data(options: argparse.Namespace) -> None:
 def run_fit(options: argparse.Namespace) -> None:
     """Train transfer layers and write them with what is known about them."""
     check_writable(options.out)
+    checkpoint = options.checkpoint or Path(f"{options.out}.checkpoint")
+    check_writable(checkpoint)
+    versions = {"hidden-transfer": version("hidden-transfer"), "torch": torch.__version__}
     # A launcher's processes share the work, each on its own device; one of them speaks.
-    accelerator = Accelerator(cpu=_device(options) == "cpu")
+    # They wait for one of them to fill a feature cache, far longer than collectives do by default.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    accelerator = Accelerator(cpu=_device(options) == "cpu", kwargs_handlers=[patient])
     main = accelerator.is_main_process
     base = _load(options, accelerator.device)
     num_layers = base.model.config.num_hidden_layers
@@ -66,7 +76,7 @@ def run_fit(options: argparse.Namespace) -> None:
             base,
             data,
             settings,
-            options.checkpoint or Path(f"{options.out}.checkpoint"),
+            checkpoint,
             progress,
             held_out=_spread(held_out, options.evaluate_texts),
             evaluate_every=options.evaluate_every,
@@ -74,13 +84,21 @@ def run_fit(options: argparse.Namespace) -> None:
             feature_cache=options.feature_cache,
             log=log,
             accelerator=accelerator,
-            report=progress.console.print,
+            report=_reporter(progress),
         )
         if not main:
             return
         sizes = ExportSettings().tree(len(layers))
-        acceptance = evaluate(base, transfer, held_out, sizes, progress=progress) if held_out else {}
-    recipe = {**asdict(settings), **_provenance(options, data, report)}
+        acceptance: dict[str, Any] = {}
+        if held_out:
+            acceptance = {"dtype": options.dtype, **evaluate(base, transfer, held_out, sizes, progress=progress)}
+    recipe = {
+        **asdict(settings),
+        "data": {"sequences": len(data), "answer_tokens": sum(len(sequence.answer) for sequence in data)},
+        "dtype": options.dtype,
+        "report": asdict(report),
+        "versions": versions,
+    }
     save_transfer_layers(options.out, transfer, TransferFile(base.identity(), recipe, acceptance))
     print(
         f"wrote {options.out}: {report.steps} steps, {report.anchors_per_second:,.0f} anchors/s, "
@@ -94,6 +112,8 @@ def run_eval(options: argparse.Namespace) -> None:
     base = _load(options)
     transfer, about = load_transfer_layers(options.transfer, base.identity())
     sizes = ExportSettings(options.tree_rows, options.pseudo_rows).tree(transfer.num_steps)
+    if sizes.tree_rows > SHORTLIST:
+        raise InputError(f"--tree-rows {sizes.tree_rows}: at most {SHORTLIST} can be simulated")
     if options.store:
         check_writable(options.transfer)
     if options.out:
@@ -101,7 +121,7 @@ def run_eval(options: argparse.Namespace) -> None:
     data = read_data(options.data, base, transfer.num_steps + 1)
     transfer.to(base.model.device)
     with progress_bar() as progress:
-        found = evaluate(base, transfer, data, sizes, progress=progress)
+        found = {"dtype": options.dtype, **evaluate(base, transfer, data, sizes, progress=progress)}
     if options.out:
         write_json(options.out / "eval.json", found)
         plot_acceptance(found, options.out)
@@ -115,6 +135,8 @@ def run_sweep(options: argparse.Namespace) -> None:
     check_writable(options.out / "sweep.json")
     base = _load(options)
     num_layers = base.model.config.num_hidden_layers
+    if options.draft_steps < 1:
+        raise InputError(f"--draft-steps must be at least 1, not {options.draft_steps}")
     placements = tuple(options.placements or default_placements(num_layers, options.draft_steps))
     most_steps = max(map(len, placements))
     settings = SweepSettings(placements, options.steps, options.rungs, options.row_cost)
@@ -131,7 +153,7 @@ def run_sweep(options: argparse.Namespace) -> None:
             options.out,
             progress,
             options.feature_cache,
-            report=progress.console.print,
+            report=_reporter(progress),
         )
     text = f"{table(rows)}\n\nRecommended {recommendation(rows, options.row_cost)}.\n"
     with atomic_path(options.out / "sweep.md") as temporary:
@@ -169,18 +191,16 @@ def _batches_and_loss(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _provenance(options: argparse.Namespace, data: list[Sequence], report: FitReport) -> dict[str, Any]:
-    return {
-        "data": {"sequences": len(data), "answer_tokens": sum(len(sequence.answer) for sequence in data)},
-        "dtype": options.dtype,
-        "report": asdict(report),
-        "versions": {"hidden-transfer": version("hidden-transfer"), "torch": torch.__version__},
-    }
+def _reporter(progress: Progress) -> Callable[[str], None]:
+    """Return a function that prints a line above the bar; brackets in it are no markup."""
+    return lambda text: progress.console.print(text, markup=False, highlight=False)
 
 
 def _spread(sequences: list[Sequence], count: int) -> list[Sequence]:
-    """Return about `count` of the sequences, evenly from first to last."""
-    return sequences[:: max(1, len(sequences) // max(1, count))]
+    """Return at most `count` of the sequences, evenly from first to last."""
+    if count < 1:
+        raise InputError(f"the number of held-out texts must be at least 1, not {count}")
+    return sequences[:: max(1, math.ceil(len(sequences) / count))]
 
 
 @contextlib.contextmanager
@@ -190,6 +210,10 @@ def _tensorboard(folder: Path | None) -> Iterator[MetricLog | None]:
         return
     from torch.utils.tensorboard import SummaryWriter
 
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
     writer = SummaryWriter(str(folder))
     try:
         yield writer

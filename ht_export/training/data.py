@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ht_export.checkpoint import BaseModel
+from ht_export.training.identity import first_difference
 from runtime.errors import InputError
 from runtime.files import atomic_path, write_json
 
@@ -55,32 +56,42 @@ class DataFolder:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = {"version": MANIFEST_VERSION, **manifest}
+        self._names: list[str] = []
         existing = path / MANIFEST
-        if existing.is_file():
-            earlier = _read_manifest(existing)
-            differing = [key for key, value in self.manifest.items() if earlier.get(key) != value]
+        # Settings may still change while no answer depends on them.
+        if any(path.glob("shard-*.jsonl")):
+            if not existing.is_file():
+                raise InputError(f"{path} holds shards without a {MANIFEST}; choose a new folder, or delete them")
+            differing = first_difference(self.manifest, _read_manifest(existing))
             if differing:
                 raise InputError(
-                    f"{path} holds data made with another {differing[0]}; choose a new folder, or repeat the earlier "
+                    f"{path} holds data made with another {differing}; choose a new folder, or repeat the earlier "
                     "settings"
                 )
         else:
             write_json(existing, {**self.manifest, "shards": None})
 
-    def shard(self, turn: int, number: int) -> list[Sequence] | None:
-        """Return the shard when it was written before, else None."""
+    def shard(self, turn: int, number: int, prompts: SequenceOf[list[int]]) -> list[Sequence] | None:
+        """Return the answers to `prompts` when they were written before, else None."""
         path = self._shard_path(turn, number)
-        return _read_shard(path) if path.exists() else None
+        if not path.exists():
+            return None
+        sequences = _read_shard(path)
+        if [sequence.prompt for sequence in sequences] != list(prompts):
+            raise InputError(f"{path} does not hold the prompts that it should; delete it and run ht-train data again")
+        self._names.append(path.name)
+        return sequences
 
     def write_shard(self, turn: int, number: int, sequences: Iterable[Sequence]) -> None:
         """Write one shard, whole or not at all."""
-        with atomic_path(self._shard_path(turn, number)) as temporary:
+        path = self._shard_path(turn, number)
+        with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(asdict(sequence)) + "\n" for sequence in sequences))
+        self._names.append(path.name)
 
     def finish(self, **counts: int) -> None:
-        """Record that every shard is there, with `counts` about them."""
-        shards = [path.name for path in _shard_paths(self.path)]
-        write_json(self.path / MANIFEST, {**self.manifest, "shards": shards, **counts})
+        """Record that every shard is there, with `counts` about them, `sequences` being one."""
+        write_json(self.path / MANIFEST, {**self.manifest, "shards": sorted(self._names), **counts})
 
     def _shard_path(self, turn: int, number: int) -> Path:
         return self.path / f"shard-{turn}-{number:05d}.jsonl"
@@ -107,10 +118,18 @@ def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[Seq
     missing = [name for name in expected if not (folder / name).is_file()]
     if missing:
         raise InputError(
-            f"{folder} lacks {len(missing)} of {len(expected)} shards (first: {missing[0]}); copy them too, or delete "
-            f"{MANIFEST} and run ht-train data again"
+            f"{folder} lacks {len(missing)} of {len(expected)} shards (first: {missing[0]}); "
+            "run ht-train data again with the same settings"
         )
-    sequences = [s for name in expected for s in _read_shard(folder / name) if len(s.answer) >= min_answer_tokens]
+    written = [sequence for name in expected for sequence in _read_shard(folder / name)]
+    if len(written) != manifest["sequences"]:
+        raise InputError(
+            f"{folder} holds {len(written)} of {manifest['sequences']} answers; a shard was cut short: "
+            "delete the shards and make the data again"
+        )
+    if max(max(sequence.tokens) for sequence in written) >= base.model.config.vocab_size:
+        raise InputError(f"{folder} holds token ids beyond the model's vocabulary; make the data again")
+    sequences = [sequence for sequence in written if len(sequence.answer) >= min_answer_tokens]
     if not sequences:
         raise InputError(
             f"{folder} holds no answer of at least {min_answer_tokens} tokens, one more than there are draft steps; "
@@ -119,16 +138,12 @@ def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[Seq
     return sequences
 
 
-def _shard_paths(folder: Path) -> list[Path]:
-    return sorted(folder.glob("shard-*.jsonl"))
-
-
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["version"]
         if version == MANIFEST_VERSION:
-            _, _ = manifest["shards"], manifest["base_model"]["weights_sha256"]
+            _check_manifest(manifest)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error!r}); delete its folder and make the data again") from error
     if version != MANIFEST_VERSION:
@@ -137,6 +152,19 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             "update hidden-transfer, or make the data again"
         )
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise `KeyError`, `TypeError` or `ValueError` unless the manifest has what is read of it."""
+    made_by, shards = manifest["base_model"], manifest["shards"]
+    if not isinstance(made_by["weights_sha256"], str) or not isinstance(made_by["name"], str):
+        raise ValueError("base_model must have a name and a hash")
+    if shards is None:
+        return
+    if not isinstance(shards, list) or not all(isinstance(name, str) for name in shards):
+        raise ValueError("shards must be a list of names")
+    if not isinstance(manifest["sequences"], int):
+        raise ValueError("sequences must be a number")
 
 
 def _read_shard(path: Path) -> list[Sequence]:
@@ -150,6 +178,8 @@ def _sequence(row: dict[str, Any]) -> Sequence:
     sequence = Sequence(**row)
     for name in ("prompt", "answer"):
         ids = getattr(sequence, name)
-        if not isinstance(ids, list) or not ids or not all(isinstance(token, int) for token in ids):
+        if not isinstance(ids, list) or not ids or not all(isinstance(token, int) and token >= 0 for token in ids):
             raise ValueError(f"{name} must be a list of token ids")
+    if not isinstance(sequence.task, str):
+        raise ValueError("task must be a string")
     return sequence

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
+from ht_export.attention import use_attention_rows
 from ht_export.families import decoder_parts
 from ht_export.model import gather_rows
 from ht_export.transfer import TransferLayers
@@ -69,6 +70,7 @@ class _AnchorRows:
 @torch.no_grad()
 def run_context(base: PreTrainedModel, layers: Iterable[int], input_ids: Tensor) -> Context:
     """Run the base model over input_ids [B, N], padded on the right, and keep what transfer layers at `layers` read."""
+    use_attention_rows(base)
     parts = decoder_parts(base)
     context = Context()
     layers = set(layers)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import Tensor
 
-from ht_export.attention import use_attention_rows
 from ht_export.checkpoint import BaseModel
 from ht_export.correction import correction_tables
 from ht_export.families import DecoderParts, decoder_parts
@@ -77,7 +76,6 @@ def predict(
     progress: Progress | None = None,
 ) -> Iterator[TextPredictions]:
     """Yield the drafts at every anchor of every text, the shortest text first."""
-    use_attention_rows(base.model)
     parts = decoder_parts(base.model)
     device = base.model.device
     ordered = sorted(data, key=len)

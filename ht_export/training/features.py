@@ -25,6 +25,7 @@ from ht_export.tensors import write_safetensors
 from ht_export.training.batches import AnchorBatch, make_batch
 from ht_export.training.data import Sequence, fingerprint
 from ht_export.training.drafts import Context, run_context
+from ht_export.training.identity import first_difference
 from runtime.errors import InputError
 from runtime.files import write_json
 
@@ -142,10 +143,9 @@ class FeatureCache:
                 held = replace(self.layout, state_layers=tuple(found["state_layers"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path} is damaged ({error}); delete its folder") from error
-            differing = [key for key, value in description.items() if found.get(key) != value]
-            if differing:
+            if differing := first_difference(description, found):
                 raise InputError(
-                    f"{self.folder} holds features of another {differing[0]}; name a new --feature-cache, "
+                    f"{self.folder} holds features of another {differing}; name a new --feature-cache, "
                     "or delete that folder"
                 )
             if not held.covers(self.layout):

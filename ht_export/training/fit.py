@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from rich.progress import Progress
 from torch import Tensor
 
-from ht_export.attention import use_attention_rows
 from ht_export.checkpoint import BaseModel
 from ht_export.families import decoder_parts
 from ht_export.training.batches import AnchorBatch, BatchSampler, make_batch
@@ -65,10 +65,11 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequences", "anchors", "accumulate", "learning_rate", "max_gradient_norm"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be more than 0, not {getattr(self, name)}")
-        if self.correction_rank < 0:
-            raise InputError(f"correction_rank must be at least 0 (0 leaves it out), not {self.correction_rank}")
+        for name in ("correction_rank", "patience", "seed"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise InputError(f"{name} must be at least 0, not {getattr(self, name)}")
         for name, allowed in (("init", INITIALISATIONS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)}")
@@ -135,8 +136,16 @@ def fit(
     batches of a step are shared among the processes. Raises `InputError`.
     """
     accelerator = accelerator or Accelerator(cpu=base.model.device.type == "cpu")
+    for name, value in (("checkpoint_every", checkpoint_every), ("evaluate_every", evaluate_every)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
     if settings.patience and not held_out:
         raise InputError("stopping early needs held-out data: give --held-out, or leave --patience at 0")
+    if settings.accumulate % accelerator.num_processes:
+        raise InputError(
+            f"{accelerator.num_processes} processes cannot share {settings.accumulate} batches of a step evenly; make "
+            "--accumulate a multiple of their number"
+        )
     torch.manual_seed(settings.seed)
     transfer = TransferLayers(settings.layers, base.model.config.hidden_size, settings.correction_rank)
     transfer.check_layers(base.model.config.num_hidden_layers)
@@ -145,32 +154,32 @@ def fit(
     transfer.to(base.model.device)
     state = FitState(transfer, _optimizer(transfer, settings))
     run = _run_identity(settings, base, data)
+    if settings.patience:
+        run |= {"held_out": fingerprint(held_out), "evaluate_every": evaluate_every}
     trainer = _Trainer(base, data, settings, state, accelerator, feature_cache, progress)
     if checkpoint.exists():
         load_checkpoint(checkpoint, state, run)
         report(f"continuing at step {state.step} from {checkpoint}")
     else:
         trainer.initialise(progress)
-    first = state.step
-    bar = progress.add_task("fitting", total=settings.steps, completed=first)
-    seconds = 0.0
+    trainer.agree()
+    bar = progress.add_task("fitting", total=settings.steps, completed=state.step)
     shown = ""
     while state.step < settings.steps and not _stopping(state, settings, evaluate_every):
-        started = perf_counter()
         by_step = trainer.step()
-        seconds += perf_counter() - started
-        speed = (state.step - first) * trainer.anchors_per_step / seconds
+        speed = state.anchors / state.seconds
         if log:
             for k, loss in enumerate(by_step.tolist(), start=1):
                 log.add_scalar(f"loss/step_{k}", loss, state.step)
             log.add_scalar("learning_rate", settings.rate(state.step - 1), state.step)
             log.add_scalar("anchors_per_second", speed, state.step)
         if held_out and (state.step % evaluate_every == 0 or state.step == settings.steps):
-            found = evaluate(base, transfer, held_out)
-            state.note(sum(w * kl for w, kl in zip(settings.objective.weights, found["kl"], strict=True)))
-            shown = f"  held-out top-1/2/4/8 {headline(found)}"
-            report(f"step {state.step}: loss {_show(by_step)}{shown}")
-            if log:
+            found = evaluate(base, transfer, held_out) if accelerator.is_main_process else None
+            state.note(trainer.shared(_weighted(found["kl"], settings) if found else 0.0))
+            if found:
+                shown = f"  held-out top-1/2/4/8 {headline(found)}"
+                report(f"step {state.step}: loss {_show(by_step)}{shown}")
+            if found and log:
                 _log_acceptance(log, found, state.step)
         if accelerator.is_main_process and (state.step % checkpoint_every == 0 or state.step == settings.steps):
             save_checkpoint(checkpoint, state, run)
@@ -181,7 +190,7 @@ def fit(
         )
     if settings.patience and state.best:
         transfer.load_state_dict(state.best)
-    speed = (state.step - first) * trainer.anchors_per_step / seconds if seconds else 0.0
+    speed = state.anchors / state.seconds if state.seconds else 0.0
     best_step = state.best_step if settings.patience else state.step
     return transfer, FitReport(state.step, best_step, speed, peak_memory(base.model.device))
 
@@ -237,14 +246,12 @@ class _Trainer:
         feature_cache: Path | None,
         progress: Progress,
     ) -> None:
-        use_attention_rows(base.model)
         self.base = base
         self.data = data
         self.settings = settings
         self.state = state
         self.accelerator = accelerator
         self.sampler = BatchSampler(data, settings.sequences, settings.anchors, state.transfer.num_steps, settings.seed)
-        self.anchors_per_step = settings.accumulate * self.sampler.sequences * settings.anchors
         self.cache: FeatureCache | None = None
         if feature_cache is not None:
             with accelerator.main_process_first():
@@ -254,7 +261,7 @@ class _Trainer:
         """Set the weights to begin with. Every process computes the same."""
         if self.settings.init == "identity":
             return
-        texts = self.data[:: max(1, len(self.data) // RIDGE_TEXTS)]
+        texts = self.data[:: math.ceil(len(self.data) / RIDGE_TEXTS)]
         regression = RidgeRegression(self.state.transfer)
         starts = range(0, len(texts), self.settings.sequences)
         bar = progress.add_task("regression", total=len(starts))
@@ -266,26 +273,52 @@ class _Trainer:
             progress.advance(bar)
         regression.solve()
 
+    def agree(self) -> None:
+        """Give every process the main one's weights: devices may round the regression differently."""
+        if self.accelerator.num_processes == 1:
+            return
+        if self.shared(float(self.state.step)) != self.state.step:
+            raise InputError("the processes see different checkpoints; put --checkpoint on storage that they share")
+        for parameter in self.state.transfer.parameters():
+            parameter.data = broadcast(parameter.data)
+
+    def shared(self, value: float) -> float:
+        """Return the main process's `value`."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return float(broadcast(torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)))
+
     def step(self) -> Tensor:
-        """Take one optimizer step and return the mean loss of each draft step, [K]."""
+        """Take one optimizer step and return the mean loss of each draft step, [K], on the CPU."""
+        started = perf_counter()
         settings, state, accelerator = self.settings, self.state, self.accelerator
         total = torch.zeros(state.transfer.num_steps, device=self.base.model.device)
+        anchors = torch.zeros((), device=self.base.model.device)
         for micro in range(accelerator.process_index, settings.accumulate, accelerator.num_processes):
             batch = self.sampler.batch(state.step * settings.accumulate + micro).to(self.base.model.device)
             share = 1 / settings.accumulate
+            anchors += (batch.weights > 0).sum()
             total += anchor_losses(self.base, state.transfer, batch, self._context(batch), settings.objective, share)
         if accelerator.num_processes > 1:
-            total = accelerator.reduce(total, "sum")
+            total, anchors = accelerator.reduce(total, "sum"), accelerator.reduce(anchors, "sum")
             for parameter in state.transfer.parameters():
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = accelerator.reduce(gradient, "sum")
+        by_step = total.cpu()
+        if not torch.isfinite(by_step).all():
+            raise InputError(
+                f"the loss is not finite at step {state.step + 1} ({_show(by_step)}); lower --learning-rate, or use "
+                "--dtype float32. The last checkpoint is untouched"
+            )
         torch.nn.utils.clip_grad_norm_(state.transfer.parameters(), settings.max_gradient_norm)
         for group in state.optimizer.param_groups:
             group["lr"] = settings.rate(state.step)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        return total
+        state.anchors += int(anchors)
+        state.seconds += perf_counter() - started
+        return by_step
 
     def _context(self, batch: AnchorBatch) -> Context:
         if self.cache is not None:
@@ -312,6 +345,10 @@ def _stopping(state: FitState, settings: FitSettings, evaluate_every: int) -> bo
     """Whether as many held-out measurements as `patience` says brought nothing."""
     measured_since_best = (state.step - state.best_step) // evaluate_every
     return bool(settings.patience and state.best and measured_since_best >= settings.patience)
+
+
+def _weighted(kl: SequenceOf[float], settings: FitSettings) -> float:
+    return sum(weight * value for weight, value in zip(settings.objective.weights, kl, strict=True))
 
 
 def _log_acceptance(log: MetricLog, found: dict[str, Any], step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import Progress
+from transformers import GenerationConfig
 
 from ht_export.checkpoint import BaseModel
 from ht_export.training.data import DataFolder, Sequence
@@ -43,7 +45,9 @@ class DataSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if self.seed < 0:
+            raise InputError(f"seed must be at least 0, not {self.seed}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise InputError(
                 "temperature and top_k must be at least 0, and top_p above 0 and at most 1; "
                 f"not {self.temperature}, {self.top_k} and {self.top_p}"
@@ -68,9 +72,16 @@ def generate_data(
 
     Conversations that begin as one in `excluded_file` does are left out: held-out prompts, say. Raises `InputError`.
     """
+    room = base.model.config.max_position_embeddings - settings.max_new_tokens
+    if room < 1:
+        raise InputError(
+            f"answers of {settings.max_new_tokens} tokens leave no room for a prompt in the model's context of "
+            f"{base.model.config.max_position_embeddings}; lower --max-new-tokens"
+        )
+    longest = min(settings.max_prompt_tokens, room)
     conversations = read_conversations(prompts_file)
     excluded = read_conversations(excluded_file) if excluded_file else []
-    distinct = without_duplicates(conversations, excluded)
+    distinct = without_duplicates(conversations, excluded, settings.max_turns)
     if not distinct:
         raise InputError(f"{prompts_file}: every prompt is in {excluded_file}; give other prompts to train on")
     out = DataFolder(
@@ -91,12 +102,12 @@ def generate_data(
     for turn in range(min(settings.max_turns, max(len(conversation.turns) for conversation in chosen))):
         due = [i for i, c in enumerate(chosen) if len(c.turns) > turn and len(answers[i]) == turn]
         encoded = [(i, encode_chat(base.tokenizer, chosen[i].turns[: turn + 1], answers[i])) for i in due]
-        fitting = [item for item in encoded if len(item[1]) <= settings.max_prompt_tokens]
+        fitting = [item for item in encoded if len(item[1]) <= longest]
         too_long += len(encoded) - len(fitting)
         if turn == 0 and not fitting:
             shortest = min(len(ids) for _, ids in encoded)
             raise InputError(
-                f"{prompts_file}: no prompt has at most {settings.max_prompt_tokens} tokens (the shortest has "
+                f"{prompts_file}: no prompt has at most {longest} tokens (the shortest has "
                 f"{shortest}); raise --max-prompt-tokens"
             )
         for i, sequence in _answer_turn(base, chosen, fitting, out, turn, settings, progress):
@@ -125,7 +136,7 @@ def _answer_turn(
     bar = progress.add_task(f"turn {turn + 1}", total=len(batches))
     # The longest first: too little memory shows at once, and the remaining time is never guessed too short.
     for number, batch in reversed(list(enumerate(batches))):
-        sequences = out.shard(turn, number)
+        sequences = out.shard(turn, number, [ids for _, ids in batch])
         if sequences is None:
             started = perf_counter()
             # Each shard has its own draws, so that a resumed run samples what an unbroken one does.
@@ -155,13 +166,11 @@ def answer(base: BaseModel, prompts: list[list[int]], settings: DataSettings, se
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.inference_mode(), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=settings.max_new_tokens,
-            pad_token_id=pad,
-            **settings.decoding(),
+        # Not the model's own generation settings: a repetition penalty, say, would make other text than decoding does.
+        config = GenerationConfig(
+            eos_token_id=stops or None, pad_token_id=pad, max_new_tokens=settings.max_new_tokens, **settings.decoding()
         )
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return [_until_stop(row, stops) for row in output[:, width:].tolist()]
 
 

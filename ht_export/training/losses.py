@@ -7,6 +7,7 @@ is forgotten.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +32,11 @@ class Objective:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.weights) < 0 or sum(self.weights) == 0:
+        if not self.weights:
+            raise InputError("at least one draft step is needed")
+        if not all(0 <= weight < math.inf for weight in self.weights) or sum(self.weights) == 0:
             raise InputError(f"step weights must be at least 0 and not all 0, not {self.weights}")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise InputError(f"the loss's temperature must be above 0, not {self.temperature}")
         if self.top_k < 0:
             raise InputError(f"the loss's top_k must be at least 0 (0 takes all tokens), not {self.top_k}")
@@ -42,6 +45,8 @@ class Objective:
 @dataclass(frozen=True)
 class Losses:
     """by_step [K], the mean KL(base || draft) of each step in nats, and the gradients of their weighted sum.
+
+    As is usual, the sum's gradients are times the temperature squared, so that their size does not depend on it.
 
     gradient and shift_gradient [N, K, d] are those of the drafts and of the shifts.
     """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,35 +16,32 @@ from ht_export.transfer import TransferLayers
 from runtime.errors import InputError
 
 MEBIBYTE = 1 << 20
-# The interpreter and its libraries.
-PROGRAM_BYTES = 700 * MEBIBYTE
+CGROUP = Path("/sys/fs/cgroup")
 # Allocators hold on to more than is in use.
 SLACK = 1.25
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that a training step needs at most, by what they are for."""
+    """Bytes that a training step needs besides the loaded base model, by what they are for."""
 
-    weights: int
+    optimizer: int
     context: int
     drafts: int
     logits: int
-    program: int = PROGRAM_BYTES
 
     @property
     def total(self) -> int:
-        """All of them."""
-        return int(self.weights + self.program + SLACK * (self.context + self.drafts + self.logits))
+        """All of them, with what allocators hold on to."""
+        return int(SLACK * (self.optimizer + self.context + self.drafts + self.logits))
 
     def check(self, device: torch.device) -> None:
-        """Raise `InputError` when the device has less memory free than this. The weights are already loaded."""
-        needed = int(SLACK * (self.context + self.drafts + self.logits))
+        """Raise `InputError` when the device has less memory free than this."""
         free = free_memory(device)
-        if needed > free:
+        if self.total > free:
+            parts = ", ".join(f"{name} {size // MEBIBYTE}" for name, size in asdict(self).items())
             raise InputError(
-                f"a training step needs about {needed // MEBIBYTE} MiB more memory (context "
-                f"{self.context // MEBIBYTE}, drafts {self.drafts // MEBIBYTE}, logits {self.logits // MEBIBYTE}) and "
+                f"a training step needs about {self.total // MEBIBYTE} MiB more memory ({parts}) and "
                 f"{free // MEBIBYTE} MiB are free on {device.type}; lower --sequences or --anchors and raise "
                 "--accumulate by the same factor"
             )
@@ -53,32 +51,47 @@ def estimate(base: BaseModel, transfer: TransferLayers, sequences: int, anchors:
     """Return what a step over `sequences` texts of at most `longest` tokens with `anchors` anchors each needs."""
     config = base.model.config
     size = base.model.dtype.itemsize
-    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    optimizer = 4 * 4 * sum(p.numel() for p in transfer.parameters())
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, num_steps = config.num_attention_heads, transfer.num_steps
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_value = 2 * config.num_key_value_heads * head_dim
     passed = config.num_hidden_layers - min(transfer.layers)
     kept_states = len(set(transfer.layers)) + 1
-    tokens = sequences * longest
     working = 6 * config.hidden_size + 3 * config.intermediate_size
-    context = tokens * size * (kept_states * config.hidden_size + passed * key_value + working)
-    rows = sequences * anchors * transfer.num_steps
+    context = sequences * longest * size * (kept_states * config.hidden_size + passed * key_value + working)
+    rows = sequences * anchors * num_steps
+    seen = longest + anchors * num_steps
     # What backward keeps of a layer for each row: its inputs, norms, projections, MLP parts and attention output.
-    per_layer = 10 * config.hidden_size + 4 * config.intermediate_size + 4 * config.num_attention_heads * head_dim
+    per_layer = 10 * config.hidden_size + 4 * config.intermediate_size + 4 * heads * head_dim
     # Keys and values of the text are kept again beside those of the pseudo rows, and the mask once for all layers.
-    seen = sequences * (longest + anchors * transfer.num_steps) * key_value
-    mask = sequences * anchors * transfer.num_steps * (longest + anchors * transfer.num_steps) * (1 + size)
-    drafts = size * passed * (rows * per_layer + 2 * seen) + mask + 2 * rows * config.hidden_size * 4
-    # Base probabilities and two copies of the drafts' in float32, and the head's own output and its gradient.
-    chunk = CHUNK_ROWS * config.vocab_size * (4 * (2 + transfer.num_steps) + 3 * size)
-    return MemoryEstimate(weights + optimizer, context, drafts, chunk)
+    drafts = size * passed * (rows * per_layer + 2 * sequences * seen * key_value)
+    drafts += rows * seen * (1 + size) + 2 * rows * config.hidden_size * 4
+    if base.model.device.type == "cuda":
+        # With a mask and grouped heads attention writes its scores out there, and keeps them.
+        drafts += 2 * size * heads * rows * seen * max(1, passed)
+        context += 2 * size * heads * sequences * longest * longest
+    # A chunk has up to K base rows for each draft row: output, float32, softmax and entropy of the first; output, its
+    # gradient, float32 and target of the second.
+    chunk = CHUNK_ROWS * config.vocab_size * (num_steps * (size + 12) + 2 * size + 8)
+    # Gradients and AdamW's two moments.
+    optimizer = 12 * sum(parameter.numel() for parameter in transfer.parameters())
+    return MemoryEstimate(optimizer, context, drafts, chunk)
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes free on `device`."""
+    """Return the bytes free on `device`, within the limits that a container sets."""
     if device.type == "cuda":
+        # What PyTorch holds for later would otherwise count as used.
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *_container_room()])
+
+
+def _container_room() -> list[int]:
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return []
+    return [] if limit == "max" else [max(0, int(limit) - int(used))]
 
 
 def peak_memory(device: torch.device) -> int:

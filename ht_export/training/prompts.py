@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from runtime.errors import InputError
@@ -42,6 +43,8 @@ def read_conversations(path: Path) -> list[Conversation]:
         try:
             # Decoded here: text that is not UTF-8 has a line number too.
             row = json.loads(line.decode("utf-8"))
+            # JSON can spell half of a surrogate pair, which no tokenizer takes.
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
         except ValueError as error:
             raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
         turns = _turns(row)
@@ -56,14 +59,17 @@ def read_conversations(path: Path) -> list[Conversation]:
 
 
 def without_duplicates(
-    conversations: Iterable[Conversation], excluded: Iterable[Conversation] = ()
+    conversations: Iterable[Conversation], excluded: Iterable[Conversation] = (), max_turns: int | None = None
 ) -> list[Conversation]:
-    """Return the first of each group of duplicates, leaving out those that begin as one of `excluded` does."""
+    """Return the first of each group of duplicates, leaving out those that begin as one of `excluded` does.
+
+    Only the first `max_turns` turns count.
+    """
     first_turns = {conversation.words[0] for conversation in excluded}
     seen: set[tuple[str, ...]] = set()
     kept = []
     for conversation in conversations:
-        words = conversation.words
+        words = conversation.words[:max_turns]
         if words not in seen and words[0] not in first_turns:
             seen.add(words)
             kept.append(conversation)
@@ -84,7 +90,11 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Iterable[str], answer
         messages.append({"role": "user", "content": turn})
         if index < len(answers):
             messages.append({"role": "assistant", "content": answers[index]})
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+    try:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    except TemplateError as error:
+        raise InputError(f"the model's chat template refuses a conversation of {len(turns)} turns: {error}") from error
+    return list(ids)
 
 
 def _turns(row: Any) -> tuple[str, ...] | None:

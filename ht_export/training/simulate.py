@@ -56,7 +56,7 @@ def tokens_per_step(texts: Iterable[TextDrafts], sizes: TreeSizes) -> float:
 def advances(text: TextDrafts, sizes: TreeSizes) -> Iterable[int]:
     """Yield the tokens of each step through `text`: the accepted ones and the certain one."""
     position = 0
-    drafted = sum(1 for rows in sizes.pseudo_rows if rows)
+    drafted = next((k for k, rows in enumerate(sizes.pseudo_rows) if not rows), len(sizes.pseudo_rows))
     while position < len(text.labels):
         drafts = text.drafts(position, drafted, sizes.tree_rows)
         tree = best_first_tree(int(text.certain[position]), drafts, sizes.tree_rows)

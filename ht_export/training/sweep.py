@@ -22,6 +22,8 @@ from ht_export.training.data import Sequence, fingerprint
 from ht_export.training.evaluate import predict, statistics
 from ht_export.training.features import FeatureCache
 from ht_export.training.fit import FitSettings, fit
+from ht_export.training.identity import first_difference
+from ht_export.transfer import TransferLayers
 from runtime.errors import InputError
 from runtime.files import write_json
 
@@ -82,8 +84,17 @@ def sweep(
     and for the best row counts at this row cost: sizes, tokens_per_step, cost, speedup. Raises `InputError`.
     """
     costs = RowCosts.of(base, settings.row_cost)
+    fits = {
+        layers: replace(fit_settings, layers=layers, steps=settings.steps, schedule="constant", patience=0)
+        for layers in settings.placements
+    }
+    for layers in fits:
+        TransferLayers(layers, base.model.config.hidden_size).check_layers(base.model.config.num_hidden_layers)
     about = {
-        "sweep": asdict(replace(settings, row_cost=0.0)),
+        "placements": settings.placements,
+        "steps": settings.steps,
+        "rungs": settings.rungs,
+        "dtype": str(base.model.dtype),
         "fit": {k: v for k, v in asdict(fit_settings).items() if k not in ("layers", "steps")},
         "base_model": base.identity(),
         "data_sha256": fingerprint([*data, *held_out]),
@@ -94,7 +105,7 @@ def sweep(
         # Made here for all placements; each fit takes its own part.
         every_layer = sorted({layer for placement in settings.placements for layer in placement})
         FeatureCache(feature_cache, base, every_layer, data, progress)
-    alive = list(settings.placements)
+    alive = list(fits)
     bar = progress.add_task("placements", total=_fits(len(alive), settings.rungs))
     for rung, steps in enumerate(settings.rung_steps()):
         for layers in alive:
@@ -102,11 +113,10 @@ def sweep(
             at_rung = measured.setdefault(name, {})
             # A resumed sweep ranks by what was measured at the rung, not by what came after.
             if str(steps) not in at_rung:
-                settings_here = replace(fit_settings, layers=layers, steps=steps, schedule="constant", patience=0)
                 transfer, _ = fit(
                     base,
                     data,
-                    settings_here,
+                    replace(fits[layers], steps=steps),
                     folder / f"{name}.checkpoint",
                     progress,
                     feature_cache=feature_cache,
@@ -199,11 +209,12 @@ def _read_results(path: Path, about: dict[str, Any]) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         results = found["results"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(row["speedup"], float | int) for rungs in results.values() for row in rungs.values()):
+            raise ValueError("a speedup that is not a number")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error}); delete its folder and sweep again") from error
-    differing = [key for key, value in json.loads(json.dumps(about)).items() if found.get(key) != value]
-    if differing:
+    if differing := first_difference(about, found):
         raise InputError(
-            f"{path.parent} holds a sweep with another {differing[0]}; choose a new --out, or repeat those settings"
+            f"{path.parent} holds a sweep with another {differing}; choose a new --out, or repeat those settings"
         )
     return results

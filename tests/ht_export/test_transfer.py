@@ -99,7 +99,8 @@ def test_a_newer_version_is_refused(tmp_path: Path) -> None:
         ({"recipe": None}, "lacks or misstates 'recipe'"),
         ({"base_model": {}}, "must be whole numbers"),
         ({"layers": ["x"]}, "must be whole numbers"),
-        ({"correction_rank": -1}, "must be whole numbers of at least 0"),
+        ({"correction_rank": -1}, "must be whole numbers from 0 to"),
+        ({"correction_rank": 10**9}, "must be whole numbers from 0 to"),
     ],
 )
 def test_metadata_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 
-from ht_export.attention import use_attention_rows
 from ht_export.checkpoint import BaseModel, load_base_model
 from ht_export.training.data import Sequence, read_data
 from ht_export.training.generate import DataSettings, generate_data
@@ -17,9 +16,7 @@ QUIET = Progress(disable=True)
 
 @pytest.fixture(scope="session")
 def base(tiny_checkpoint: Path) -> BaseModel:
-    loaded = load_base_model(str(tiny_checkpoint))
-    use_attention_rows(loaded.model)
-    return loaded
+    return load_base_model(str(tiny_checkpoint))
 
 
 @pytest.fixture(scope="session")
