@@ -18,7 +18,7 @@ from runtime.errors import InputError
 
 METADATA_KEY = "fit"
 OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")
-COUNTS = {"step": int, "best_loss": float, "best_step": int, "anchors": int, "seconds": float}
+COUNTS = {"step": int, "best_loss": float, "best_step": int, "anchors": int, "seconds": float, "peak_memory": int}
 
 
 @dataclass
@@ -26,7 +26,8 @@ class FitState:
     """A fit after `step` optimizer steps.
 
     `best` holds the weights with the lowest held-out loss so far, `best_loss`, of step `best_step`; it is empty while
-    nothing was measured. `anchors` were trained on in `seconds`.
+    nothing was measured. `anchors` were trained on in `seconds`,
+    with `peak_memory` bytes at most.
     """
 
     transfer: TransferLayers
@@ -37,6 +38,7 @@ class FitState:
     best_step: int = 0
     anchors: int = 0
     seconds: float = 0.0
+    peak_memory: int = 0
 
     def note(self, loss: float) -> None:
         """Remember the present weights when their held-out loss is the lowest so far."""
@@ -61,7 +63,7 @@ def load_checkpoint(path: Path, state: FitState, run: dict[str, Any]) -> None:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})[METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        made_by = about["run"]
+        made_by = dict(about["run"])
         differing = first_difference(run, made_by)
         if differing is None:
             _restore(state, about, tensors)

@@ -192,7 +192,7 @@ def fit(
         transfer.load_state_dict(state.best)
     speed = state.anchors / state.seconds if state.seconds else 0.0
     best_step = state.best_step if settings.patience else state.step
-    return transfer, FitReport(state.step, best_step, speed, peak_memory(base.model.device))
+    return transfer, FitReport(state.step, best_step, speed, state.peak_memory)
 
 
 def anchor_losses(
@@ -318,6 +318,7 @@ class _Trainer:
         state.step += 1
         state.anchors += int(anchors)
         state.seconds += perf_counter() - started
+        state.peak_memory = max(state.peak_memory, peak_memory(self.base.model.device))
         return by_step
 
     def _context(self, batch: AnchorBatch) -> Context:

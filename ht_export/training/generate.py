@@ -166,11 +166,21 @@ def answer(base: BaseModel, prompts: list[list[int]], settings: DataSettings, se
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.inference_mode(), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        # Not the model's own generation settings: a repetition penalty, say, would make other text than decoding does.
-        config = GenerationConfig(
-            eos_token_id=stops or None, pad_token_id=pad, max_new_tokens=settings.max_new_tokens, **settings.decoding()
-        )
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        # Not with the model's own generation settings, which `generate` falls back on wherever ours say nothing: a
+        # repetition penalty, say, would make other text than decoding does.
+        own = model.generation_config
+        model.generation_config = GenerationConfig()
+        try:
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                eos_token_id=stops or None,
+                pad_token_id=pad,
+                max_new_tokens=settings.max_new_tokens,
+                **settings.decoding(),
+            )
+        finally:
+            model.generation_config = own
     return [_until_stop(row, stops) for row in output[:, width:].tolist()]
 
 

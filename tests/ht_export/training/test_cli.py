@@ -79,7 +79,44 @@ def test_eval_stores_its_statistics_and_leaves_the_weights(
             "step_weights has 1 numbers for 2 draft steps",
         ),
         (["fit", "MODEL", "--data", "DATA", "--out", "t", "--patience", "2"], "stopping early needs held-out data"),
+        (
+            ["fit", "MODEL", "--data", "DATA", "--out", "t", "--checkpoint-every", "0"],
+            "checkpoint_every must be at least",
+        ),
+        (
+            ["fit", "MODEL", "--data", "DATA", "--out", "t", "--evaluate-every", "0"],
+            "evaluate_every must be at least 1",
+        ),
+        (["fit", "MODEL", "--data", "DATA", "--out", "t", "--evaluate-texts", "0"], "must be at least 1, not 0"),
+        (
+            ["fit", "MODEL", "--data", "DATA", "--out", "t", "--learning-rate", "nan"],
+            "learning_rate must be more than 0",
+        ),
+        (["fit", "MODEL", "--data", "DATA", "--out", "t", "--seed", "-1"], "seed must be at least 0, not -1"),
+        (["fit", "MODEL", "--data", "DATA", "--out", "t", "--log", "PROMPTS"], "cannot write"),
+        (["fit", "MODEL", "--data", "DATA", "--out", "t", "--checkpoint", "PROMPTS/c"], "cannot write"),
+        (["data", "MODEL", "--prompts", "PROMPTS", "--out", "OUT", "--seed", "-1"], "seed must be at least 0, not -1"),
+        (
+            ["data", "MODEL", "--prompts", "PROMPTS", "--out", "OUT", "--max-new-tokens", "256"],
+            "leave no room for a prompt in the model's context of 256",
+        ),
         (["eval", "MODEL", "--transfer", "nowhere", "--data", "DATA"], "no transfer layers at nowhere"),
+        (
+            ["eval", "MODEL", "--transfer", "TRANSFER", "--data", "DATA", "--tree-rows", "65"],
+            "--tree-rows 65: at most 64 can be simulated",
+        ),
+        (
+            ["eval", "MODEL", "--transfer", "TRANSFER", "--data", "DATA", "--pseudo-rows", "0,2,2"],
+            "a draft step needs the steps before it",
+        ),
+        (
+            ["sweep", "MODEL", "--data", "DATA", "--held-out", "DATA", "--out", "OUT", "--draft-steps", "0"],
+            "--draft-steps must be at least 1, not 0",
+        ),
+        (
+            ["sweep", "MODEL", "--data", "DATA", "--held-out", "DATA", "--out", "OUT", "--placement", "9,9"],
+            "transfer layer 9 does not exist",
+        ),
         (
             ["sweep", "MODEL", "--data", "DATA", "--held-out", "DATA", "--out", "OUT", "--row-cost", "3"],
             "between 0 and 1 plain passes, not 3.0",
@@ -94,6 +131,7 @@ def test_a_users_mistake_is_one_line(
     tiny_checkpoint: Path,
     prompts_file: Path,
     data_folder: Path,
+    tiny_transfer: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -104,6 +142,7 @@ def test_a_users_mistake_is_one_line(
         pytest.skip("this machine has a GPU")
     monkeypatch.chdir(tmp_path)
     places = {"MODEL": tiny_checkpoint, "PROMPTS": prompts_file, "DATA": data_folder, "OUT": tmp_path / "new"}
+    places["TRANSFER"] = tiny_transfer
     words = [str(places.get(word, word)).replace("PROMPTS/", f"{prompts_file}/") for word in arguments]
     assert cli.main(words) == 1
     captured = capsys.readouterr().err

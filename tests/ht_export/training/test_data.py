@@ -101,8 +101,48 @@ def test_what_is_kept_is_distinct_and_in_order(turns: list[list[str]]) -> None:
 
 
 def test_a_folder_of_other_settings_is_not_mixed(base: BaseModel, prompts_file: Path, data_folder: Path) -> None:
-    with pytest.raises(InputError, match="made with another settings"):
+    with pytest.raises(InputError, match="made with another max_new_tokens"):
         generate_data(base, prompts_file, data_folder, DataSettings(max_new_tokens=5), QUIET)
+
+
+def test_settings_may_change_until_there_is_an_answer(base: BaseModel, prompts_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="raise --max-prompt-tokens"):
+        generate_data(base, prompts_file, tmp_path, replace(SETTINGS, max_prompt_tokens=3), QUIET)
+    generate_data(base, prompts_file, tmp_path, SETTINGS, QUIET)
+    assert read_data(tmp_path, base, 4)
+
+
+def test_shards_of_unknown_origin_are_not_taken(base: BaseModel, prompts_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "shard-0-00000.jsonl").write_text("")
+    with pytest.raises(InputError, match=r"holds shards without a manifest\.json"):
+        generate_data(base, prompts_file, tmp_path, SETTINGS, QUIET)
+
+
+def test_a_shard_cut_short_is_noticed(base: BaseModel, prompts_file: Path, data_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(data_folder, tmp_path / "copy"))
+    shard = folder / "shard-0-00001.jsonl"
+    shard.write_text(shard.read_text().split("\n", 1)[0] + "\n")
+    with pytest.raises(InputError, match="holds 7 of 10 answers; a shard was cut short"):
+        read_data(folder, base, 4)
+    with pytest.raises(InputError, match="does not hold the prompts that it should; delete it"):
+        generate_data(base, prompts_file, folder, SETTINGS, QUIET)
+
+
+def test_conversations_that_differ_after_the_turns_answered_are_duplicates() -> None:
+    conversations = [Conversation("0", "", ("a", "b")), Conversation("1", "", ("A", "c"))]
+    assert without_duplicates(conversations, max_turns=1) == conversations[:1]
+    assert without_duplicates(conversations, max_turns=2) == conversations
+
+
+def test_the_models_own_generation_settings_do_not_change_the_text(base: BaseModel) -> None:
+    prompts = [[5, 6, 7], [8, 9, 10]]
+    settings = DataSettings(max_new_tokens=24)
+    before = answer(base, prompts, settings)
+    base.model.generation_config.repetition_penalty = 5.0
+    try:
+        assert answer(base, prompts, settings) == before
+    finally:
+        base.model.generation_config.repetition_penalty = None
 
 
 def test_data_of_other_weights_is_refused(data_folder: Path, tmp_path: Path) -> None:
@@ -123,6 +163,7 @@ def test_data_of_other_weights_is_refused(data_folder: Path, tmp_path: Path) -> 
         ('{"turns": []}\n', "line 1: needs 'prompt'"),
         ('{"prompt": " "}\n', "line 1: needs 'prompt'"),
         ('{"prompt": "a"}\n{"prompt": "\udcff"}\n', "line 2: not valid JSON"),
+        ('{"prompt": "a\\ud800"}\n', "line 1: not valid JSON"),
         ("\n", "holds no prompts"),
     ],
 )

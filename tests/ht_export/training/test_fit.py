@@ -7,11 +7,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ht_export.checkpoint import BaseModel
 from ht_export.training import fit as fit_module
@@ -179,13 +181,15 @@ def test_a_feature_cache_changes_nothing_and_is_made_once(
     cached = run(base, sequences, tmp_path / "with", short, feature_cache=tmp_path / "cache")
     for name, tensor in without.state_dict().items():
         torch.testing.assert_close(cached.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(fit_module, "run_context", None)
-    monkeypatch.setattr("ht_export.training.features.run_context", None)
-    assert_equal(cached, run(base, sequences, tmp_path / "again", short, feature_cache=tmp_path / "cache"))
-    assert_equal(
-        run(base, sequences, tmp_path / "c", replace(short, layers=(3,))),
-        run(base, sequences, tmp_path / "d", replace(short, layers=(3,)), feature_cache=tmp_path / "cache"),
-    )
+    with monkeypatch.context() as without_the_base_model:
+        without_the_base_model.setattr(fit_module, "run_context", None)
+        without_the_base_model.setattr("ht_export.training.features.run_context", None)
+        assert_equal(cached, run(base, sequences, tmp_path / "again", short, feature_cache=tmp_path / "cache"))
+    # Made for layers 2 and 3, it serves layer 3 alone.
+    alone = replace(short, layers=(3,))
+    served = run(base, sequences, tmp_path / "c", alone, feature_cache=tmp_path / "cache")
+    for name, tensor in run(base, sequences, tmp_path / "d", alone).state_dict().items():
+        torch.testing.assert_close(served.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
     with pytest.raises(InputError, match=r"holds states of layers 2, 3, 4, and layers 1, 3, 4 are needed"):
         FeatureCache(tmp_path / "cache", base, (1, 3), sequences, QUIET)
     with pytest.raises(InputError, match="holds features of another data_sha256"):
@@ -248,8 +252,43 @@ def test_a_checkpoint_of_another_run_is_refused(base: BaseModel, sequences: list
     with pytest.raises(InputError, match="is the checkpoint of a run with another data"):
         run(base, sequences[1:], tmp_path / "c", short)
     (tmp_path / "c").write_bytes(b"junk")
-    with pytest.raises(InputError, match="is not a checkpoint of ht-train fit"):
+    with pytest.raises(InputError, match="is not a whole checkpoint of ht-train fit"):
         run(base, sequences, tmp_path / "c", short)
+
+
+@pytest.mark.parametrize("change", ["no metadata", "no optimizer", "wrong shape", "null loss"])
+def test_a_damaged_checkpoint_is_refused(
+    base: BaseModel, sequences: list[Sequence], tmp_path: Path, change: str
+) -> None:
+    checkpoint = tmp_path / "c"
+    short = replace(SETTINGS, steps=2)
+    run(base, sequences, checkpoint, short)
+    with safe_open(checkpoint, framework="pt") as file:
+        about = json.loads(file.metadata()["fit"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    if change == "no optimizer":
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("exp_avg")}
+    elif change == "wrong shape":
+        tensors["weight/maps.0.weight"] = torch.zeros(3, 3)
+    elif change == "null loss":
+        about["best_loss"] = None
+    save_file(tensors, checkpoint, metadata={"fit": "[]" if change == "no metadata" else json.dumps(about)})
+    with pytest.raises(InputError, match="is not a whole checkpoint of ht-train fit"):
+        run(base, sequences, checkpoint, short)
+
+
+def test_a_loss_that_is_not_finite_stops_the_fit_before_a_checkpoint(
+    base: BaseModel, sequences: list[Sequence], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit_module, "anchor_losses", lambda *_: torch.tensor([1.0, torch.nan]))
+    with pytest.raises(InputError, match=r"the loss is not finite at step 1 \(1\.000/nan\); lower --learning-rate"):
+        run(base, sequences, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_processes_that_cannot_share_a_step_evenly(base: BaseModel, sequences: list[Sequence], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="2 processes cannot share 1 batches of a step evenly"):
+        run(base, sequences, tmp_path / "c", accelerator=SimpleNamespace(num_processes=2))
 
 
 def test_a_run_at_a_constant_rate_can_be_made_longer(

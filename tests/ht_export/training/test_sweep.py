@@ -96,6 +96,8 @@ def test_the_command_prints_a_table_and_a_recommendation(
         "4",
         "--dtype",
         "float32",
+        "--feature-cache",
+        str(tmp_path / "cache"),
     ]
     assert cli.main(["sweep", str(tiny_checkpoint), *places, *options]) == 0
     printed = capsys.readouterr().out
