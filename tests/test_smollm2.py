@@ -58,7 +58,7 @@ def test_greedy_text_is_that_of_transformers(generator: Generator, base: BaseMod
 
 def test_the_shipped_transfer_layers_bring_tokens(generator: Generator) -> None:
     results = [generator.generate(prompt, max_new_tokens=64) for prompt in PROMPTS]
-    assert sum(len(r.tokens) for r in results) / sum(r.steps for r in results) > 1.5
+    assert sum(len(r.tokens) for r in results) / sum(r.steps for r in results) > 1.7
 
 
 def test_a_conversation_and_streaming(generator: Generator, base: BaseModel) -> None:
@@ -78,4 +78,4 @@ def test_a_conversation_and_streaming(generator: Generator, base: BaseModel) -> 
 def test_the_shipped_file_says_what_was_measured(base: BaseModel) -> None:
     transfer, about = load_transfer_layers(PRETRAINED / KNOWN.transfer, base.identity())
     assert about.recipe["layers"] == list(transfer.layers)
-    assert about.acceptance["top"]["1"][0] >= 0.45
+    assert about.acceptance["top"]["1"][0] >= 0.60
