@@ -36,7 +36,8 @@ def test_an_engine_is_described_beside_it(tiny_engine: Path, tiny_checkpoint: Pa
     assert about.transfer["sha256"] == sha256_file(tiny_transfer)
     assert about.parity["largest_relative_difference"] < 1e-4
     assert about.versions.keys() >= {"hidden-transfer", "torch", "transformers", "onnx", "onnxruntime", "opset"}
-    names = {record.name for record in (about.graph, about.weights, about.tokenizer, about.chat_template) if record}
+    records = (about.graph, about.weights, about.tokenizer, about.chat_template, about.correction)
+    names = {record.name for record in records if record}
     assert {path.name for path in tiny_engine.parent.iterdir()} == names | {"engine.json"}
 
 
