@@ -7,6 +7,7 @@ recipe and the acceptance measured on held-out text. With a token correction the
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -73,6 +74,13 @@ class TransferLayers(nn.Module):
                     f"transfer layer {layer} does not exist in a model of {num_layers} layers; "
                     f"allowed: 0 (the embeddings) to {num_layers} (the last layer's output)"
                 )
+
+    def digest(self) -> str:
+        """Return a SHA-256 of the weights, which tells two sets of them apart."""
+        digest = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def set_affine(self, step: int, weight: Tensor, bias: Tensor) -> None:
         """Set the map of `step` (0-based) to weight [d, d] and bias [d]."""

@@ -11,7 +11,10 @@ from runtime.errors import InputError
 
 
 def run(program: str, work: Callable[[], None], *, interrupted: str) -> int:
-    """Do `work` and return the exit status: 0, 1 for an `InputError`, 130 with the line `interrupted` for Ctrl-C."""
+    """Do `work` and return the exit status.
+
+    0; 1 for an `InputError` or `OSError`; 130, with the line `interrupted`, for Ctrl-C.
+    """
     try:
         work()
     except InputError as error:
@@ -26,6 +29,10 @@ def run(program: str, work: Callable[[], None], *, interrupted: str) -> int:
     except BrokenPipeError:
         # The reader of our output went away: nothing is left to say, not even at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        # A file that cannot be read, say.
+        print(f"{program}: error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     return 0
 
 

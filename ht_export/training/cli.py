@@ -91,6 +91,10 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit.add_argument("--held-out", type=Path, help="another such folder, to measure acceptance on; never trained on")
     fit.add_argument("--out", type=Path, required=True, help="transfer-layers file to write (.safetensors)")
     fit.add_argument("--layers", type=integers, help=PLACEMENT_HELP)
+    beginning = fit.add_mutually_exclusive_group()
+    _add_init(beginning)
+    beginning.add_argument("--start", type=Path, help="begin with these transfer layers, to train them further; their "
+                           "layers and correction rank are the default then")  # fmt: skip
     fit.add_argument("--steps", type=int, default=500, help="optimizer steps (default: 500)")
     _add_batches(fit)
     _add_loss(fit)
@@ -145,9 +149,16 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     sweep.add_argument("--steps", type=int, default=200, help="optimizer steps of the finalists (default: 200)")
     sweep.add_argument("--rungs", type=int, default=3, help="times that the field is measured (default: 3)")
     sweep.add_argument("--evaluate-texts", type=int, default=40, help="held-out texts to measure on (default: 40)")
+    _add_init(sweep)
     _add_batches(sweep)
     _add_loss(sweep)
     _add_machine(sweep, "bfloat16")
+
+
+def _add_init(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--init", choices=("ridge", "identity"), default="ridge",
+                        help="start from ridge regression on the base model's states, or from the identity "
+                        "(default: ridge)")  # fmt: skip
 
 
 def _add_batches(parser: argparse.ArgumentParser) -> None:
@@ -158,13 +169,9 @@ def _add_batches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulate", type=int, default=1, help="batches of a step, shared among the processes "
                         "(default: 1)")  # fmt: skip
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: 0.002)")
-    parser.add_argument("--init", choices=("ridge", "identity"), default="ridge",
-                        help="start from ridge regression on the base model's states, or from the identity "
-                        "(default: ridge)")  # fmt: skip
     parser.add_argument(
         "--correction-rank",
         type=int,
-        default=128,
         help="rank of the token correction, which conditions drafts on the token before (default: 128; 0 for none)",
     )
     parser.add_argument("--seed", type=int, default=0, help="draws texts and anchors (default: 0)")

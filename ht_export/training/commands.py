@@ -34,6 +34,7 @@ from runtime.errors import InputError
 from runtime.files import atomic_path, check_writable, unwritable, write_json
 
 DEFAULT_STEPS = 3
+DEFAULT_CORRECTION_RANK = 128
 
 
 def run_data(options: argparse.Namespace) -> None:
@@ -67,10 +68,19 @@ def run_fit(options: argparse.Namespace) -> None:
     main = accelerator.is_main_process
     base = _load(options, accelerator.device)
     num_layers = base.model.config.num_hidden_layers
+    chosen = _batches_and_loss(options)
     layers = options.layers or (round(num_layers * 2 / 3),) * DEFAULT_STEPS
-    settings = FitSettings(layers=layers, steps=options.steps, patience=options.patience, **_batches_and_loss(options))
+    start, start_about = None, None
+    if options.start:
+        start, start_about = load_transfer_layers(options.start, base.identity())
+        layers = options.layers or start.layers
+        if options.correction_rank is None:
+            chosen["correction_rank"] = start.correction.rank if start.correction else 0
+        chosen["init"] = "file"
+    settings = FitSettings(layers=layers, steps=options.steps, patience=options.patience, **chosen)
     data = read_data(options.data, base, len(layers) + 1)
     held_out = read_data(options.held_out, base, len(layers) + 1) if options.held_out else []
+    _check_apart(data, held_out, options)
     with progress_bar(disable=not main) as progress, _tensorboard(options.log if main else None) as log:
         transfer, report = fit(
             base,
@@ -78,6 +88,7 @@ def run_fit(options: argparse.Namespace) -> None:
             settings,
             checkpoint,
             progress,
+            start=start,
             held_out=_spread(held_out, options.evaluate_texts),
             evaluate_every=options.evaluate_every,
             checkpoint_every=options.checkpoint_every,
@@ -99,6 +110,8 @@ def run_fit(options: argparse.Namespace) -> None:
         "report": asdict(report),
         "versions": versions,
     }
+    if start_about:
+        recipe["start"] = start_about.recipe
     save_transfer_layers(options.out, transfer, TransferFile(base.identity(), recipe, acceptance))
     print(
         f"wrote {options.out}: {report.steps} steps, {report.anchors_per_second:,.0f} anchors/s, "
@@ -143,6 +156,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     fit_settings = FitSettings(layers=placements[0], **_batches_and_loss(options))
     data = read_data(options.data, base, most_steps + 1)
     held_out = _spread(read_data(options.held_out, base, most_steps + 1), options.evaluate_texts)
+    _check_apart(data, held_out, options)
     with progress_bar() as progress:
         rows = sweep(
             base,
@@ -183,12 +197,23 @@ def _batches_and_loss(options: argparse.Namespace) -> dict[str, Any]:
         "accumulate": options.accumulate,
         "learning_rate": options.learning_rate,
         "init": options.init,
-        "correction_rank": options.correction_rank,
+        "correction_rank": DEFAULT_CORRECTION_RANK if options.correction_rank is None else options.correction_rank,
         "step_weights": options.step_weights,
         "loss_temperature": options.loss_temperature,
         "loss_top_k": options.loss_top_k,
         "seed": options.seed,
     }
+
+
+def _check_apart(data: list[Sequence], held_out: list[Sequence], options: argparse.Namespace) -> None:
+    """Raise `InputError` when prompts are in both: what is measured on them would flatter."""
+    trained_on = {tuple(sequence.prompt) for sequence in data}
+    shared = sum(tuple(sequence.prompt) in trained_on for sequence in held_out)
+    if shared:
+        raise InputError(
+            f"{shared} of the {len(held_out)} texts of --held-out {options.held_out} answer prompts that are in --data "
+            f"{options.data} too; make that with: ht-train data --exclude HELD_OUT_PROMPTS"
+        )
 
 
 def _reporter(progress: Progress) -> Callable[[str], None]:

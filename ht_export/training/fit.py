@@ -30,7 +30,7 @@ from ht_export.training.ridge import RidgeRegression
 from ht_export.transfer import TransferLayers
 from runtime.errors import InputError
 
-INITIALISATIONS = ("ridge", "identity")
+INITIALISATIONS = ("ridge", "identity", "file")
 SCHEDULES = ("cosine", "constant")
 # Texts of the initial regression; more do not change its outcome noticeably.
 RIDGE_TEXTS = 512
@@ -41,8 +41,8 @@ class FitSettings:
     """How transfer layers are fitted; two runs with equal settings, data and precision give equal weights on a CPU.
 
     A step takes `accumulate` batches of `sequences` texts with `anchors` anchors each, whatever the number of
-    processes. `patience` is how many held-out measurements in a row may bring nothing before the fit stops; 0 never
-    stops it.
+    processes. `init` "file" begins with transfer layers trained before. `patience` is how many held-out measurements
+    in a row may bring nothing before the fit stops; 0 never stops it.
     """
 
     layers: tuple[int, ...]
@@ -121,6 +121,7 @@ def fit(
     checkpoint: Path,
     progress: Progress,
     *,
+    start: TransferLayers | None = None,
     held_out: SequenceOf[Sequence] = (),
     evaluate_every: int = 100,
     checkpoint_every: int = 50,
@@ -131,9 +132,10 @@ def fit(
 ) -> tuple[TransferLayers, FitReport]:
     """Train transfer layers for `base` on `data`, continuing from `checkpoint` when that exists.
 
-    `held_out` is measured every `evaluate_every` steps. With `settings.patience` the fit stops when that brings nothing
-    more, and the best weights are returned; without, it steers nothing. Under `accelerate launch` or `torchrun` the
-    batches of a step are shared among the processes. Raises `InputError`.
+    `start` are the transfer layers to begin with where `settings.init` is "file"; they stay as they are. `held_out` is
+    measured every `evaluate_every` steps. With `settings.patience` the fit stops when that brings nothing more, and the
+    best weights are returned; without, it steers nothing. Under `accelerate launch` or `torchrun` the batches of a step
+    are shared among the processes. Raises `InputError`.
     """
     accelerator = accelerator or Accelerator(cpu=base.model.device.type == "cpu")
     for name, value in (("checkpoint_every", checkpoint_every), ("evaluate_every", evaluate_every)):
@@ -149,11 +151,15 @@ def fit(
     torch.manual_seed(settings.seed)
     transfer = TransferLayers(settings.layers, base.model.config.hidden_size, settings.correction_rank)
     transfer.check_layers(base.model.config.num_hidden_layers)
+    if settings.init == "file":
+        _copy_start(transfer, start)
     needed = estimate(base, transfer, settings.sequences, settings.anchors, max(map(len, data)))
     needed.check(base.model.device)
     transfer.to(base.model.device)
     state = FitState(transfer, _optimizer(transfer, settings))
     run = _run_identity(settings, base, data)
+    if settings.init == "file":
+        run["start"] = transfer.digest()
     if settings.patience:
         run |= {"held_out": fingerprint(held_out), "evaluate_every": evaluate_every}
     trainer = _Trainer(base, data, settings, state, accelerator, feature_cache, progress)
@@ -259,7 +265,7 @@ class _Trainer:
 
     def initialise(self, progress: Progress) -> None:
         """Set the weights to begin with. Every process computes the same."""
-        if self.settings.init == "identity":
+        if self.settings.init != "ridge":
             return
         texts = self.data[:: math.ceil(len(self.data) / RIDGE_TEXTS)]
         regression = RidgeRegression(self.state.transfer)
@@ -325,6 +331,22 @@ class _Trainer:
         if self.cache is not None:
             return self.cache.context(batch)
         return run_context(self.base.model, self.state.transfer.layers, batch.input_ids)
+
+
+def _copy_start(transfer: TransferLayers, start: TransferLayers | None) -> None:
+    """Make `transfer` begin as `start`."""
+    if start is None:
+        raise InputError('init "file" needs transfer layers to start from')
+    own, given = (
+        (layers.layers, layers.hidden_size, layers.correction.rank if layers.correction else 0)
+        for layers in (transfer, start)
+    )
+    if own != given:
+        raise InputError(
+            f"the transfer layers to start from have layers, width and correction rank {given}, and {own} are asked "
+            "for; leave those options out to take theirs"
+        )
+    transfer.load_state_dict(start.state_dict())
 
 
 def _optimizer(transfer: TransferLayers, settings: FitSettings) -> torch.optim.Optimizer:

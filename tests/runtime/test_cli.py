@@ -6,6 +6,7 @@ import pytest
 
 from runtime import Generator
 from runtime.cli import main
+from runtime.command_line import run
 
 
 def test_json_is_one_object_with_the_results_names(tiny_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +48,14 @@ def test_a_users_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert captured.out == ""
     assert captured.err.startswith("ht-generate: error: no engine at")
     assert captured.err.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_read_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        Path("/").read_text()
+
+    assert run("ht-x", work, interrupted="") == 1
+    assert capsys.readouterr().err == "ht-x: error: /: Is a directory\n"
 
 
 def test_an_unknown_option_is_refused(tiny_engine: Path) -> None:

@@ -35,5 +35,15 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory, base: BaseModel, promp
 
 
 @pytest.fixture(scope="session")
+def held_out_folder(tmp_path_factory: pytest.TempPathFactory, base: BaseModel) -> Path:
+    folder = tmp_path_factory.mktemp("held-out")
+    prompts = folder / "prompts.jsonl"
+    rows = [{"id": i, "task": "ab"[i % 2], "prompt": f"Held out, number {i}{'!' * i}"} for i in range(6)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate_data(base, prompts, folder / "data", SETTINGS, QUIET)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
 def sequences(base: BaseModel, data_folder: Path) -> list[Sequence]:
     return read_data(data_folder, base, 4)

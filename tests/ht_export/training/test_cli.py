@@ -7,19 +7,24 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ht_export.checkpoint import load_base_model
 from ht_export.training import cli
-from ht_export.transfer import load_transfer_layers
+from ht_export.transfer import TransferLayers, load_transfer_layers, save_transfer_layers
 
 PNG = b"\x89PNG"
 SHORT = ["--sequences", "2", "--anchors", "4", "--dtype", "float32"]
 
 
 def test_the_commands_go_from_prompts_to_measured_transfer_layers(
-    tiny_checkpoint: Path, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path,
+    prompts_file: Path,
+    held_out_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    held_out = str(held_out_folder)
     model, folder, out = str(tiny_checkpoint), str(tmp_path / "data"), tmp_path / "t.safetensors"
     lengths = ["--max-new-tokens", "24", "--batch-size", "4"]
     assert cli.main(["data", model, "--prompts", str(prompts_file), "--out", folder, *lengths]) == 0
-    places = ["--data", folder, "--held-out", folder, "--out", str(out), "--log", str(tmp_path / "log")]
+    places = ["--data", folder, "--held-out", held_out, "--out", str(out), "--log", str(tmp_path / "log")]
     assert cli.main(["fit", model, *places, "--layers", "2,3", "--steps", "4", "--evaluate-every", "2", *SHORT]) == 0
     assert "wrote " in (said := capsys.readouterr().err)
     assert "anchors/s, peak memory" in said
@@ -31,13 +36,33 @@ def test_the_commands_go_from_prompts_to_measured_transfer_layers(
     assert {"loss/step_1", "loss/step_2", "held_out/step_1_top_1", "learning_rate"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss/step_1")] == [1, 2, 3, 4]
 
-    arguments = ["eval", model, "--transfer", str(out), "--data", folder, "--out", str(tmp_path / "eval")]
+    arguments = ["eval", model, "--transfer", str(out), "--data", held_out, "--out", str(tmp_path / "eval")]
     assert cli.main(arguments) == 0
     assert json.loads(capsys.readouterr().out) == about.acceptance
     assert json.loads((tmp_path / "eval" / "eval.json").read_text()) == about.acceptance
     plots = sorted((tmp_path / "eval").glob("*.png"))
     assert [plot.stem for plot in plots] == ["acceptance", "calibration", "ranks", "tokens_per_step"]
     assert all(plot.read_bytes().startswith(PNG) for plot in plots)
+
+
+def test_transfer_layers_are_trained_further(
+    tiny_checkpoint: Path, tiny_transfer: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "further.safetensors"
+    arguments = ["fit", str(tiny_checkpoint), "--data", str(data_folder), "--start", str(tiny_transfer)]
+    still = ["--steps", "1", "--learning-rate", "1e-12", *SHORT]
+    assert cli.main([*arguments, "--out", str(out), *still]) == 0
+    before, _ = load_transfer_layers(tiny_transfer)
+    after, about = load_transfer_layers(out)
+    assert after.layers == before.layers
+    for name, tensor in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], tensor)
+    assert about.recipe["init"] == "file"
+    assert about.recipe["start"] == {}
+    # The checkpoint is of a run from that file, and of no other.
+    save_transfer_layers(tmp_path / "other.safetensors", TransferLayers((3, 1, 3), 32, 4), about)
+    arguments[-1] = str(tmp_path / "other.safetensors")
+    assert cli.main([*arguments, "--out", str(out), *still]) == 1
 
 
 def test_eval_stores_its_statistics_and_leaves_the_weights(
@@ -110,20 +135,30 @@ def test_eval_stores_its_statistics_and_leaves_the_weights(
             "a draft step needs the steps before it",
         ),
         (
-            ["sweep", "MODEL", "--data", "DATA", "--held-out", "DATA", "--out", "OUT", "--draft-steps", "0"],
+            ["sweep", "MODEL", "--data", "DATA", "--held-out", "HELD_OUT", "--out", "OUT", "--draft-steps", "0"],
             "--draft-steps must be at least 1, not 0",
         ),
         (
-            ["sweep", "MODEL", "--data", "DATA", "--held-out", "DATA", "--out", "OUT", "--placement", "9,9"],
+            ["sweep", "MODEL", "--data", "DATA", "--held-out", "HELD_OUT", "--out", "OUT", "--placement", "9,9"],
             "transfer layer 9 does not exist",
         ),
         (
-            ["sweep", "MODEL", "--data", "DATA", "--held-out", "DATA", "--out", "OUT", "--row-cost", "3"],
+            ["sweep", "MODEL", "--data", "DATA", "--held-out", "HELD_OUT", "--out", "OUT", "--row-cost", "3"],
             "between 0 and 1 plain passes, not 3.0",
         ),
         (
-            ["sweep", "MODEL", "--data", "DATA", "--held-out", "DATA", "--out", "OUT", "--steps", "1"],
+            ["sweep", "MODEL", "--data", "DATA", "--held-out", "HELD_OUT", "--out", "OUT", "--steps", "1"],
             "not 3 rungs and 1 steps",
+        ),
+        (
+            ["sweep", "MODEL", "--data", "DATA", "--held-out", "DATA", "--out", "OUT"],
+            "answer prompts that are in --data",
+        ),
+        (["fit", "MODEL", "--data", "DATA", "--held-out", "DATA", "--out", "t"], "10 of the 10 texts of --held-out"),
+        (["fit", "MODEL", "--data", "DATA", "--out", "t", "--start", "nowhere"], "no transfer layers at nowhere"),
+        (
+            ["fit", "MODEL", "--data", "DATA", "--out", "t", "--start", "TRANSFER", "--layers", "2,3"],
+            "and ((2, 3), 32, 4) are asked for; leave those options out",
         ),
     ],
 )
@@ -131,6 +166,7 @@ def test_a_users_mistake_is_one_line(
     tiny_checkpoint: Path,
     prompts_file: Path,
     data_folder: Path,
+    held_out_folder: Path,
     tiny_transfer: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -142,6 +178,7 @@ def test_a_users_mistake_is_one_line(
         pytest.skip("this machine has a GPU")
     monkeypatch.chdir(tmp_path)
     places = {"MODEL": tiny_checkpoint, "PROMPTS": prompts_file, "DATA": data_folder, "OUT": tmp_path / "new"}
+    places["HELD_OUT"] = held_out_folder
     places["TRANSFER"] = tiny_transfer
     words = [str(places.get(word, word)).replace("PROMPTS/", f"{prompts_file}/") for word in arguments]
     assert cli.main(words) == 1

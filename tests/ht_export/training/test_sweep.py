@@ -78,9 +78,13 @@ def test_the_default_placements_span_the_depth() -> None:
 
 
 def test_the_command_prints_a_table_and_a_recommendation(
-    tiny_checkpoint: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path,
+    data_folder: Path,
+    held_out_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    places = ["--data", str(data_folder), "--held-out", str(data_folder), "--out", str(tmp_path)]
+    places = ["--data", str(data_folder), "--held-out", str(held_out_folder), "--out", str(tmp_path)]
     options = [
         "--placement",
         "2,2",
