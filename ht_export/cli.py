@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--pseudo-rows",
         type=integers,
         metavar="R1,R2,...",
-        help="default number of pseudo rows of each draft step (default: T, T-1, ...)",
+        help="default number of pseudo rows of each draft step (default: T, then half as many)",
     )
     parser.add_argument(
         "--prompt-chunk", type=int, default=256, metavar="N", help="prompt tokens in a pass (default: 256)"

@@ -83,7 +83,7 @@ def test_more_rows_never_bring_fewer_tokens_from_the_same_position(seed: int, ro
 
 def test_the_statistics_are_conditional_on_the_steps_before(base: BaseModel, sequences: list[Sequence]) -> None:
     texts = list(predict(base, random_transfer((2, 3), correction_rank=4), sequences))
-    found = statistics(texts, TreeSizes(4, (4, 3)))
+    found = statistics(texts, TreeSizes(4, (4, 2)))
     hits = np.concatenate([text.hits for text in texts])[:, :, :16]
     before = hits[:, 0].any(-1)
     assert found["ranks"][0] == pytest.approx(hits[:, 0].mean(0).tolist(), abs=1e-4)
@@ -92,8 +92,8 @@ def test_the_statistics_are_conditional_on_the_steps_before(base: BaseModel, seq
     assert set(found["top_uncorrected"]) == {"1", "2", "4", "8"}
     assert found["top_uncorrected"] != found["top"]
     assert list(found["tokens_per_step"]) == ["2", "4", "8", "16", "32", "64"]
-    assert found["sizes"]["tokens_per_step"] == pytest.approx(tokens_per_step(texts, TreeSizes(4, (4, 3))), abs=1e-4)
-    assert ExportSettings().tree(2) == TreeSizes(4, (4, 3))
+    assert found["sizes"]["tokens_per_step"] == pytest.approx(tokens_per_step(texts, TreeSizes(4, (4, 2))), abs=1e-4)
+    assert ExportSettings().tree(2) == TreeSizes(4, (4, 2))
 
 
 def test_dear_rows_make_plain_decoding_the_best_choice_and_free_ones_the_largest_tree(base: BaseModel) -> None:
