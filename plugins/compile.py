@@ -1,0 +1,166 @@
+"""Tree-attention kernels compiled ahead of time: no GPU is needed here, and no compiler where they run."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from plugins.binaries import ARCHITECTURES, COMBINE, COMMIT, HEAD_DIMS, Kernel, KernelBinaries, Variant
+from plugins.kernel import attention_kernel, combine_kernel, commit_kernel
+from plugins.schedule import BLOCK_M, MAX_SPLITS
+
+DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
+WARP = 32
+# The oldest version of the language that has an architecture, where that is newer than 8.0. Asked for an older one, the
+# compiler ends the process.
+PTX_VERSIONS = {100: 86, 103: 88, 120: 87, 121: 88}
+POINTERS = {
+    "cache_length": "*i64",
+    "tree_mask": "*i8",
+    "maxima": "*fp32",
+    "sums": "*fp32",
+    "partial": "*fp32",
+    "sources": "*i64",
+    "targets": "*i64",
+    "source_rows": "*i32",
+    "accepted": "*i32",
+}
+NUMBERS = {"scale": "fp32", "kv_heads": "i32", "rows": "i32", "packed_rows": "i32", "capacity": "i32", "splits": "i32",
+           "length": "i32"}  # fmt: skip
+# Their rows start wherever the row count puts them, or they hold single bytes.
+UNALIGNED = ("tree_mask",)
+
+
+def compile_kernels(
+    dtype: str, head_dim: int, architectures: Iterable[int], report: Callable[[int], None] = lambda _: None
+) -> KernelBinaries:
+    """Compile every variant for each architecture (80 for SM 8.0); `report` is told each one that is done.
+
+    Raises `ValueError` for a type, head size or architecture that there is no kernel for.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"the tree-attention kernel takes {' or '.join(DTYPES)}, not {dtype}")
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"the tree-attention kernel takes head sizes from 16 to 256 that 8 divides, not {head_dim}")
+    kernels = {}
+    for sm in architectures:
+        if sm not in ARCHITECTURES:
+            raise ValueError(f"unknown architecture {sm}; known: {', '.join(map(str, ARCHITECTURES))}")
+        variants = {
+            Variant(block_m, split): compile_attention(dtype, head_dim, sm, block_m, split)
+            for block_m in BLOCK_M
+            for split in (False, True)
+        }
+        kernels[sm] = {**variants, COMBINE: compile_combine(dtype, head_dim, sm)}
+        report(sm)
+    return KernelBinaries(dtype, head_dim, kernels)
+
+
+@cache
+def compile_attention(dtype: str, head_dim: int, sm: int, block_m: int, split: bool) -> Kernel:
+    """Compile one variant of `attention_kernel`: the first of its tunings that keeps everything in registers."""
+    element = f"*{DTYPES[dtype]}"
+    types = {"output": "*fp32" if split else element}
+    kernels = []
+    for tuning in tunings(head_dim, block_m):
+        constants = {
+            "D": head_dim,
+            "BLOCK_D": triton.next_power_of_2(head_dim),
+            "BLOCK_M": block_m,
+            "BLOCK_N": tuning.block_n,
+            "SPLIT": split,
+            "UPCAST": False,
+        }
+        kernel = _compile(attention_kernel, sm, element, types, constants, tuning.warps, tuning.stages)
+        if not spilled_bytes(kernel.cubin):
+            return kernel
+        kernels.append(kernel)
+    return min(kernels, key=lambda kernel: spilled_bytes(kernel.cubin))
+
+
+@cache
+def compile_combine(dtype: str, head_dim: int, sm: int) -> Kernel:
+    """Compile `combine_kernel`."""
+    element = f"*{DTYPES[dtype]}"
+    constants = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_SPLITS": MAX_SPLITS}
+    return _compile(combine_kernel, sm, element, {}, constants, 4, 1)
+
+
+def compile_commit(dtype: str, head_dim: int, architectures: Iterable[int]) -> KernelBinaries:
+    """Compile the copy of accepted rows into the cache, which knows no type but its width."""
+    element = tl.int32 if dtype == "float32" else tl.int16
+    constants = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "ELEMENT": element}
+    kernels = {sm: {COMMIT: _compile(commit_kernel, sm, "", {}, constants, 1, 1)} for sm in architectures}
+    return KernelBinaries(dtype, head_dim, kernels)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Columns of a tile, warps of a program, and stages of the pipeline that loads tiles."""
+
+    block_n: int
+    warps: int
+    stages: int
+
+
+def tunings(head_dim: int, block_m: int) -> list[Tuning]:
+    """Return ways to compile attention, the best first: large tiles, as far as registers go."""
+    width = triton.next_power_of_2(head_dim)
+    block_n = 64 if 64 <= width <= 128 else 32
+    large = block_m * width > 4096
+    warps, stages = (8, 2) if large else (4, 3)
+    return [
+        Tuning(block_n, warps, stages),
+        Tuning(block_n, warps, 2),
+        Tuning(32, warps, stages),
+        Tuning(32, warps, 2),
+        Tuning(32, 12 - warps, 2),
+        Tuning(16, warps, 2),
+    ]
+
+
+def spilled_bytes(cubin: bytes) -> int:
+    """Return the bytes of a thread's stack: these kernels have none but for registers that are spilled to it."""
+    # Entries of .nv.info: attribute 0x11 (FRAME_SIZE), 8 bytes: the function's index, and its stack's size.
+    sizes = re.findall(rb"\x04\x11\x08\x00.{4}(.{4})", cubin, flags=re.DOTALL)
+    return max((int.from_bytes(size, "little") for size in sizes), default=0)
+
+
+def _compile(
+    kernel: Any, sm: int, element: str, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int
+) -> Kernel:
+    names = kernel.arg_names
+    known = {**POINTERS, **NUMBERS, **types, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: known.get(name, element) for name in names}
+    # The engine's buffers start at multiples of 256 bytes.
+    aligned = [name for name, kind in signature.items() if kind.startswith("*") and name not in UNALIGNED]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    # Only the cubin is kept.
+    options = {
+        "num_warps": warps,
+        "num_stages": stages,
+        "enable_fp_fusion": True,
+        "ptx_version": PTX_VERSIONS.get(sm, 80),
+    }
+    with warnings.catch_warnings(), triton.knobs.compilation.scope():
+        warnings.simplefilter("ignore")
+        # Line tables would triple the cubin.
+        triton.knobs.compilation.disable_line_info = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", sm, WARP), options=options)
+    metadata = compiled.metadata
+    assert not metadata.global_scratch_size, "the launcher passes no scratch memory"
+    return Kernel(metadata.name, metadata.num_warps * WARP, metadata.shared, compiled.asm["cubin"])

@@ -1,0 +1,63 @@
+"""How a tree attention is cut into programs: by shapes alone, so that a captured CUDA graph stays right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BLOCK_M = (16, 32, 64)
+BLOCK_N = 64
+MAX_SPLITS = 32
+# Programs that a multiprocessor is given before the cache is not split any further.
+PROGRAMS_PER_MULTIPROCESSOR = 2
+# The most that any GPU is scheduled for: a plan is built for no GPU in particular, and plans its workspace by this.
+MOST_MULTIPROCESSORS = 192
+# Columns of the cache below which a split is not worth its combination.
+LEAST_COLUMNS = 256
+# Of the workspace's parts, in floats.
+ALIGNMENT = 4
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`block_m` packed rows a program, the cache in `splits` parts."""
+
+    block_m: int
+    row_blocks: int
+    splits: int
+
+
+def schedule(batch: int, kv_heads: int, packed_rows: int, capacity: int, multiprocessors: int) -> Schedule:
+    """Return how to run G * R = `packed_rows` rows of each key/value head over a cache of S = `capacity` rows."""
+    multiprocessors = min(multiprocessors, MOST_MULTIPROCESSORS)
+    block_m = next((size for size in BLOCK_M if packed_rows <= size), BLOCK_M[-1])
+    row_blocks = _ceil(packed_rows, block_m)
+    wanted = _ceil(multiprocessors * PROGRAMS_PER_MULTIPROCESSOR, batch * kv_heads * row_blocks)
+    splits = max(1, min(wanted, MAX_SPLITS, capacity // LEAST_COLUMNS))
+    return Schedule(block_m, row_blocks, splits)
+
+
+def statistics_count(batch: int, kv_heads: int, packed_rows: int, splits: int) -> int:
+    """Return how many maxima, and sums, the parts of a cache have, rounded up so that what follows is aligned."""
+    return _ceil(batch * kv_heads * splits * packed_rows, ALIGNMENT) * ALIGNMENT
+
+
+def workspace_bytes(batch: int, kv_heads: int, packed_rows: int, head_dim: int, splits: int) -> int:
+    """Return the bytes of the partial outputs, maxima and sums; none where the cache is not split."""
+    if splits == 1:
+        return 0
+    return 4 * statistics_count(batch, kv_heads, packed_rows, splits) * (head_dim + 2)
+
+
+def workspace_limit(batch: int, kv_heads: int, packed_rows: int, head_dim: int) -> int:
+    """Return what no call with shapes up to these needs more than, on any GPU.
+
+    Smaller shapes may be split into more parts, and need more, than the largest ones.
+    """
+    rows = batch * kv_heads * MAX_SPLITS * packed_rows
+    # A split adds fewer programs than there were to be at all, and a program has at most the largest block of rows.
+    rows = min(rows, 2 * PROGRAMS_PER_MULTIPROCESSOR * MOST_MULTIPROCESSORS * BLOCK_M[-1])
+    return 4 * (rows + ALIGNMENT) * (head_dim + 2)
+
+
+def _ceil(value: int, divisor: int) -> int:
+    return -(-value // divisor)
