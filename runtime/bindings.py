@@ -6,7 +6,7 @@ S capacity of the cache, Hkv key/value heads, D head size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 INPUT_IDS = "input_ids"
@@ -18,6 +18,11 @@ LOGITS = "logits"
 DRAFT_LOGITS = "draft_logits"
 
 Dim = int | str
+
+# Of the names of the inputs that are the cache.
+CACHE_PREFIXES = ("key_cache_", "value_cache_")
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def join_order(transfer_layers: Sequence[int]) -> tuple[int, ...]:
@@ -54,16 +59,32 @@ def value_new(layer: int) -> str:
 
 @dataclass(frozen=True)
 class Binding:
-    """One input or output: `shape` has ints for fixed dimensions and letters for dynamic ones."""
+    """One input or output: `shape` has ints for fixed dimensions and letters, or sums of them, for dynamic ones."""
 
     name: str
     dtype: str
     shape: tuple[Dim, ...]
 
+    def sizes(self, values: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the shape with `values` for the letters."""
+        return tuple(d if isinstance(d, int) else sum(values[part] for part in d.split(" + ")) for d in self.shape)
+
+
+def dynamic_dims(
+    tree_rows: int, pseudo_rows: Sequence[int], logit_rows: int, capacity: int, batch: int = 1
+) -> dict[str, int]:
+    """Return the value of each letter for a pass of these sizes."""
+    rows = tree_rows + sum(pseudo_rows)
+    pseudo = {f"R_{k}": count for k, count in enumerate(pseudo_rows, start=1)}
+    return {"B": batch, "T": tree_rows, "R": rows, "M": logit_rows, "S": capacity, **pseudo}
+
 
 @dataclass(frozen=True)
 class GraphDims:
-    """The fixed dimensions of a graph. `transfer_layers` holds t_1..t_K, each of 0..num_layers."""
+    """The fixed dimensions of a graph. `transfer_layers` holds t_1..t_K, each of 0..num_layers.
+
+    `dtype` ("float32", "float16" or "bfloat16") is that of weights, keys and values. Logits are float32 always.
+    """
 
     num_layers: int
     query_heads: int
@@ -72,6 +93,7 @@ class GraphDims:
     hidden_size: int
     vocab_size: int
     transfer_layers: tuple[int, ...]
+    dtype: str = "float32"
 
     @property
     def num_steps(self) -> int:
@@ -93,8 +115,8 @@ class GraphDims:
             *(Binding(pseudo_parent(k), "int64", ("B", f"R_{k}")) for k in range(1, self.num_steps + 1)),
             Binding(LOGIT_ROWS, "int64", ("B", "M")),
             Binding(CACHE_LENGTH, "int64", ("B",)),
-            *(Binding(key_cache(layer), "float32", cache) for layer in range(self.num_layers)),
-            *(Binding(value_cache(layer), "float32", cache) for layer in range(self.num_layers)),
+            *(Binding(key_cache(layer), self.dtype, cache) for layer in range(self.num_layers)),
+            *(Binding(value_cache(layer), self.dtype, cache) for layer in range(self.num_layers)),
         ]
 
     def outputs(self) -> list[Binding]:
@@ -106,8 +128,8 @@ class GraphDims:
         return [
             Binding(LOGITS, "float32", ("B", "M", self.vocab_size)),
             Binding(DRAFT_LOGITS, "float32", ("B", self.pseudo_rows(), self.vocab_size)),
-            *(Binding(key_new(layer), "float32", new(layer)) for layer in range(self.num_layers)),
-            *(Binding(value_new(layer), "float32", new(layer)) for layer in range(self.num_layers)),
+            *(Binding(key_new(layer), self.dtype, new(layer)) for layer in range(self.num_layers)),
+            *(Binding(value_new(layer), self.dtype, new(layer)) for layer in range(self.num_layers)),
         ]
 
     def rows_alive(self, layer: int) -> str:

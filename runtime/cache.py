@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bindings import GraphDims
+from runtime.engines import Outputs
 
 BLOCK = 64
 
@@ -22,23 +23,23 @@ class KeyValueCache:
     def __init__(self, dims: GraphDims) -> None:
         self.length = 0
         shape = (dims.num_layers, 1, dims.key_value_heads, 0, dims.head_dim)
-        self.keys: NDArray = np.zeros(shape, dtype=np.float32)
-        self.values: NDArray = np.zeros(shape, dtype=np.float32)
+        self.keys: NDArray = np.zeros(shape, dtype=dims.dtype)
+        self.values: NDArray = np.zeros(shape, dtype=dims.dtype)
 
     @property
     def capacity(self) -> int:
         """S, the rows that there is memory for."""
         return self.keys.shape[3]
 
-    def commit(self, key_new: Sequence[NDArray], value_new: Sequence[NDArray], rows: Sequence[int]) -> None:
-        """Append the new keys and values of `rows`, in that order; key_new, value_new are L arrays [1, Hkv, R_l, D]."""
+    def commit(self, outputs: Outputs, rows: Sequence[int]) -> None:
+        """See `Cache.commit`."""
         end = self.length + len(rows)
         if end > self.capacity:
             self._grow(end)
         # A slice where the rows allow it: a prompt's rows are all accepted, and copying them by index is slower.
         first, last = rows[0], rows[-1]
         index = slice(first, last + 1) if last - first + 1 == len(rows) else list(rows)
-        for layer, (key, value) in enumerate(zip(key_new, value_new, strict=True)):
+        for layer, (key, value) in enumerate(zip(outputs.key_new, outputs.value_new, strict=True)):
             self.keys[layer, :, :, self.length : end] = key[:, :, index]
             self.values[layer, :, :, self.length : end] = value[:, :, index]
         self.length = end

@@ -19,13 +19,16 @@ def build_parser() -> argparse.ArgumentParser:
         "plain decoding (--plain); only the number of engine passes differs.",
         epilog='example: ht-generate engine.onnx "Why is the sky blue?" --max-new-tokens 128',
     )
-    parser.add_argument("engine", type=Path, help="engine file made by ht-export (.onnx)")
+    parser.add_argument("engine", type=Path, help="engine file made by ht-export (.onnx or .plan)")
     parser.add_argument("prompt", help="the user's message, put into the model's chat template; '-' reads stdin")
     parser.add_argument("--raw", action="store_true", help="use the prompt as it is, without the chat template")
     parser.add_argument("--plain", action="store_true", help="decode one token a pass, without speculation")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming the text")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may repeat")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where an .onnx engine runs (default: cpu; a .plan runs on the GPU)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all physical cores)")
     return parser
 
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _generate(options: argparse.Namespace) -> None:
     from runtime.generator import Generator
 
-    generator = Generator(options.engine, threads=options.threads)
+    generator = Generator(options.engine, device=options.device, threads=options.threads)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     arguments = {
         "max_new_tokens": options.max_new_tokens,

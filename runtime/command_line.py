@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 from runtime.errors import InputError
 
@@ -13,10 +16,11 @@ from runtime.errors import InputError
 def run(program: str, work: Callable[[], None], *, interrupted: str) -> int:
     """Do `work` and return the exit status.
 
-    0; 1 for an `InputError` or `OSError`; 130, with the line `interrupted`, for Ctrl-C.
+    0; 1 for an `InputError` or `OSError`; 130, with the line `interrupted`, for Ctrl-C and when asked to terminate.
     """
     try:
-        work()
+        with _terminated_like_interrupted():
+            work()
     except InputError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 1
@@ -34,6 +38,23 @@ def run(program: str, work: Callable[[], None], *, interrupted: str) -> int:
         print(f"{program}: error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM, as service managers send it, clean up as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

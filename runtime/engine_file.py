@@ -13,7 +13,8 @@ from runtime.files import sha256_file, write_json
 from runtime.tree import TreeSizes
 
 FORMAT = "hidden-transfer-engine"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+CAPACITY_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,50 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a plan can run: sequences at once, tokens of context, tree rows of a pass (and pseudo rows of each step),
+    tokens of a prompt chunk.
+    """
+
+    max_batch: int
+    max_context: int
+    max_rows: int
+    chunk: int
+
+    @property
+    def capacity(self) -> int:
+        """The largest S: a pass that begins within the context may accept all its rows.
+
+        Rounded up, so that the keys and values of every layer start where TensorRT wants addresses to.
+        """
+        return -(-(self.max_context + self.max_rows) // CAPACITY_STEP) * CAPACITY_STEP
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """What a TensorRT plan is: which product and version built it, for which GPUs and limits.
+
+    `attention` is "plugin" or "native"; `kernels` are those that the runtime itself runs; `build` tells seconds, peak
+    memory in bytes, and what the engine's layers are.
+    """
+
+    product: str
+    version: str
+    compute_capabilities: tuple[tuple[int, int], ...]
+    attention: str
+    plugin_version: str | None
+    limits: Limits
+    profiles: dict[str, dict[str, list[list[int]]]]
+    kernels: FileRecord
+    build: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class EngineFile:
-    """The contents of `engine.json`. Lengths are in tokens."""
+    """The contents of `engine.json`. Lengths are in tokens.
+
+    `graph` is the engine itself: an ONNX graph, whose weights are in a file of their own, or a plan, which has them.
+    """
 
     dims: GraphDims
     precision: str
@@ -61,7 +104,7 @@ class EngineFile:
     stop_tokens: tuple[int, ...]
     special_tokens: dict[str, str]
     graph: FileRecord
-    weights: FileRecord
+    weights: FileRecord | None
     tokenizer: FileRecord
     chat_template: FileRecord | None
     correction: FileRecord | None
@@ -69,6 +112,7 @@ class EngineFile:
     transfer: dict[str, Any]
     versions: dict[str, str]
     parity: dict[str, Any]
+    plan: PlanFile | None = None
 
     def write(self, path: Path) -> None:
         """Write this as JSON, atomically."""
@@ -132,9 +176,20 @@ def _parse(value: dict[str, Any]) -> EngineFile:
             "tree": TreeSizes(fields["tree"]["tree_rows"], tuple(fields["tree"]["pseudo_rows"])),
             "stop_tokens": tuple(fields["stop_tokens"]),
             "graph": FileRecord(**fields["graph"]),
-            "weights": FileRecord(**fields["weights"]),
+            "weights": FileRecord(**fields["weights"]) if fields["weights"] else None,
             "tokenizer": FileRecord(**fields["tokenizer"]),
             "chat_template": FileRecord(**template) if template else None,
             "correction": FileRecord(**correction) if correction else None,
+            "plan": _parse_plan(fields["plan"]) if fields["plan"] else None,
         }
     )
+
+
+def _parse_plan(fields: dict[str, Any]) -> PlanFile:
+    limits = Limits(**fields["limits"])
+    for name, limit in asdict(limits).items():
+        if not isinstance(limit, int) or limit < 1:
+            raise ValueError(f"{name} ({limit!r})")
+    capabilities = tuple((int(major), int(minor)) for major, minor in fields["compute_capabilities"])
+    kernels = FileRecord(**fields["kernels"])
+    return PlanFile(**{**fields, "limits": limits, "compute_capabilities": capabilities, "kernels": kernels})

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from runtime.chat import ChatTemplate, Message
 from runtime.drafts import TokenCorrection
-from runtime.engine_file import EngineFile, read_engine_file
+from runtime.engine_file import EngineFile, PlanFile, read_engine_file
 from runtime.engines import Engine
 from runtime.errors import EngineFileError, InputError, PromptTooLongError
 from runtime.loop import draft_and_verify
@@ -58,23 +58,28 @@ class Generator:
     """Decoding on an exported engine. One generator serves one request at a time.
 
     Raises `EngineFileError` when the engine's files are missing, damaged or of another version, and `InputError` for
-    an engine that this release cannot run. `threads` is for CPU engines; `verify_weights=False` skips hashing the
-    weights when loading (their size is always checked).
+    an engine that cannot run here. `device` "cpu" or "cuda" is where an ONNX engine runs, None on the CPU; plans run on
+    the GPU always. `threads` is for the CPU. `verify_weights=False` skips hashing the weights when loading (their size
+    is always checked).
     """
 
-    def __init__(self, engine: str | Path, *, threads: int | None = None, verify_weights: bool = True) -> None:
+    def __init__(
+        self,
+        engine: str | Path,
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        verify_weights: bool = True,
+    ) -> None:
         path = Path(engine)
-        if path.suffix == ".plan":
-            raise InputError(
-                f"{path}: TensorRT plans are not run by this release yet; export and load an .onnx engine instead"
-            )
         self.about: EngineFile = read_engine_file(path)
         if self.about.graph.name != path.name:
             raise EngineFileError(
                 f"{path.with_suffix('.json')} describes {self.about.graph.name}, not {path.name}; export it again"
             )
         self.about.graph.check(path.parent, contents=True)
-        self.about.weights.check(path.parent, contents=verify_weights)
+        if self.about.weights:
+            self.about.weights.check(path.parent, contents=verify_weights)
         self._tokenizer = _load_tokenizer(self.about.tokenizer.check(path.parent, contents=True))
         self._chat: ChatTemplate | None = None
         if self.about.chat_template:
@@ -85,7 +90,7 @@ class Generator:
             tables = self.about.correction.check(path.parent, contents=True)
             dims = self.about.dims
             self._correction = TokenCorrection.read(tables, dims.vocab_size, dims.num_steps)
-        self._engine = _load_engine(path, self.about, threads)
+        self._engine = _load_engine(path, self.about, device, threads)
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Return the token ids of a prompt: of chat messages, of a string as one user message, or (`raw`, or a model
@@ -205,6 +210,12 @@ class Generator:
             raise InputError(
                 f"{sizes} does not fit: tree_rows must be at least 1, and pseudo_rows {steps} numbers of at least 0"
             )
+        plan = self.about.plan
+        if plan and (most := max(sizes.tree_rows, *sizes.pseudo_rows)) > plan.limits.max_rows:
+            raise InputError(
+                f"{sizes} does not fit: this plan was built for up to {plan.limits.max_rows} rows of each kind; use "
+                f"fewer, or export it again with --max-rows {most}"
+            )
         return sizes
 
 
@@ -217,7 +228,32 @@ def _load_tokenizer(path: Path) -> Any:
         raise EngineFileError(f"{path} is not a tokenizer ({error}); export the engine again") from error
 
 
-def _load_engine(path: Path, about: EngineFile, threads: int | None) -> Engine:
+def _load_engine(path: Path, about: EngineFile, device: str | None, threads: int | None) -> Engine:
+    if device not in (None, "cpu", "cuda"):
+        raise InputError(f"device must be cpu or cuda, not {device}")
+    on_gpu = device == "cuda" or about.plan is not None
+    if on_gpu and threads is not None:
+        raise InputError("threads is for engines on the CPU; leave it out")
+    if about.plan is not None:
+        if device == "cpu":
+            raise InputError(f"{path} is a TensorRT plan, which runs on a GPU only; export an .onnx engine for the CPU")
+        return _load_plan(path, about, about.plan)
+    if on_gpu:
+        from runtime.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
+
+        return OnnxRuntimeCudaEngine(path, about.dims, about.tree, about.prompt_chunk, about.max_context)
     from runtime.engines.onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(path, about.dims, threads)
+
+
+def _load_plan(path: Path, about: EngineFile, plan: PlanFile) -> Engine:
+    from plugins.binaries import KernelBinaries
+    from runtime.engines.tensorrt import TensorRTEngine
+
+    kernels = plan.kernels.check(path.parent, contents=True)
+    try:
+        binaries = KernelBinaries.from_bytes(kernels.read_bytes())
+    except ValueError as error:
+        raise EngineFileError(f"{kernels}: {error}; export the engine again") from error
+    return TensorRTEngine(path, about.dims, plan, about.graph.sha256, about.tree, binaries)

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.cache import KeyValueCache
 from runtime.drafts import SHORTLIST, DraftStep, TokenCorrection, corrected, most_probable
-from runtime.engines import Engine, Outputs
+from runtime.engines import Cache, Engine, Outputs
 from runtime.tree import Rows, Tree, TreeSizes, best_first_tree, chain, lay_out, likely_ends
 
 Choose = Callable[[NDArray[np.float32]], int]
@@ -33,7 +32,7 @@ def draft_and_verify(
     The tokens are those of plain decoding: each is `choose` of the base model's logits after all tokens before it.
     """
     shortlist = sizes.tree_rows if correction is None else max(SHORTLIST, sizes.tree_rows)
-    cache = KeyValueCache(engine.dims)
+    cache = engine.new_cache()
     token, drafted = process_prompt(engine, cache, prompt, sizes, chunk, choose, shortlist)
     yield [token]
     while True:
@@ -42,7 +41,7 @@ def draft_and_verify(
         rows = lay_out(tree, likely_ends(tree, sizes.pseudo_rows), engine.dims.join_order, start=cache.length)
         outputs = engine.run(rows, cache)
         accepted, token = verify(tree, outputs.logits, choose)
-        cache.commit(outputs.key_new, outputs.value_new, accepted)
+        cache.commit(outputs, accepted)
         drafted = drafts_of(accepted[-1], rows, outputs, engine.dims.join_order, shortlist)
         yield [*tree.tokens[accepted[1:]].tolist(), token]
 
@@ -80,7 +79,7 @@ def drafts_of(node: int, rows: Rows, outputs: Outputs, join_order: Sequence[int]
 
 def process_prompt(
     engine: Engine,
-    cache: KeyValueCache,
+    cache: Cache,
     prompt: Sequence[int],
     sizes: TreeSizes,
     chunk: int,
@@ -100,5 +99,5 @@ def process_prompt(
         drafting = tuple(last if count else nothing[0] for count in sizes.pseudo_rows) if ends_prompt else nothing
         rows = lay_out(tree, drafting, join_order, start, logit_rows=last)
         outputs = engine.run(rows, cache)
-        cache.commit(outputs.key_new, outputs.value_new, range(len(tree)))
+        cache.commit(outputs, range(len(tree)))
     return choose(outputs.logits[0]), drafts_of(len(tree) - 1, rows, outputs, join_order, shortlist)

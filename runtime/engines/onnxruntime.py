@@ -1,8 +1,10 @@
-"""The exported ONNX graph in ONNX Runtime."""
+"""The exported ONNX graph in ONNX Runtime, on the CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,30 +15,21 @@ from runtime.engines import Outputs
 from runtime.errors import EngineFileError, InputError
 from runtime.tree import Rows
 
+# A provider's name, alone or with its options.
+Provider = str | tuple[str, dict[str, str]]
+
 
 class OnnxRuntimeEngine:
     """An ONNX Runtime session on the CPU. `threads` None lets ONNX Runtime use all physical cores."""
 
     def __init__(self, path: Path, dims: GraphDims, threads: int | None = None) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise InputError(
-                "ONNX Runtime is not installed; install it with: pip install 'hidden-transfer[cpu]'"
-            ) from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            if threads < 1:
-                raise InputError(f"threads must be at least 1, not {threads}")
-            options.intra_op_num_threads = threads
-        try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise EngineFileError(f"ONNX Runtime cannot load {path}: {error}; export it again") from error
+        self._session = open_session(path, dims, ["CPUExecutionProvider"], threads)
         self.dims = dims
-        self._check_bindings(path)
         self._outputs = [binding.name for binding in dims.outputs()]
+
+    def new_cache(self) -> KeyValueCache:
+        """See `Engine.new_cache`."""
+        return KeyValueCache(self.dims)
 
     def run(self, rows: Rows, cache: KeyValueCache) -> Outputs:
         """See `Engine.run`."""
@@ -56,15 +49,34 @@ class OnnxRuntimeEngine:
         layers = self.dims.num_layers
         return Outputs(logits[0], draft_logits[0], new[:layers], new[layers:])
 
-    def _check_bindings(self, path: Path) -> None:
-        for found, expected in (
-            (self._session.get_inputs(), self.dims.inputs()),
-            (self._session.get_outputs(), self.dims.outputs()),
-        ):
-            names = [value.name for value in found]
-            wanted = [binding.name for binding in expected]
-            if names != wanted:
-                odd = sorted(set(names) ^ set(wanted)) or names
-                raise EngineFileError(
-                    f"{path} does not have the graph its engine.json describes ({odd[0]}); export it again"
-                )
+
+def open_session(path: Path, dims: GraphDims, providers: Sequence[Provider], threads: int | None = None) -> Any:
+    """Return a session of the graph at `path`, whose inputs and outputs are those of `dims`.
+
+    Raises `InputError` without ONNX Runtime, `EngineFileError` when it cannot load the graph or that is another.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise InputError(
+            "ONNX Runtime is not installed; install it with: pip install 'hidden-transfer[cpu]'"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"threads must be at least 1, not {threads}")
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=list(providers))
+    except Exception as error:
+        raise EngineFileError(f"ONNX Runtime cannot load {path}: {error}; export it again") from error
+    for found, expected in ((session.get_inputs(), dims.inputs()), (session.get_outputs(), dims.outputs())):
+        names = [value.name for value in found]
+        wanted = [binding.name for binding in expected]
+        if names != wanted:
+            odd = sorted(set(names) ^ set(wanted)) or names
+            raise EngineFileError(
+                f"{path} does not have the graph its engine.json describes ({odd[0]}); export it again"
+            )
+    return session

@@ -4,8 +4,14 @@ from hypothesis import strategies as st
 
 from runtime.bindings import GraphDims
 from runtime.cache import BLOCK, KeyValueCache
+from runtime.engines import Outputs
 
 DIMS = GraphDims(3, 4, 2, 5, 20, 50, (2,))
+
+
+def outputs(keys: list[np.ndarray], values: list[np.ndarray]) -> Outputs:
+    nothing = np.empty((0, 50), dtype=np.float32)
+    return Outputs(nothing, nothing, keys, values)
 
 
 def new_rows(rng: np.random.Generator, rows: int) -> list[np.ndarray]:
@@ -20,7 +26,7 @@ def test_the_cache_holds_accepted_rows_in_order_and_nothing_else(passes: list[in
     for rows in passes:
         keys, values = new_rows(rng, rows), new_rows(rng, rows)
         accepted = sorted(rng.permutation(rows)[: rng.integers(1, rows + 1)].tolist())
-        cache.commit(keys, values, accepted)
+        cache.commit(outputs(keys, values), accepted)
         expected = [np.concatenate([e, k[:, :, accepted]], axis=2) for e, k in zip(expected, keys, strict=True)]
     assert cache.length == expected[0].shape[2] <= cache.capacity
     for layer in range(DIMS.num_layers):
@@ -34,7 +40,7 @@ def test_an_engine_reads_little_more_than_the_valid_rows() -> None:
     grown = 0
     for _ in range(2000):
         before = cache.capacity
-        cache.commit(new_rows(rng, 1), new_rows(rng, 1), [0])
+        cache.commit(outputs(new_rows(rng, 1), new_rows(rng, 1)), [0])
         grown += cache.capacity != before
         assert cache.capacity <= max(cache.length * 9 / 8, cache.length) + BLOCK
     assert grown < 25

@@ -32,6 +32,9 @@ class KnownEngine:
         self.right = right
         self.passes = 0
 
+    def new_cache(self) -> KeyValueCache:
+        return KeyValueCache(self.dims)
+
     def run(self, rows: Rows, cache: KeyValueCache) -> Outputs:
         self.passes += 1
         past = tuple(cache.keys[0, 0, 0, : cache.length, 0].astype(int))

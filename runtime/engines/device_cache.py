@@ -1,0 +1,102 @@
+"""The cache of accepted rows on a GPU."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+from runtime.bindings import BYTES, GraphDims
+from runtime.engines import Outputs
+from runtime.engines.cuda import Cuda, DeviceMemory
+from runtime.errors import InputError
+
+SMALLEST_CAPACITY = 256
+
+
+def capacities(most: int) -> list[int]:
+    """Return the capacities of caches, each twice the one before and the last the largest; all may be held at once."""
+    found = [min(SMALLEST_CAPACITY, most)]
+    while 4 * found[-1] <= most:
+        found.append(2 * found[-1])
+    return [*found, most] if found[-1] < most else found
+
+
+class CacheMemory:
+    """Device memory for caches, one for each capacity: passes of one capacity find it at the same addresses, as their
+    captured graphs need. The `most` rows are the largest capacity.
+    """
+
+    def __init__(self, cuda: Cuda, dims: GraphDims, most: int) -> None:
+        self.cuda = cuda
+        self.most = most
+        # Of one head: the keys or values of one row.
+        self.row_bytes = dims.head_dim * BYTES[dims.dtype]
+        self.kv_heads = dims.key_value_heads
+        self.arrays = 2 * dims.num_layers
+        self._held: dict[int, DeviceMemory] = {}
+        self.newest: weakref.ref[DeviceCache] | None = None
+
+    def array_bytes(self, capacity: int) -> int:
+        """Return the bytes of the keys, or the values, [Hkv, S, D] of one layer."""
+        return self.kv_heads * capacity * self.row_bytes
+
+    def of(self, capacity: int) -> DeviceMemory:
+        """Return the memory of a cache of S = `capacity` rows. Raises `InputError` when there is too little."""
+        if capacity not in self._held:
+            self._held[capacity] = self.cuda.allocate(self.arrays * self.array_bytes(capacity))
+        return self._held[capacity]
+
+    def capacity_for(self, rows: int) -> int:
+        """Return the capacity to hold so many rows: few different ones, each with its own passes."""
+        return next(capacity for capacity in capacities(self.most) if capacity >= rows)
+
+
+class DeviceCache:
+    """Keys and values of accepted rows, the first `length` of `capacity` rows valid. See `Cache`.
+
+    All caches of an engine share its memory: only the newest one may be used.
+    """
+
+    def __init__(self, memory: CacheMemory, commit: Callable[[DeviceCache, Sequence[int]], None]) -> None:
+        self._memory = memory
+        self._commit = commit
+        self.length = 0
+        self.capacity = memory.capacity_for(0)
+        self._start = memory.of(self.capacity).address
+        memory.newest = weakref.ref(self)
+
+    def check_newest(self) -> None:
+        """Raise `InputError` when another cache of the engine was begun since: its rows are where ours were."""
+        if self._memory.newest is None or self._memory.newest() is not self:
+            raise InputError(
+                "another text was begun on this engine before this one ended, and on a GPU it holds one at a time; "
+                "use a Generator for each"
+            )
+
+    def addresses(self, layer: int) -> tuple[int, int]:
+        """Return the addresses of the keys and values [Hkv, S, D] of `layer`."""
+        size = self._memory.array_bytes(self.capacity)
+        return self._start + 2 * layer * size, self._start + (2 * layer + 1) * size
+
+    def commit(self, outputs: Outputs, rows: Sequence[int]) -> None:
+        """See `Cache.commit`."""
+        end = self.length + len(rows)
+        if end > self.capacity:
+            self._grow(end)
+        self._commit(self, rows)
+        self.length = end
+
+    def _grow(self, needed: int) -> None:
+        memory = self._memory
+        capacity = memory.capacity_for(needed)
+        start = memory.of(capacity).address
+        row = memory.row_bytes
+        memory.cuda.copy_rows(
+            start,
+            capacity * row,
+            self._start,
+            self.capacity * row,
+            self.length * row,
+            memory.arrays * memory.kv_heads,
+        )
+        self._start, self.capacity = start, capacity

@@ -1,0 +1,128 @@
+"""The exported ONNX graph in ONNX Runtime, on an NVIDIA GPU.
+
+As with a plan, the cache and everything large stay on the GPU; the graph reads and writes them at their addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from runtime.bindings import GraphDims, dynamic_dims
+from runtime.engine_file import Limits
+from runtime.engines import Outputs
+from runtime.engines.buffers import DraftRows, PassBuffers
+from runtime.engines.cuda import Cuda
+from runtime.engines.device_cache import CacheMemory, DeviceCache
+from runtime.engines.onnxruntime import Provider, open_session
+from runtime.errors import InputError
+from runtime.tree import Rows, TreeSizes
+
+PROVIDER = "CUDAExecutionProvider"
+# There are buffers for trees of this many rows, or of the engine's own if those are more.
+MAX_ROWS = 64
+
+
+class OnnxRuntimeCudaEngine:
+    """An ONNX Runtime session on the first NVIDIA GPU. `tree` are the engine's usual sizes, `chunk` the prompt tokens
+    of a pass. Raises `InputError` where there is no GPU, or no ONNX Runtime that can use it.
+    """
+
+    # Whose memory the graph's inputs and outputs are in, as ONNX Runtime calls it.
+    device = "cuda"
+
+    def __init__(self, path: Path, dims: GraphDims, tree: TreeSizes, chunk: int, max_context: int) -> None:
+        self.dims = dims
+        self._limits = Limits(1, max_context, max(MAX_ROWS, tree.tree_rows), chunk)
+        provider = _provider()
+        self._cuda = Cuda()
+        # All work on one stream, in order. TF32 would round what is multiplied to 10 bits.
+        options = {"user_compute_stream": str(self._cuda.stream), "use_tf32": "0"}
+        providers: list[Provider] = [(provider, options), "CPUExecutionProvider"]
+        self._session = open_session(path, dims, providers)
+        if self._session.get_providers()[0] != provider:
+            raise InputError(
+                "ONNX Runtime cannot use the GPU: its CUDA libraries did not load; install CUDA 12 and cuDNN 9, for "
+                "example with pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            )
+        self._buffers = PassBuffers(self._cuda, dims, self._limits)
+        self._cache_memory = CacheMemory(self._cuda, dims, self._limits.capacity)
+        self._last: Rows | None = None
+
+    def new_cache(self) -> DeviceCache:
+        """Return an empty cache. Only the newest one may be used: all share one memory."""
+        self._cuda.use()
+        return DeviceCache(self._cache_memory, self._commit_rows)
+
+    def run(self, rows: Rows, cache: DeviceCache) -> Outputs:
+        """See `Engine.run`. Raises `InputError` for more rows than there are buffers for."""
+        self._cuda.use()
+        cache.check_newest()
+        tree_rows, counts = len(rows.input_ids), [len(parents) for parents in rows.pseudo_parents]
+        is_chunk = len(rows.logit_rows) == 1 and max(counts, default=0) <= 1
+        most = self._limits.chunk if is_chunk else self._limits.max_rows
+        if max(tree_rows, *counts) > most:
+            raise InputError(f"a pass of {max(tree_rows, *counts)} rows; this engine takes at most {most}, use fewer")
+        self._buffers.write(rows, cache.length)
+        self._buffers.upload()
+        values = dynamic_dims(tree_rows, counts, len(rows.logit_rows), cache.capacity)
+        addresses = self._buffers.addresses(cache)
+        binding = self._session.io_binding()
+        for value in self.dims.inputs():
+            where = (self.device, 0, np.dtype(value.dtype), value.sizes(values), addresses[value.name])
+            binding.bind_input(value.name, *where)
+        for value in self.dims.outputs():
+            where = (self.device, 0, np.dtype(value.dtype), value.sizes(values), addresses[value.name])
+            binding.bind_output(value.name, *where)
+        self._session.run_with_iobinding(binding)
+        self._buffers.download_logits(len(rows.logit_rows))
+        self._cuda.synchronise()
+        self._last = rows
+        drafts = DraftRows(self._buffers, np.arange(sum(counts), dtype=np.int64))
+        return Outputs(self._buffers.logits(len(rows.logit_rows)), drafts, (), ())
+
+    def _commit_rows(self, cache: DeviceCache, accepted: Sequence[int]) -> None:
+        """Copy the keys and values of `accepted` tree rows of the last pass behind those of `cache`."""
+        assert self._last is not None, "no pass has run"
+        self._cuda.use()
+        row = self._cache_memory.row_bytes
+        for layer in range(self.dims.num_layers):
+            pitch = self._buffers.rows_alive(self._last, layer) * row
+            for source, target in zip(self._buffers.new(layer), cache.addresses(layer), strict=True):
+                end = target + cache.length * row
+                for first, count in _runs(accepted):
+                    self._cuda.copy_rows(
+                        end, cache.capacity * row, source + first * row, pitch, count * row, self.dims.key_value_heads
+                    )
+                    end += count * row
+
+
+def _provider() -> str:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise InputError(
+            "ONNX Runtime is not installed; install it with: pip install 'hidden-transfer[cuda]'"
+        ) from error
+    if PROVIDER not in onnxruntime.get_available_providers():
+        raise InputError(
+            "this ONNX Runtime is for the CPU only; install the one for GPUs in its place: pip uninstall onnxruntime "
+            "onnxruntime-gpu, then pip install 'hidden-transfer[cuda]'"
+        )
+    if hasattr(onnxruntime, "preload_dlls"):
+        # CUDA and cuDNN as pip packages are on no search path.
+        onnxruntime.preload_dlls()
+    return PROVIDER
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the first row and the length of each run of consecutive rows, in order."""
+    runs: list[tuple[int, int]] = []
+    for row in rows:
+        if runs and row == sum(runs[-1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((row, 1))
+    return runs
