@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.command_line import add_model, integers, run
+from runtime.engine_file import PlanFile
+from runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from ht_export.plan.planner import PlanSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -16,28 +23,67 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ht-export",
         description="Export a base model with its transfer layers to one engine file for runtime.Generator and "
-        "ht-generate. Beside ENGINE.onnx it writes the weights (ENGINE.onnx.data), the description (ENGINE.json), the "
-        "tokenizer and the chat template; keep them together.",
-        epilog="example: ht-export smollm2-135m --out engine.onnx",
+        "ht-generate: a graph for ONNX Runtime (.onnx) or a TensorRT plan (.plan). Beside ENGINE it writes the "
+        "description (.json), the tokenizer, the chat template and what else belongs to it; keep them together.",
+        epilog="examples: ht-export smollm2-135m --out engine.onnx; "
+        "ht-export smollm2-135m --out engine.plan --precision bf16 --compute-capability 8.9",
     )
     add_model(parser)
     parser.add_argument(
         "--transfer", type=Path, metavar="FILE", help="transfer layers (default: those shipped for a known model)"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="ENGINE", help="engine file to write (.onnx)")
     parser.add_argument(
-        "--tree-rows", type=int, metavar="T", help="default number of candidates verified in a pass (default: 4)"
+        "--out", type=Path, required=True, metavar="ENGINE", help="engine file to write (.onnx or .plan)"
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "fp16", "bf16"), help="of the engine (default: fp16 for a plan, else fp32)"
+    )
+    parser.add_argument(
+        "--tree-rows",
+        type=int,
+        metavar="T",
+        help="default number of candidates verified in a pass (default: 16 for a plan, else 4)",
     )
     parser.add_argument(
         "--pseudo-rows",
         type=integers,
         metavar="R1,R2,...",
-        help="default number of pseudo rows of each draft step (default: T, then half as many)",
+        help="default number of pseudo rows of each draft step (default: T each for a plan, else T, then half as many)",
     )
-    parser.add_argument(
-        "--prompt-chunk", type=int, default=256, metavar="N", help="prompt tokens in a pass (default: 256)"
-    )
+    parser.add_argument("--chunk", type=int, metavar="N", help="prompt tokens in a pass (default: 256)")
+    _add_plan(parser.add_argument_group("TensorRT plans"))
     return parser
+
+
+def _add_plan(plan: argparse._ArgumentGroup) -> None:
+    plan.add_argument(
+        "--runtime", choices=("tensorrt", "tensorrt-rtx"), help="product to build for (default: the one installed)"
+    )
+    plan.add_argument(
+        "--compute-capability",
+        type=_capability,
+        action="append",
+        default=[],
+        dest="capabilities",
+        metavar="X.Y",
+        help="GPU to build for, repeat for more; TensorRT for RTX only (default: 8.0, 8.6, 8.9 and 12.0)",
+    )
+    plan.add_argument(
+        "--attention",
+        choices=("auto", "plugin", "native"),
+        default="auto",
+        help="our tree-attention kernel, or the library's own (default: ours where it can compute the model)",
+    )
+    plan.add_argument("--max-batch", type=int, default=1, metavar="B", help="sequences at once (default: 1)")
+    plan.add_argument(
+        "--max-context", type=int, metavar="N", help="tokens of context (default: the model's, at most 4096)"
+    )
+    plan.add_argument(
+        "--max-rows", type=int, metavar="T", help="most candidates of a pass (default: 32, or --tree-rows if more)"
+    )
+    plan.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="keep the builder's measurements here, for later builds"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,21 +94,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _export(options: argparse.Namespace) -> None:
     from ht_export.export import ExportSettings, export
+    from ht_export.plan.planner import PlanSettings
     from ht_export.progress import stage_display
+
+    plan = PlanSettings(
+        runtime=options.runtime,
+        max_batch=options.max_batch,
+        max_context=options.max_context,
+        max_rows=options.max_rows,
+        capabilities=tuple(options.capabilities),
+        attention=options.attention,
+        timing_cache=options.timing_cache,
+    )
+    if options.out.suffix != ".plan":
+        _check_no_plan_options(plan)
 
     with stage_display() as display:
 
         @contextmanager
-        def stage(description: str) -> Iterator[None]:
+        def stage(description: str) -> Iterator[Callable[[str], None]]:
             task = display.add_task(description, total=1)
-            yield
-            display.update(task, completed=1)
+            yield lambda detail: display.update(task, description=f"{description}: {detail}")
+            display.update(task, completed=1, description=description)
 
-        settings = ExportSettings(options.tree_rows, options.pseudo_rows, options.prompt_chunk)
-        description = export(options.model, options.transfer, options.out, settings, stage)
-    size = (description.graph.bytes + description.weights.bytes) / 2**20
-    difference = description.parity["largest_relative_difference"]
+        about = export(
+            options.model,
+            options.transfer,
+            options.out,
+            ExportSettings(options.tree_rows, options.pseudo_rows, options.chunk, options.precision),
+            stage,
+            plan,
+        )
+    size = sum(record.bytes for record in (about.graph, about.weights) if record) / 2**20
+    difference = about.parity["largest_relative_difference"]
     print(f"done: {options.out}, {size:.0f} MiB, within {difference:.1e} of the PyTorch reference", file=sys.stderr)
+    if about.plan:
+        print(_summary(about.plan), file=sys.stderr)
+
+
+def _check_no_plan_options(plan: PlanSettings) -> None:
+    """Raise `InputError` for an option of plans where another engine is asked for."""
+    for field in fields(plan):
+        if getattr(plan, field.name) != field.default:
+            flag = "compute-capability" if field.name == "capabilities" else field.name.replace("_", "-")
+            raise InputError(f"--{flag} is for TensorRT plans; leave it out, or give an --out that ends in .plan")
+
+
+def _summary(plan: PlanFile) -> str:
+    """Return one line on a plan that was built."""
+    built_for = ", ".join(f"{major}.{minor}" for major, minor in plan.compute_capabilities)
+    count = plan.build["plugin_layers"] if plan.attention == "plugin" else plan.build["fused_attention_layers"]
+    kind = "layers with our tree attention" if plan.attention == "plugin" else "layers with fused native attention"
+    return (
+        f"{plan.product} {plan.version} for compute capability {built_for}: {count} {kind}, built in "
+        f"{plan.build['seconds']:.0f} s with {plan.build['peak_memory'] / 2**20:.0f} MiB; at its limits the cache "
+        f"takes {plan.build['cache_bytes_at_limits'] / 2**20:.0f} MiB of the GPU's memory"
+    )
+
+
+def _capability(text: str) -> tuple[int, int]:
+    from ht_export.plan.products import parse_capability
+
+    try:
+        return parse_capability(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

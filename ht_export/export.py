@@ -5,23 +5,28 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+import psutil
+import torch
 
 from ht_export.checkpoint import KNOWN_MODELS, BaseModel, load_base_model
 from ht_export.correction import correction_tables
 from ht_export.graph import OPSET, build_graph, graph_dims
 from ht_export.model import HiddenTransferModel
-from ht_export.parity import ReferenceEngine, check
+from ht_export.parity import Expected, ReferenceEngine, check, record
+from ht_export.plan.planner import DEFAULT_CHUNK, Planner, PlanSettings
+from ht_export.precision import PRECISIONS, write_widened
 from ht_export.transfer import load_transfer_layers
-from runtime.engine_file import EngineFile, FileRecord, engine_file_path
+from runtime.bindings import GraphDims
+from runtime.engine_file import EngineFile, FileRecord, PlanFile, engine_file_path
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import InputError
 from runtime.files import check_writable, sha256_file, unwritable
@@ -29,28 +34,38 @@ from runtime.tree import TreeSizes
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
-DEFAULT_TREE_ROWS = 4
+# Bytes, seen in exports of 0.1 and 1.2 billion weights in half precision: what is not mapped from files.
+MEMORY_PER_WEIGHT = 6.0
 
-Stage = Callable[[str], AbstractContextManager[None]]
+DEFAULT_TREE_ROWS = 4
+PLAN_TREE_ROWS = 16
+
+# Entered around each stage with its description; gives what tells how far the stage is.
+Stage = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What an export may choose: the engine's default row counts, and the prompt tokens of a pass.
+    """What an export may choose: the engine's default row counts, the prompt tokens of a pass, its precision ("fp32",
+    "fp16" or "bf16").
 
-    The defaults had the best measured cost and simulated acceptance of some forty for SmolLM2-135M on two CPU cores.
+    The defaults of ONNX engines had the best measured cost and simulated acceptance of some forty for SmolLM2-135M on
+    two CPU cores, where rows are dear; on a GPU they cost little.
     """
 
     tree_rows: int | None = None
     pseudo_rows: tuple[int, ...] | None = None
-    prompt_chunk: int = 256
+    chunk: int | None = None
+    precision: str | None = None
 
-    def tree(self, num_steps: int) -> TreeSizes:
+    def tree(self, num_steps: int, *, plan: bool = False) -> TreeSizes:
         """Return the row counts for K draft steps. Raises `InputError` when they do not fit."""
-        tree_rows = DEFAULT_TREE_ROWS if self.tree_rows is None else self.tree_rows
-        # Fewer for later steps, whose drafts are right less often.
-        fewer = (tree_rows, *((tree_rows + 1) // 2,) * num_steps)[:num_steps]
-        pseudo_rows = fewer if self.pseudo_rows is None else self.pseudo_rows
+        default = PLAN_TREE_ROWS if plan else DEFAULT_TREE_ROWS
+        tree_rows = default if self.tree_rows is None else self.tree_rows
+        # On a CPU fewer for later steps, whose drafts are right less often.
+        later = tree_rows if plan else (tree_rows + 1) // 2
+        usual = (tree_rows, *(later,) * num_steps)[:num_steps]
+        pseudo_rows = usual if self.pseudo_rows is None else self.pseudo_rows
         if len(pseudo_rows) != num_steps:
             raise InputError(
                 f"--pseudo-rows has {len(pseudo_rows)} numbers, and the transfer layers have {num_steps} steps; "
@@ -69,74 +84,138 @@ class ExportSettings:
         return TreeSizes(tree_rows, pseudo_rows)
 
 
-def export(source: str, transfer_file: Path | None, out: Path, settings: ExportSettings, stage: Stage) -> EngineFile:
+def export(
+    source: str,
+    transfer_file: Path | None,
+    out: Path,
+    settings: ExportSettings,
+    stage: Stage,
+    plan_settings: PlanSettings | None = None,
+) -> EngineFile:
     """Write the engine of `source` with its transfer layers to `out` and the files beside it.
 
-    `transfer_file` None takes the transfer layers shipped for a known model. `stage` is entered around each stage
-    with its description. Nothing is put in place unless the graph passes `onnx.checker` with shape inference and
-    agrees with the PyTorch reference. Raises `InputError`.
+    `out` ends in .onnx, or in .plan for a TensorRT plan, to which `plan_settings` apply. `transfer_file` None takes
+    the transfer layers shipped for a known model. `stage` is entered around each stage with its description. Nothing is
+    put in place unless the graph passes `onnx.checker` with shape inference and agrees with the PyTorch reference.
+    Raises `InputError`.
     """
     check_out(out)
-    if settings.prompt_chunk < 1:
-        raise InputError(f"--prompt-chunk must be at least 1, not {settings.prompt_chunk}")
+    if settings.chunk is not None and settings.chunk < 1:
+        raise InputError(f"--chunk must be at least 1, not {settings.chunk}")
+    is_plan = out.suffix == ".plan"
+    planner = Planner(plan_settings or PlanSettings()) if is_plan else None
+    precision = settings.precision or ("fp16" if is_plan else "fp32")
+    check_precision(precision, is_plan)
     transfer_path = transfer_file or shipped_transfer(source)
     with stage("loading the base model"):
-        base = load_base_model(source)
+        base = load_base_model(source, PRECISIONS[precision])
         transfer, about_transfer = load_transfer_layers(transfer_path, base.identity())
+    sizes = settings.tree(transfer.num_steps, plan=is_plan)
     _check_space(base, out)
-    model = HiddenTransferModel(base.model, transfer).eval()
-    sizes = settings.tree(transfer.num_steps)
+    _check_memory(base)
+    model = HiddenTransferModel(base.model, transfer.to(PRECISIONS[precision])).eval()
+    dims = graph_dims(base.model.config, transfer, str(PRECISIONS[precision]).removeprefix("torch."))
+    context = base.model.config.max_position_embeddings
+    chunk = DEFAULT_CHUNK if settings.chunk is None else settings.chunk
+    if planner:
+        limits = planner.prepare(dims, sizes, settings.chunk, context, weight_bytes(base), out.parent)
+        context, chunk = limits.max_context, limits.chunk
     with stage("tracing the graph"):
         graph = build_graph(model)
     with _staging_folder(out) as folder:
-        staged = folder / out.name
-        weights = folder / f"{out.name}.data"
+        staged = folder / f"{out.stem}.onnx"
+        weights = folder / f"{staged.name}.data"
         with stage("writing the graph and its weights"):
             ir.save(graph, staged, external_data=weights.name)
+            del graph
         with stage("checking the graph"):
             onnx.checker.check_model(str(staged), full_check=True)
-        dims = graph_dims(base.model.config, transfer)
-        with stage("comparing with the PyTorch reference"):
-            difference = check(OnnxRuntimeEngine(staged, dims), ReferenceEngine(model))
+        with stage("running the PyTorch reference"):
+            # Rounded already: in float32 the weights are those of half precision.
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(torch.float32)
+            expected = record(ReferenceEngine(model))
+        correction = _write_correction(model, folder, out.stem)
+        tokenizer, template = _write_tokenizer(base, folder, out.stem)
+        stop_tokens, special_tokens, identity = tuple(base.stop_tokens()), _special_tokens(base), base.identity()
+        # What follows needs the memory, and the tracer holds on to parameters.
+        for parameter in model.parameters():
+            parameter.data = torch.empty(0)
+        del model, base, transfer
+        with stage("comparing the graph with the reference"):
+            difference = _compare(staged, dims, expected)
+        plan: PlanFile | None = None
+        if planner:
+            with stage("building the plan") as tell:
+                plan = planner.build(staged, folder / out.name, tell)
+            staged.unlink()
+            weights.unlink()
+        description = EngineFile(
+            dims=dims,
+            precision=dims.dtype,
+            tree=sizes,
+            prompt_chunk=chunk,
+            max_context=context,
+            stop_tokens=stop_tokens,
+            special_tokens=special_tokens,
+            graph=FileRecord.of(folder / out.name),
+            weights=None if plan else FileRecord.of(weights),
+            tokenizer=tokenizer,
+            chat_template=template,
+            correction=correction,
+            base_model=identity,
+            transfer={
+                "sha256": sha256_file(transfer_path),
+                "recipe": about_transfer.recipe,
+                "acceptance": about_transfer.acceptance,
+            },
+            versions=_versions(),
+            parity={"reference": "PyTorch", "largest_relative_difference": difference},
+            plan=plan,
+        )
         with stage("putting the engine in place"):
-            tokenizer, template = _write_tokenizer(base, folder, out.stem)
-            correction = _write_correction(model, folder, out.stem)
-            description = EngineFile(
-                dims=dims,
-                precision="float32",
-                tree=sizes,
-                prompt_chunk=settings.prompt_chunk,
-                max_context=base.model.config.max_position_embeddings,
-                stop_tokens=tuple(base.stop_tokens()),
-                special_tokens=_special_tokens(base),
-                graph=FileRecord.of(staged),
-                weights=FileRecord.of(weights),
-                tokenizer=tokenizer,
-                chat_template=template,
-                correction=correction,
-                base_model=base.identity(),
-                transfer={
-                    "sha256": sha256_file(transfer_path),
-                    "recipe": about_transfer.recipe,
-                    "acceptance": about_transfer.acceptance,
-                },
-                versions=_versions(),
-                parity={"reference": "PyTorch", "largest_relative_difference": difference},
-            )
             _put_in_place(folder, out, description)
     return description
 
 
-def check_out(out: Path) -> None:
-    """Raise `InputError` unless `out` names an engine file that this release can write there."""
-    if out.suffix == ".plan":
+def _compare(graph: Path, dims: GraphDims, expected: Sequence[Expected]) -> float:
+    """Return the largest relative difference between the graph and the reference, both computed in float32."""
+    if dims.dtype == "float32":
+        return check(OnnxRuntimeEngine(graph, dims), expected)
+    widened = graph.with_name(f"{graph.stem}.widened.onnx")
+    try:
+        write_widened(graph, widened)
+        return check(OnnxRuntimeEngine(widened, replace(dims, dtype="float32")), expected)
+    finally:
+        for path in (widened, widened.with_name(f"{widened.name}.data")):
+            path.unlink(missing_ok=True)
+
+
+def check_precision(precision: str, is_plan: bool) -> None:
+    """Raise `InputError` unless an engine can be had in this precision."""
+    if precision not in PRECISIONS:
+        raise InputError(f"--precision must be one of {', '.join(PRECISIONS)}, not {precision}")
+    if precision == "bf16" and not is_plan:
         raise InputError(
-            f"{out}: TensorRT plans are not built by this release; they come in a later one. Give --out "
-            f"{out.with_suffix('.onnx')} to export for ONNX Runtime now"
+            "--precision bf16: ONNX Runtime computes in fp32 or fp16 only; or give an --out that ends in .plan"
         )
-    if out.suffix != ".onnx":
-        raise InputError(f"{out}: the engine's name must end in .onnx, for example {out.with_suffix('.onnx')}")
+
+
+def check_out(out: Path) -> None:
+    """Raise `InputError` unless `out` names an engine file that can be written there."""
+    if out.suffix not in (".onnx", ".plan"):
+        raise InputError(
+            f"{out}: the engine's name must end in .onnx (ONNX Runtime) or .plan (TensorRT), for example "
+            f"{out.with_suffix('.plan')}"
+        )
     check_writable(out)
+    described = engine_file_path(out)
+    other = out.with_suffix(".onnx" if out.suffix == ".plan" else ".plan")
+    if described.is_file() and other.is_file():
+        raise InputError(
+            f"{described} belongs to {other.name}, and {out.name} would need one of the same name; choose another name "
+            f"or folder, for example {out.parent / out.suffix[1:] / out.name}"
+        )
 
 
 def shipped_transfer(source: str) -> Path:
@@ -152,13 +231,33 @@ def shipped_transfer(source: str) -> Path:
 
 def _check_space(base: BaseModel, out: Path) -> None:
     # The head of a model with tied weights is written a second time, transposed.
-    needed = int(1.3 * sum(p.numel() * 4 for p in base.model.parameters()))
+    needed = int(1.3 * weight_bytes(base))
+    if base.model.dtype != torch.float32:
+        # A copy in float32 is compared with the reference, and deleted.
+        needed *= 3
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise InputError(
             f"{out.parent} has {free / 2**20:.0f} MiB free, and the engine needs about {needed / 2**20:.0f} MiB; "
             "free some space or choose another folder"
         )
+
+
+def _check_memory(base: BaseModel) -> None:
+    # Weights in float32, as the reference and then the graph compute in, and what both need besides.
+    values = sum(parameter.numel() for parameter in base.model.parameters())
+    needed = int(MEMORY_PER_WEIGHT * values)
+    free = psutil.virtual_memory().available
+    if free < needed:
+        raise InputError(
+            f"the export needs about {needed >> 20} MiB of memory besides the model, and {free >> 20} MiB are free; "
+            "close other programs, or export on a larger machine"
+        )
+
+
+def weight_bytes(base: BaseModel) -> int:
+    """Return the bytes of a model's weights."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
 
 
 @contextlib.contextmanager

@@ -50,8 +50,8 @@ def TreeAttention(  # noqa: N802 (the operator's name)
     return output  # noqa: RET504 (returned directly, it would be a tuple of the operator's four outputs)
 
 
-def graph_dims(config: PretrainedConfig, transfer: TransferLayers) -> GraphDims:
-    """Return the fixed dimensions of the graph of a base model with transfer layers."""
+def graph_dims(config: PretrainedConfig, transfer: TransferLayers, dtype: str = "float32") -> GraphDims:
+    """Return the fixed dimensions of the graph of a base model with transfer layers, in the precision `dtype`."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return GraphDims(
         num_layers=config.num_hidden_layers,
@@ -61,12 +61,13 @@ def graph_dims(config: PretrainedConfig, transfer: TransferLayers) -> GraphDims:
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         transfer_layers=transfer.layers,
+        dtype=dtype,
     )
 
 
 def build_graph(model: HiddenTransferModel) -> ir.Model:
     """Trace `model` and return the ONNX model whose inputs and outputs are those of `runtime.bindings`."""
-    dims = graph_dims(model.base.config, model.transfer)
+    dims = graph_dims(model.base.config, model.transfer, str(model.base.dtype).removeprefix("torch."))
     attention, model.attention = model.attention, _symbolic_tree_attention
     try:
         onnx_model = _trace(model, dims)
@@ -105,7 +106,8 @@ class _Flat(nn.Module):
         output = self.model(
             input_ids, position_ids, tree_mask, pseudo_parents, logit_rows, cache_length, key_cache, value_cache
         )
-        return (output.logits, output.draft_logits, *output.key_new, *output.value_new)
+        logits = (output.logits.to(torch.float32), output.draft_logits.to(torch.float32))
+        return (*logits, *output.key_new, *output.value_new)
 
 
 def _trace(model: HiddenTransferModel, dims: GraphDims) -> ir.Model:
@@ -113,7 +115,8 @@ def _trace(model: HiddenTransferModel, dims: GraphDims) -> ir.Model:
     batch, tree, wanted, capacity = 2, 5, 3, 7
     pseudo = [11 + 2 * k for k in range(dims.num_steps)]
     rows = tree + sum(pseudo)
-    cache = [torch.zeros(batch, dims.key_value_heads, capacity, dims.head_dim) for _ in range(dims.num_layers)]
+    cache_shape = (batch, dims.key_value_heads, capacity, dims.head_dim)
+    cache = [torch.zeros(cache_shape, dtype=getattr(torch, dims.dtype)) for _ in range(dims.num_layers)]
     example = (
         torch.zeros(batch, tree, dtype=torch.int64),
         torch.zeros(batch, rows, dtype=torch.int64),
@@ -196,7 +199,7 @@ def _forget_origin(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-_IR_NAMES = {"int64": "INT64", "bool": "BOOL", "float32": "FLOAT"}
+_IR_NAMES = {"int64": "INT64", "bool": "BOOL", "float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +27,10 @@ class ReferenceEngine:
     def __init__(self, model: HiddenTransferModel) -> None:
         self.model = model
         self.dims = graph_dims(model.base.config, model.transfer)
+
+    def new_cache(self) -> KeyValueCache:
+        """See `Engine.new_cache`."""
+        return KeyValueCache(self.dims)
 
     @torch.inference_mode()
     def run(self, rows: Rows, cache: KeyValueCache) -> Outputs:
@@ -56,27 +62,49 @@ class Difference:
     relative: float
 
 
-def compare(engine: Engine, reference: ReferenceEngine, seed: int = 0) -> list[Difference]:
-    """Run both over a prompt, random trees with and without pseudo rows, and a plain step; return all differences."""
-    differences = []
+@dataclass(frozen=True)
+class Expected:
+    """One pass of the reference: its inputs, the cache as it was, and the outputs."""
+
+    case: str
+    rows: Rows
+    cache: KeyValueCache
+    outputs: Outputs
+
+
+def record(reference: Engine, seed: int = 0) -> list[Expected]:
+    """Run the reference over a prompt, random trees with and without pseudo rows, and a plain step.
+
+    What it computed is kept, so that it need not be in memory together with what it is compared with.
+    """
+    passes = []
     rng = np.random.default_rng(seed)
-    cache = KeyValueCache(reference.dims)
+    cache = reference.new_cache()
     for case, chained, tree_rows, pseudo_rows in _cases(reference.dims.num_steps):
         rows = _random_rows(reference.dims, rng, cache.length, tree_rows, pseudo_rows, chained)
-        expected = reference.run(rows, cache)
-        found = engine.run(rows, cache)
+        outputs = reference.run(rows, cache)
+        passes.append(Expected(case, rows, copy.deepcopy(cache), outputs))
+        cache.commit(outputs, range(tree_rows) if chained else [0])
+    return passes
+
+
+def compare(engine: Engine, expected: Sequence[Expected]) -> list[Difference]:
+    """Run the engine over recorded passes; return all differences."""
+    differences = []
+    for one in expected:
+        found = engine.run(one.rows, one.cache)
         for name in ("logits", "draft_logits"):
-            differences.append(Difference(case, name, _relative(getattr(found, name), getattr(expected, name))))
+            relative = _relative(getattr(found, name), getattr(one.outputs, name))
+            differences.append(Difference(one.case, name, relative))
         for name in ("key_new", "value_new"):
-            pairs = zip(getattr(found, name), getattr(expected, name), strict=True)
-            differences.append(Difference(case, name, max(_relative(a, b) for a, b in pairs)))
-        cache.commit(expected.key_new, expected.value_new, range(tree_rows) if chained else [0])
+            pairs = zip(getattr(found, name), getattr(one.outputs, name), strict=True)
+            differences.append(Difference(one.case, name, max(_relative(a, b) for a, b in pairs)))
     return differences
 
 
-def check(engine: Engine, reference: ReferenceEngine) -> float:
+def check(engine: Engine, expected: Sequence[Expected]) -> float:
     """Return the largest relative difference; raise `InputError` naming case and output when it is too large."""
-    worst = max(compare(engine, reference), key=lambda difference: difference.relative)
+    worst = max(compare(engine, expected), key=lambda difference: difference.relative)
     if not worst.relative <= TOLERANCE:
         raise InputError(
             f"the exported graph does not compute what the PyTorch reference does: {worst.output} differs by "

@@ -18,6 +18,7 @@ def use_fused_operators(model: ir.Model) -> None:
     RewritePass(RewriteRuleSet([RotaryFusion.rule()]))(model)
     CommonSubexpressionEliminationPass()(model)
     _merge_projections(model.graph)
+    _state_reshapes(model.graph)
     RemoveUnusedNodesPass()(model)
 
 
@@ -78,6 +79,32 @@ def _merge_projections(graph: ir.Graph) -> None:
         for value in old:
             if value is not None and not value.uses() and value.name is not None:
                 graph.initializers.pop(value.name, None)
+
+
+def _state_reshapes(graph: ir.Graph) -> None:
+    """Give each reshape its sizes as constants, 0 standing for a leading dimension that stays as it is.
+
+    The tracer computes them from the shapes of other tensors and leaves one to be inferred. TensorRT's parser loses
+    track of the number of heads that way.
+    """
+    constants: dict[tuple[int, ...], ir.Value] = {}
+    for node in graph:
+        if node.op_type != "Reshape" or node.inputs[0] is None:
+            continue
+        before, after = node.inputs[0].shape, node.outputs[0].shape
+        if before is None or after is None:
+            continue
+        sizes = tuple(
+            size if isinstance(size, int) else 0 if i < len(before) and before[i] == size else -1
+            for i, size in enumerate(after)
+        )
+        if -1 in sizes:
+            continue
+        if sizes not in constants:
+            name = "sizes_" + "_".join(map(str, sizes))
+            constants[sizes] = _initializer(graph, name, np.array(sizes, dtype=np.int64))
+        node.replace_input_with(1, constants[sizes])
+        node.attributes.pop("allowzero", None)
 
 
 def _weight(node: ir.Node) -> np.ndarray | None:

@@ -99,6 +99,6 @@ def tiny_transfer(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Pat
 def tiny_engine(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_transfer: Path) -> Path:
     """The tiny Llama as an engine."""
     out = tmp_path_factory.mktemp("engine") / "engine.onnx"
-    settings = ExportSettings(tree_rows=6, pseudo_rows=(6, 4, 2), prompt_chunk=16)
-    export(str(tiny_checkpoint), tiny_transfer, out, settings, lambda _: nullcontext())
+    settings = ExportSettings(tree_rows=6, pseudo_rows=(6, 4, 2), chunk=16)
+    export(str(tiny_checkpoint), tiny_transfer, out, settings, lambda _: nullcontext(lambda _: None))
     return out

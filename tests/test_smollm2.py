@@ -34,7 +34,7 @@ def base() -> BaseModel:
 @pytest.fixture(scope="module")
 def generator(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Generator:
     out = tmp_path_factory.mktemp("smollm2") / "engine.onnx"
-    export("smollm2-135m", None, out, ExportSettings(), lambda _: nullcontext())
+    export("smollm2-135m", None, out, ExportSettings(), lambda _: nullcontext(lambda _: None))
     return Generator(out, threads=2)
 
 

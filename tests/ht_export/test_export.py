@@ -1,4 +1,5 @@
 import json
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,7 @@ from tests.conftest import random_transfer
 
 
 def run(source: Path, transfer: Path | None, out: Path, settings: ExportSettings | None = None) -> None:
-    export(str(source), transfer, out, settings or ExportSettings(), lambda _: nullcontext())
+    export(str(source), transfer, out, settings or ExportSettings(), lambda _: nullcontext(lambda _: None))
 
 
 def test_an_engine_is_described_beside_it(tiny_engine: Path, tiny_checkpoint: Path, tiny_transfer: Path) -> None:
@@ -48,17 +49,8 @@ def test_an_engine_holds_no_paths_of_the_machine_that_made_it(tiny_engine: Path)
     assert b"site-packages" not in tiny_engine.read_bytes()
 
 
-def test_a_plan_is_refused_with_what_to_use_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["smollm2-135m", "--out", str(tmp_path / "engine.plan")]) == 1
-    message = capsys.readouterr().err
-    assert "engine.plan: TensorRT plans are not built by this release" in message
-    assert "--out" in message
-    assert "engine.onnx" in message
-    assert not list(tmp_path.iterdir())
-
-
 def test_another_suffix_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"must end in \.onnx"):
+    with pytest.raises(InputError, match=r"must end in \.onnx \(ONNX Runtime\) or \.plan \(TensorRT\)"):
         run(tmp_path, None, tmp_path / "engine.bin")
 
 
@@ -87,7 +79,7 @@ def test_transfer_layers_of_another_model(tiny_checkpoint: Path, tmp_path: Path)
         (ExportSettings(pseudo_rows=(1, 1)), "has 2 numbers, and the transfer layers have 3 steps"),
         (ExportSettings(tree_rows=2, pseudo_rows=(3, 1, 1)), "between 0 and it; not 2 and 3,1,1"),
         (ExportSettings(tree_rows=0), "--tree-rows must be at least 1"),
-        (ExportSettings(prompt_chunk=0), "--prompt-chunk must be at least 1"),
+        (ExportSettings(chunk=0), "--chunk must be at least 1"),
     ],
 )
 def test_settings_that_do_not_fit(
@@ -172,4 +164,27 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])
     assert stop.value.code == 0
-    assert "example: ht-export smollm2-135m --out engine.onnx" in capsys.readouterr().out
+    assert "ht-export smollm2-135m --out engine.onnx" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "flag"),
+    [
+        (["--attention", "native"], "--attention"),
+        (["--compute-capability", "8.6"], "--compute-capability"),
+        (["--max-rows", "8"], "--max-rows"),
+    ],
+)
+def test_options_of_plans_are_refused_for_other_engines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str], flag: str
+) -> None:
+    assert cli.main(["smollm2-135m", "--out", str(tmp_path / "e.onnx"), *option]) == 1
+    assert f"{flag} is for TensorRT plans; leave it out" in capsys.readouterr().err
+
+
+def test_engines_of_one_name_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("e.onnx", "e.json"):
+        (tmp_path / name).write_text("{}")
+    assert cli.main(["smollm2-135m", "--out", str(tmp_path / "e.plan")]) == 1
+    assert re.search(r"e\.json belongs to e\.onnx, .* for example .*plan/e\.plan", capsys.readouterr().err)
+    assert (tmp_path / "e.json").read_text() == "{}"

@@ -1,0 +1,1 @@
+"""TensorRT plans from the exported graph, for TensorRT and TensorRT for RTX."""

@@ -1,0 +1,49 @@
+"""Precisions of an engine, and how a graph in half precision is compared with the PyTorch reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+# What users write, and what torch and `runtime.bindings` call it.
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def write_widened(graph: Path, out: Path) -> None:
+    """Write the graph at `graph` with float32 in the place of every half-precision type, and the same weights.
+
+    It computes what the graph does but for the rounding of each operation, on any runtime, and so tells a wrong graph
+    from a rough one: in half precision no tolerance does.
+    """
+    model = ir.load(graph)
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and value.const_value.dtype in HALVES:
+            value.const_value = _widened(value.const_value)
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for name, attribute in list(node.attributes.items()):
+            if name == "to" and attribute.value in [int(half) for half in HALVES]:
+                node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
+            elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in HALVES:
+                node.attributes[name] = ir.AttrTensor(name, _widened(attribute.value))
+        for value in node.outputs:
+            _widen(value)
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        _widen(value)
+    ir.save(model, out, external_data=f"{out.name}.data")
+
+
+def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    stored = tensor.numpy()
+    # Widened when it is written, and not before: all weights at once would be twice the model.
+    return ir.LazyTensor(
+        lambda: ir.tensor(stored.astype(np.float32)), ir.DataType.FLOAT, ir.Shape(stored.shape), name=tensor.name
+    )
+
+
+def _widen(value: ir.Value) -> None:
+    if value.dtype in HALVES:
+        value.dtype = ir.DataType.FLOAT
