@@ -30,8 +30,8 @@ class Cuda:
             count = self.check(driver.cuDeviceGetCount())
         except (InputError, RuntimeError) as error:
             raise InputError(
-                f"no NVIDIA GPU can be used ({error}); this engine needs one and its driver, unlike .onnx engines on the "
-                "CPU"
+                f"no NVIDIA GPU can be used ({error}); this engine needs one and its driver, unlike .onnx engines on "
+                "the CPU"
             ) from error
         if device >= count:
             raise InputError(f"there is no GPU {device}; this machine has {count}")
