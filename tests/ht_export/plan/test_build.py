@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -226,8 +227,7 @@ def test_a_plan_that_does_not_fit_the_disk_is_an_error(
 
 def test_a_disk_that_takes_a_part_of_the_plan_is_an_error(tmp_path: Path) -> None:
     class IStreamWriter:
-        def write(self, data: bytes) -> int:
-            raise NotImplementedError
+        write: Callable[[bytes], int]
 
     class Builder:
         def build_serialized_network_to_stream(self, network: object, config: object, writer: IStreamWriter) -> bool:
