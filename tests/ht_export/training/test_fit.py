@@ -165,9 +165,12 @@ def test_two_processes_share_a_step_and_reach_the_same_weights(
         places = ["--data", str(data_folder), "--out", str(tmp_path / out)]
         return ["ht_export.training.cli", "fit", str(tiny_checkpoint), *places, *options.split()]
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # Its processes find each other through ports that something else may take: the launcher may start them once more.
+    restarts = ["--max-restarts", "1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *restarts]
     subprocess.run([sys.executable, "-m", *command("one")], check=True, capture_output=True, timeout=300)
-    subprocess.run([*torchrun, "-m", *command("two")], check=True, capture_output=True, timeout=300)
+    done = subprocess.run([*torchrun, "-m", *command("two")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_transfer_layers(tmp_path / name)[0] for name in ("one", "two"))
     for name, tensor in one.state_dict().items():
         torch.testing.assert_close(two.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
