@@ -36,7 +36,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="ENGINE", help="engine file to write (.onnx or .plan)"
     )
     parser.add_argument(
-        "--precision", choices=("fp32", "fp16", "bf16"), help="of the engine (default: fp16 for a plan, else fp32)"
+        "--precision",
+        choices=("fp32", "fp16", "bf16", "int8", "int4"),
+        help="of the engine (default: fp16 for a plan, else fp32); int8 and int4 quantise the weights of an .onnx "
+        "engine, which changes the text a little (int8) or more (int4)",
     )
     parser.add_argument(
         "--tree-rows",
@@ -125,8 +128,8 @@ def _export(options: argparse.Namespace) -> None:
             stage,
             plan,
         )
-    size = sum(record.bytes for record in (about.graph, about.weights) if record) / 2**20
-    difference = about.parity["largest_relative_difference"]
+    size = sum(record.bytes for record in (about.graph, about.cpu_graph, about.weights) if record) / 2**20
+    difference = about.parity.get("of_quantised_weights", about.parity["largest_relative_difference"])
     print(f"done: {options.out}, {size:.0f} MiB, within {difference:.1e} of the PyTorch reference", file=sys.stderr)
     if about.plan:
         print(_summary(about.plan), file=sys.stderr)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -20,10 +21,12 @@ import torch
 from ht_export.checkpoint import KNOWN_MODELS, BaseModel, load_base_model
 from ht_export.correction import correction_tables
 from ht_export.graph import OPSET, build_graph, graph_dims
+from ht_export.lowering import can_be_lowered, lower_for_cpu
 from ht_export.model import HiddenTransferModel
-from ht_export.parity import Expected, ReferenceEngine, check, record
+from ht_export.parity import Expected, LoweredEngine, ReferenceEngine, check, difference, record
 from ht_export.plan.planner import DEFAULT_CHUNK, Planner, PlanSettings
-from ht_export.precision import PRECISIONS, write_widened
+from ht_export.precision import COMPUTED_IN, write_widened
+from ht_export.quantise import BITS, quantise
 from ht_export.transfer import load_transfer_layers
 from runtime.bindings import GraphDims
 from runtime.engine_file import EngineFile, FileRecord, PlanFile, engine_file_path
@@ -37,6 +40,9 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 # Bytes, seen in exports of 0.1 and 1.2 billion weights in half precision: what is not mapped from files.
 MEMORY_PER_WEIGHT = 6.0
 
+# Of the name of the graph lowered for the CPU, in the place of the engine's own suffix.
+CPU_SUFFIX = ".cpu.onnx"
+
 DEFAULT_TREE_ROWS = 4
 PLAN_TREE_ROWS = 16
 
@@ -47,7 +53,7 @@ Stage = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 @dataclass(frozen=True)
 class ExportSettings:
     """What an export may choose: the engine's default row counts, the prompt tokens of a pass, its precision ("fp32",
-    "fp16" or "bf16").
+    "fp16" or "bf16", or for ONNX engines "int8" or "int4").
 
     The defaults of ONNX engines had the best measured cost and simulated acceptance of some forty for SmolLM2-135M on
     two CPU cores, where rows are dear; on a GPU they cost little.
@@ -108,13 +114,13 @@ def export(
     check_precision(precision, is_plan)
     transfer_path = transfer_file or shipped_transfer(source)
     with stage("loading the base model"):
-        base = load_base_model(source, PRECISIONS[precision])
+        base = load_base_model(source, COMPUTED_IN[precision])
         transfer, about_transfer = load_transfer_layers(transfer_path, base.identity())
     sizes = settings.tree(transfer.num_steps, plan=is_plan)
     _check_space(base, out)
     _check_memory(base)
-    model = HiddenTransferModel(base.model, transfer.to(PRECISIONS[precision])).eval()
-    dims = graph_dims(base.model.config, transfer, str(PRECISIONS[precision]).removeprefix("torch."))
+    model = HiddenTransferModel(base.model, transfer.to(COMPUTED_IN[precision])).eval()
+    dims = graph_dims(base.model.config, transfer, str(COMPUTED_IN[precision]).removeprefix("torch."))
     context = base.model.config.max_position_embeddings
     chunk = DEFAULT_CHUNK if settings.chunk is None else settings.chunk
     if planner:
@@ -143,7 +149,18 @@ def export(
             parameter.data = torch.empty(0)
         del model, base, transfer
         with stage("comparing the graph with the reference"):
-            difference = _compare(staged, dims, expected)
+            parity: dict[str, Any] = {"reference": "PyTorch"}
+            parity["largest_relative_difference"] = _compare(staged, dims, expected)
+        lowered: Path | None = None
+        if not planner and can_be_lowered(dims):
+            with stage("lowering the graph for the CPU"):
+                lowered = _lower(staged, dims)
+                parity["of_the_cpu_graph"] = check(LoweredEngine(lowered, dims), expected)
+        if precision in BITS:
+            with stage("quantising the weights"):
+                _quantise(staged, precision)
+                engine = LoweredEngine(_lower(staged, dims), dims) if lowered else OnnxRuntimeEngine(staged, dims)
+                parity["of_quantised_weights"] = difference(engine, expected)
         plan: PlanFile | None = None
         if planner:
             with stage("building the plan") as tell:
@@ -152,13 +169,14 @@ def export(
             weights.unlink()
         description = EngineFile(
             dims=dims,
-            precision=dims.dtype,
+            precision=precision if precision in BITS else dims.dtype,
             tree=sizes,
             prompt_chunk=chunk,
             max_context=context,
             stop_tokens=stop_tokens,
             special_tokens=special_tokens,
             graph=FileRecord.of(folder / out.name),
+            cpu_graph=FileRecord.of(lowered) if lowered else None,
             weights=None if plan else FileRecord.of(weights),
             tokenizer=tokenizer,
             chat_template=template,
@@ -170,7 +188,7 @@ def export(
                 "acceptance": about_transfer.acceptance,
             },
             versions=_versions(),
-            parity={"reference": "PyTorch", "largest_relative_difference": difference},
+            parity=parity,
             plan=plan,
         )
         with stage("putting the engine in place"):
@@ -191,10 +209,30 @@ def _compare(graph: Path, dims: GraphDims, expected: Sequence[Expected]) -> floa
             path.unlink(missing_ok=True)
 
 
+def _quantise(staged: Path, precision: str) -> None:
+    """Quantise the weights of the graph at `staged`, in its place."""
+    whole = staged.rename(staged.with_name(f"{staged.stem}.whole.onnx"))
+    quantise(whole, staged, precision)
+    whole.unlink()
+
+
+def _lower(staged: Path, dims: GraphDims) -> Path:
+    """Write the graph lowered for the CPU beside the portable one, with whose weights it goes; return its path."""
+    lowered = staged.with_name(f"{staged.stem}{CPU_SUFFIX}")
+    model = ir.load(staged)
+    lower_for_cpu(model, dims)
+    ir.save(model, lowered)
+    return lowered
+
+
 def check_precision(precision: str, is_plan: bool) -> None:
     """Raise `InputError` unless an engine can be had in this precision."""
-    if precision not in PRECISIONS:
-        raise InputError(f"--precision must be one of {', '.join(PRECISIONS)}, not {precision}")
+    if precision not in COMPUTED_IN:
+        raise InputError(f"--precision must be one of {', '.join(COMPUTED_IN)}, not {precision}")
+    if is_plan and precision in BITS:
+        raise InputError(
+            f"--precision {precision}: plans are in fp32, fp16 or bf16; or give an --out that ends in .onnx"
+        )
     if precision == "bf16" and not is_plan:
         raise InputError(
             "--precision bf16: ONNX Runtime computes in fp32 or fp16 only; or give an --out that ends in .plan"
@@ -207,6 +245,11 @@ def check_out(out: Path) -> None:
         raise InputError(
             f"{out}: the engine's name must end in .onnx (ONNX Runtime) or .plan (TensorRT), for example "
             f"{out.with_suffix('.plan')}"
+        )
+    if out.name.endswith(CPU_SUFFIX):
+        raise InputError(
+            f"{out}: the graph for the CPU of another engine would have this name; choose another, for example "
+            f"{out.with_name(out.name.removesuffix(CPU_SUFFIX) + '-cpu.onnx')}"
         )
     check_writable(out)
     described = engine_file_path(out)

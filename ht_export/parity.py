@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from ht_export.model import HiddenTransferModel
 from runtime.bindings import GraphDims
 from runtime.cache import KeyValueCache
 from runtime.engines import Engine, Outputs
+from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine, new_rows
 from runtime.errors import InputError
 from runtime.tree import Rows, Tree, chain, lay_out
 
@@ -51,6 +54,28 @@ class ReferenceEngine:
             [key.numpy() for key in output.key_new],
             [value.numpy() for value in output.value_new],
         )
+
+
+class LoweredEngine:
+    """The graph lowered for the CPU, over the portable graph's cache and with its outputs."""
+
+    def __init__(self, path: Path, dims: GraphDims) -> None:
+        self.dims = dims
+        self._engine = OnnxRuntimeCpuEngine(path, dims)
+
+    def new_cache(self) -> KeyValueCache:
+        """See `Engine.new_cache`."""
+        return KeyValueCache(self.dims)
+
+    def run(self, rows: Rows, cache: KeyValueCache) -> Outputs:
+        """See `Engine.run`."""
+        in_place = self._engine.new_cache()
+        in_place.reserve(cache.length)
+        for kind, arrays in enumerate((cache.keys, cache.values)):
+            in_place.arrays[kind, ..., : cache.length, :] = arrays[..., : cache.length, :]
+        in_place.length = cache.length
+        outputs = self._engine.run(rows, in_place)
+        return Outputs(outputs.logits, outputs.draft_logits, *new_rows(in_place, self.dims, rows))
 
 
 @dataclass(frozen=True)
@@ -102,6 +127,17 @@ def compare(engine: Engine, expected: Sequence[Expected]) -> list[Difference]:
     return differences
 
 
+def difference(engine: Engine, expected: Sequence[Expected]) -> float:
+    """Return the largest relative difference of any output; raise `InputError` when it is not a number."""
+    largest = max(one.relative for one in compare(engine, expected))
+    if not math.isfinite(largest):
+        raise InputError(
+            "with quantised weights the graph computes values that are no numbers; nothing was written, use "
+            "--precision fp32"
+        )
+    return largest
+
+
 def check(engine: Engine, expected: Sequence[Expected]) -> float:
     """Return the largest relative difference; raise `InputError` naming case and output when it is too large."""
     worst = max(compare(engine, expected), key=lambda difference: difference.relative)
@@ -144,4 +180,6 @@ def _random_rows(
 def _relative(found: np.ndarray, expected: np.ndarray) -> float:
     if not expected.size:
         return 0.0
-    return float(np.abs(found - expected).max() / max(1e-6, float(np.abs(expected).max())))
+    relative = float(np.abs(found - expected).max() / max(1e-6, float(np.abs(expected).max())))
+    # `max` would pass over what is not a number.
+    return math.inf if math.isnan(relative) else relative

@@ -10,6 +10,8 @@ import torch
 
 # What users write, and what torch and `runtime.bindings` call it.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# With weight-only quantisation too: what the graph is traced and checked in, and computes in besides.
+COMPUTED_IN = {**PRECISIONS, "int8": torch.float32, "int4": torch.float32}
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 

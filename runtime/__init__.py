@@ -2,6 +2,7 @@
 
 from runtime.errors import EngineFileError, InputError, PromptTooLongError
 from runtime.generator import GenerationChunk, GenerationResult, Generator
+from runtime.sampling import LogitsProcessor, Sampling, TokenLogProbability
 from runtime.tree import TreeSizes
 
 __all__ = [
@@ -10,6 +11,9 @@ __all__ = [
     "GenerationResult",
     "Generator",
     "InputError",
+    "LogitsProcessor",
     "PromptTooLongError",
+    "Sampling",
+    "TokenLogProbability",
     "TreeSizes",
 ]

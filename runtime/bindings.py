@@ -57,6 +57,16 @@ def value_new(layer: int) -> str:
     return f"value_new_{layer}"
 
 
+def key_cache_out(layer: int) -> str:
+    """Return the output of a lowered graph that is the keys of `layer`, cached and new."""
+    return f"key_cache_out_{layer}"
+
+
+def value_cache_out(layer: int) -> str:
+    """Return the output of a lowered graph that is the values of `layer`, cached and new."""
+    return f"value_cache_out_{layer}"
+
+
 @dataclass(frozen=True)
 class Binding:
     """One input or output: `shape` has ints for fixed dimensions and letters, or sums of them, for dynamic ones."""
@@ -130,6 +140,17 @@ class GraphDims:
             Binding(DRAFT_LOGITS, "float32", ("B", self.pseudo_rows(), self.vocab_size)),
             *(Binding(key_new(layer), self.dtype, new(layer)) for layer in range(self.num_layers)),
             *(Binding(value_new(layer), self.dtype, new(layer)) for layer in range(self.num_layers)),
+        ]
+
+    def lowered_outputs(self) -> list[Binding]:
+        """Return the outputs, in order, of the graph lowered for the CPU: caches in the place of new keys and values,
+        the new rows behind the `cache_length` valid ones.
+        """
+        cache: tuple[Dim, ...] = ("B", self.key_value_heads, "S", self.head_dim)
+        return [
+            *self.outputs()[:2],
+            *(Binding(key_cache_out(layer), self.dtype, cache) for layer in range(self.num_layers)),
+            *(Binding(value_cache_out(layer), self.dtype, cache) for layer in range(self.num_layers)),
         ]
 
     def rows_alive(self, layer: int) -> str:

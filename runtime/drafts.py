@@ -8,7 +8,7 @@ heads (arXiv 2402.05109) and recurrent drafters condition on the token before, b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.candidates import largest
 from runtime.errors import EngineFileError
 
 IntArray = NDArray[np.int64]
@@ -23,7 +24,6 @@ FloatArray = NDArray[np.float64]
 
 # Candidates of a step that a correction may reorder.
 SHORTLIST = 64
-BLOCK = 64
 # exp() of more than this would leave nothing of the draft itself.
 LARGEST_CORRECTION = 30.0
 
@@ -115,20 +115,47 @@ class CorrectedDrafts:
         return found
 
 
+class AdjustedDrafts:
+    """Drafts with other probabilities: `adjust` makes them of a step's number and its candidates."""
+
+    def __init__(self, drafts: Drafts, adjust: Callable[[int, DraftStep], DraftStep]) -> None:
+        self.drafts = drafts
+        self.adjust = adjust
+        self._known: dict[tuple[int, int], DraftStep] = {}
+
+    def __len__(self) -> int:
+        return len(self.drafts)
+
+    def after(self, step: int, token: int) -> DraftStep:
+        """See `Drafts.after`."""
+        if (found := self._known.get((step, token))) is None:
+            found = self._known[step, token] = self.adjust(step, self.drafts.after(step, token))
+        return found
+
+
 def corrected(steps: Sequence[DraftStep], correction: TokenCorrection | None, count: int) -> Drafts:
     """Return the drafts of `steps`, each with its `count` best candidates after any token."""
     return IndependentDrafts(steps) if correction is None else CorrectedDrafts(steps, correction, count)
 
 
+def tempered(step: DraftStep, temperature: float) -> DraftStep:
+    """Return the step with its probabilities as sampling at `temperature` would have them.
+
+    Of the tokens off the shortlist no more is known than that none is more probable than the last one on it.
+    """
+    # Relative to the best one: at a low temperature the powers of all of them may be too small for a float.
+    weights = (step.probabilities / step.probabilities[0]) ** (1.0 / temperature)
+    last = float(step.probabilities[-1])
+    rest = max(0.0, 1.0 - float(step.probabilities.sum()))
+    total = float(weights.sum()) + (rest * float(weights[-1]) / last if last > 0.0 else 0.0)
+    return DraftStep(step.tokens, weights / total)
+
+
 def most_probable(logits: NDArray[np.float32], count: int) -> DraftStep:
     """Return the `count` most probable tokens of a softmax over logits [V]."""
-    # Partitioning a whole vocabulary takes longer than all else between two passes. The count-th largest of the blocks'
-    # maxima is a bound instead: at least `count` logits reach it, and few more do.
-    maxima = logits[: len(logits) // BLOCK * BLOCK].reshape(-1, BLOCK).max(axis=1)
-    bound = np.partition(maxima, -count)[-count] if len(maxima) >= count else -np.inf
-    near = np.flatnonzero(logits >= bound)
+    near = largest(logits, min(count, len(logits)))
     # Equal logits: the smaller token first.
     best = near[np.lexsort((near, -logits[near]))[:count]]
     top = logits[best[0]]
     total = np.exp(logits - top).sum(dtype=np.float64)
-    return DraftStep(best.astype(np.int64), np.exp((logits[best] - top).astype(np.float64)) / total)
+    return DraftStep(best, np.exp((logits[best] - top).astype(np.float64)) / total)

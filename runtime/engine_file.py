@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from runtime.bindings import GraphDims
+from runtime.calibration import Calibration
 from runtime.errors import EngineFileError
 from runtime.files import sha256_file, write_json
 from runtime.tree import TreeSizes
 
 FORMAT = "hidden-transfer-engine"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CAPACITY_STEP = 64
 
 
@@ -94,6 +95,8 @@ class EngineFile:
     """The contents of `engine.json`. Lengths are in tokens.
 
     `graph` is the engine itself: an ONNX graph, whose weights are in a file of their own, or a plan, which has them.
+    `cpu_graph` is the same graph lowered for ONNX Runtime on the CPU, with the same weights file. `precision` is that
+    of the weights: "float32", "float16", "bfloat16", "int8" or "int4".
     """
 
     dims: GraphDims
@@ -104,6 +107,7 @@ class EngineFile:
     stop_tokens: tuple[int, ...]
     special_tokens: dict[str, str]
     graph: FileRecord
+    cpu_graph: FileRecord | None
     weights: FileRecord | None
     tokenizer: FileRecord
     chat_template: FileRecord | None
@@ -145,6 +149,9 @@ def read_engine_file(engine: Path) -> EngineFile:
     try:
         about = _parse(value)
         _check_numbers(about)
+        if not isinstance(about.transfer, dict):
+            raise ValueError(f"transfer ({about.transfer!r})")
+        Calibration.of(about.transfer.get("acceptance", {}))
     except (KeyError, TypeError, ValueError) as error:
         raise EngineFileError(f"{path} lacks or misstates {error}; export the engine again") from error
     return about
@@ -176,6 +183,7 @@ def _parse(value: dict[str, Any]) -> EngineFile:
             "tree": TreeSizes(fields["tree"]["tree_rows"], tuple(fields["tree"]["pseudo_rows"])),
             "stop_tokens": tuple(fields["stop_tokens"]),
             "graph": FileRecord(**fields["graph"]),
+            "cpu_graph": FileRecord(**fields["cpu_graph"]) if fields["cpu_graph"] else None,
             "weights": FileRecord(**fields["weights"]) if fields["weights"] else None,
             "tokenizer": FileRecord(**fields["tokenizer"]),
             "chat_template": FileRecord(**template) if template else None,

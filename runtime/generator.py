@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from runtime.calibration import Calibration
 from runtime.chat import ChatTemplate, Message
+from runtime.drafter import Drafter
 from runtime.drafts import TokenCorrection
 from runtime.engine_file import EngineFile, PlanFile, read_engine_file
 from runtime.engines import Engine
 from runtime.errors import EngineFileError, InputError, PromptTooLongError
 from runtime.loop import draft_and_verify
+from runtime.ngrams import Ngrams
+from runtime.sampler import Sampler
+from runtime.sampling import Sampling, TokenLogProbability
+from runtime.sizing import AdaptiveSizes, FixedSizes, Sizing
 from runtime.tree import TreeSizes
+from runtime.tuning import Tuning, device_name, menu_sizes, quick, read_tuning, write_tuning
 
 FinishReason = Literal["stop", "length"]
 Prompt = str | Sequence[Message]
@@ -28,7 +37,9 @@ class GenerationResult:
     stop string. `finish_reason` is "stop" (end of text, or a stop string) or "length" (token or context limit).
     `steps` counts the engine passes that made tokens certain, the prompt's last one included, so that
     `tokens_per_step` is tokens / steps and 1.0 for plain decoding. `decode_tokens_per_second` leaves the prompt and
-    the first token out; it is 0.0 when there was no second token.
+    the first token out; it is 0.0 when there was no second token. `accepted[n]` counts the steps that accepted n
+    drafted tokens and so yielded n + 1, the prompt's left out. `seed` is the one that sampling used, None for greedy
+    decoding. `log_probabilities` has an entry for each token, if asked for.
     """
 
     text: str
@@ -39,6 +50,9 @@ class GenerationResult:
     tokens_per_step: float
     decode_tokens_per_second: float
     time_to_first_token_s: float
+    accepted: tuple[int, ...]
+    seed: int | None
+    log_probabilities: list[TokenLogProbability] | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-ready dictionary."""
@@ -47,11 +61,14 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class GenerationChunk:
-    """A part of an answer: text that is final, and the tokens of one engine pass. The last one carries the result."""
+    """A part of an answer: text that is final, and the tokens of one engine pass, with their log-probabilities if
+    asked for. The last one carries the result.
+    """
 
     text: str
     tokens: list[int] = field(default_factory=list)
     result: GenerationResult | None = None
+    log_probabilities: list[TokenLogProbability] | None = None
 
 
 class Generator:
@@ -59,8 +76,10 @@ class Generator:
 
     Raises `EngineFileError` when the engine's files are missing, damaged or of another version, and `InputError` for
     an engine that cannot run here. `device` "cpu" or "cuda" is where an ONNX engine runs, None on the CPU; plans run on
-    the GPU always. `threads` is for the CPU. `verify_weights=False` skips hashing the weights when loading (their size
-    is always checked).
+    the GPU always. `threads` is for the CPU. With `adapt` the sizes of trees are those that pay on this device and for
+    this text. On a CPU the times of passes are measured the first time, which takes some seconds, and kept beside the
+    engine; on a GPU `ht-bench tune` does so. Without them, or without `adapt`, sizes are the engine's own.
+    `verify_weights=False` skips hashing the weights when loading (their size is always checked).
     """
 
     def __init__(
@@ -69,6 +88,7 @@ class Generator:
         *,
         device: str | None = None,
         threads: int | None = None,
+        adapt: bool = True,
         verify_weights: bool = True,
     ) -> None:
         path = Path(engine)
@@ -90,7 +110,11 @@ class Generator:
             tables = self.about.correction.check(path.parent, contents=True)
             dims = self.about.dims
             self._correction = TokenCorrection.read(tables, dims.vocab_size, dims.num_steps)
-        self._engine = _load_engine(path, self.about, device, threads)
+        self.engine: Engine = _load_engine(path, self.about, device, threads)
+        self._calibration = Calibration.of(self.about.transfer.get("acceptance", {}))
+        self.tuning: Tuning | None = None
+        if adapt:
+            self.tuning = _tuning(path, self.about, self.engine, on_cpu(self.about, device), threads)
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Return the token ids of a prompt: of chat messages, of a string as one user message, or (`raw`, or a model
@@ -113,10 +137,20 @@ class Generator:
         speculate: bool = True,
         raw: bool = False,
         tree: TreeSizes | None = None,
+        ngrams: bool = True,
+        sampling: Sampling | None = None,
     ) -> GenerationResult:
-        """Return the base model's greedy answer to `prompt`; parameters as for `stream`."""
-        chunks = self.stream(prompt, max_new_tokens=max_new_tokens, stop=stop, speculate=speculate, raw=raw, tree=tree)
-        for chunk in chunks:
+        """Return the base model's answer to `prompt`; parameters as for `stream`."""
+        for chunk in self.stream(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            speculate=speculate,
+            raw=raw,
+            tree=tree,
+            ngrams=ngrams,
+            sampling=sampling,
+        ):
             if chunk.result is not None:
                 return chunk.result
         raise AssertionError("a stream ends with its result")
@@ -130,19 +164,32 @@ class Generator:
         speculate: bool = True,
         raw: bool = False,
         tree: TreeSizes | None = None,
+        ngrams: bool = True,
+        sampling: Sampling | None = None,
     ) -> Iterator[GenerationChunk]:
-        """Yield the base model's greedy answer to `prompt` as it comes.
+        """Yield the base model's answer to `prompt` as it comes.
 
-        `speculate=False` decodes plainly, one token a pass, to the same text. `stop` strings end the answer and are
-        left out of its text. `tree` replaces the engine's own row counts. Arguments are checked before the first
-        chunk is asked for. Raises `PromptTooLongError` when the prompt leaves no room within the context limit, and
-        `InputError` for any other argument that does not fit.
+        `sampling` says how tokens are chosen, None greedily. `speculate=False` decodes plainly, one token a pass, to
+        the same text, given the same seed. `stop` strings end the answer and are left out of its text. `tree` fixes the
+        row counts of every step, which otherwise adapt to the device and to the text. `ngrams=False` drafts nothing
+        from the text itself. Arguments are checked before the first chunk is asked for. Raises
+        `PromptTooLongError` when the prompt leaves no room within the context limit, and `InputError` for any other
+        argument that does not fit; also later, when `sampling` leaves no token to choose.
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise InputError(f"stop must be a list of strings that are not empty, not {stop!r}")
-        sizes = self._sizes(tree, speculate)
+        if sampling is None:
+            sampling = Sampling()
+        if not isinstance(sampling, Sampling):
+            raise InputError(f"sampling must be a runtime.Sampling, not {sampling!r}")
+        if sampling.min_new_tokens > max_new_tokens:
+            raise InputError(
+                f"min_new_tokens is {sampling.min_new_tokens}, more than max_new_tokens, {max_new_tokens}; change one "
+                "of them"
+            )
+        sizing = self._sizing(tree, speculate)
         ids = self.encode(prompt, raw=raw)
         if not ids:
             raise InputError("the prompt is empty; give at least one token")
@@ -152,10 +199,16 @@ class Generator:
                 f"the prompt has {len(ids)} tokens, and the engine's context limit is {self.about.max_context} for "
                 "prompt and answer together; shorten the prompt"
             )
-        return self._run(ids, min(max_new_tokens, room), stop, sizes)
+        sampler = Sampler(sampling, ids, self.about.dims.vocab_size, self.about.stop_tokens)
+        drafter = self.new_drafter(sizing, sampling.temperature, ngrams=ngrams and speculate)
+        return self._run(ids, min(max_new_tokens, room), stop, drafter, sampler)
+
+    def new_drafter(self, sizing: Sizing, temperature: float = 0.0, *, ngrams: bool = True) -> Drafter:
+        """Return what drafts one text with the engine's own statistics."""
+        return Drafter(sizing, self._correction, self._calibration, temperature, Ngrams() if ngrams else None)
 
     def _run(
-        self, ids: list[int], max_new_tokens: int, stop: Sequence[str], sizes: TreeSizes
+        self, ids: list[int], max_new_tokens: int, stop: Sequence[str], drafter: Drafter, sampler: Sampler
     ) -> Iterator[GenerationChunk]:
         from runtime.text import TextStream
 
@@ -165,8 +218,17 @@ class Generator:
         tokens: list[int] = []
         reason: FinishReason | None = None
         steps = 0
-        passes = draft_and_verify(self._engine, ids, sizes, self.about.prompt_chunk, correction=self._correction)
-        for certain in passes:
+        accepted: Counter[int] = Counter()
+        scores = sampler.log_probabilities
+        for certain in draft_and_verify(
+            self.engine,
+            ids,
+            drafter,
+            self.about.prompt_chunk,
+            choose=sampler,
+            max_new_tokens=max_new_tokens,
+            stop_tokens=self.about.stop_tokens,
+        ):
             steps += 1
             if steps == 1:
                 first = time.perf_counter()
@@ -181,12 +243,17 @@ class Generator:
                     reason = "length"
                 if reason:
                     break
+            if steps > 1:
+                accepted[len(tokens) - count - 1] += 1
             if reason:
                 break
-            yield GenerationChunk(released, tokens[count:])
+            yield GenerationChunk(released, tokens[count:], log_probabilities=scores and scores[count:])
         ended = time.perf_counter()
         assert reason is not None
         released += text.finish()
+        if scores is not None:
+            # The tokens of a pass after a stop string are not part of the answer.
+            del scores[len(tokens) :]
         result = GenerationResult(
             text=text.text,
             tokens=tokens,
@@ -196,16 +263,24 @@ class Generator:
             tokens_per_step=len(tokens) / steps,
             decode_tokens_per_second=(len(tokens) - 1) / (ended - first) if len(tokens) > 1 else 0.0,
             time_to_first_token_s=first - started,
+            accepted=tuple(accepted[n] for n in range(max(accepted, default=-1) + 1)),
+            seed=sampler.seed,
+            log_probabilities=scores,
         )
-        yield GenerationChunk(released, tokens[count:], result)
+        yield GenerationChunk(released, tokens[count:], result, scores and scores[count:])
 
-    def _sizes(self, tree: TreeSizes | None, speculate: bool) -> TreeSizes:
+    def _sizing(self, tree: TreeSizes | None, speculate: bool) -> Sizing:
         steps = self.about.dims.num_steps
         if not speculate:
             if tree is not None:
                 raise InputError("tree has no meaning with speculate=False; leave one of them out")
-            return TreeSizes.plain(steps)
-        sizes = tree or self.about.tree
+            return FixedSizes(TreeSizes.plain(steps))
+        if tree is None and self.tuning is not None:
+            return AdaptiveSizes(self.tuning.menu, self.tuning.rate, self.tuning.draft_value)
+        return FixedSizes(self._checked(tree or self.about.tree))
+
+    def _checked(self, sizes: TreeSizes) -> TreeSizes:
+        steps = self.about.dims.num_steps
         if sizes.tree_rows < 1 or len(sizes.pseudo_rows) != steps or min(sizes.pseudo_rows) < 0:
             raise InputError(
                 f"{sizes} does not fit: tree_rows must be at least 1, and pseudo_rows {steps} numbers of at least 0"
@@ -228,6 +303,24 @@ def _load_tokenizer(path: Path) -> Any:
         raise EngineFileError(f"{path} is not a tokenizer ({error}); export the engine again") from error
 
 
+def on_cpu(about: EngineFile, device: str | None) -> bool:
+    """Whether an engine runs on the CPU when `device` is asked for."""
+    return about.plan is None and device != "cuda"
+
+
+def _tuning(path: Path, about: EngineFile, engine: Engine, cpu: bool, threads: int | None) -> Tuning | None:
+    """Return what was measured of the engine on this device; on a CPU it is measured quickly if nothing was."""
+    device = device_name(engine, threads)
+    found = read_tuning(path, about.graph.sha256, device, about.dims)
+    if found is None and cpu:
+        found = quick(engine, about.tree, about.max_context, device, about.graph.sha256)
+        # Where it cannot be kept, or a busy machine cut it short, it is measured again the next time.
+        if found.menu.sizes == menu_sizes(about.tree):
+            with contextlib.suppress(InputError):
+                write_tuning(path, found)
+    return found
+
+
 def _load_engine(path: Path, about: EngineFile, device: str | None, threads: int | None) -> Engine:
     if device not in (None, "cpu", "cuda"):
         raise InputError(f"device must be cpu or cuda, not {device}")
@@ -242,6 +335,11 @@ def _load_engine(path: Path, about: EngineFile, device: str | None, threads: int
         from runtime.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 
         return OnnxRuntimeCudaEngine(path, about.dims, about.tree, about.prompt_chunk, about.max_context)
+    if about.cpu_graph is not None:
+        from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine
+
+        lowered = about.cpu_graph.check(path.parent, contents=True)
+        return OnnxRuntimeCpuEngine(lowered, about.dims, threads)
     from runtime.engines.onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(path, about.dims, threads)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.drafts import SHORTLIST, DraftStep, TokenCorrection, corrected, most_probable
+from runtime.drafter import Drafter
+from runtime.drafts import DraftStep, most_probable
 from runtime.engines import Cache, Engine, Outputs
-from runtime.tree import Rows, Tree, TreeSizes, best_first_tree, chain, lay_out, likely_ends
+from runtime.tree import Rows, Tree, chain, lay_out
 
+# Called once for each token, in order, with the base model's logits [V] after all tokens before it; it may keep state.
 Choose = Callable[[NDArray[np.float32]], int]
 
 
@@ -22,41 +25,54 @@ def greedy(logits: NDArray[np.float32]) -> int:
 def draft_and_verify(
     engine: Engine,
     prompt: Sequence[int],
-    sizes: TreeSizes,
+    drafter: Drafter,
     chunk: int,
     choose: Choose = greedy,
-    correction: TokenCorrection | None = None,
+    max_new_tokens: int = sys.maxsize,
+    stop_tokens: Collection[int] = (),
 ) -> Iterator[list[int]]:
-    """Yield the tokens that follow `prompt`, without end, one list for each engine pass that makes a token certain.
+    """Yield the tokens that follow `prompt`, one list for each engine pass that makes a token certain.
 
-    The tokens are those of plain decoding: each is `choose` of the base model's logits after all tokens before it.
+    The tokens are those of plain decoding: each is `choose` of the base model's logits after all tokens before it. They
+    end with the first of `stop_tokens`, or after `max_new_tokens`.
     """
-    shortlist = sizes.tree_rows if correction is None else max(SHORTLIST, sizes.tree_rows)
+    join_order = engine.dims.join_order
     cache = engine.new_cache()
-    token, drafted = process_prompt(engine, cache, prompt, sizes, chunk, choose, shortlist)
+    token, drafted = process_prompt(engine, cache, prompt, drafter.draft_steps, chunk, choose, drafter.shortlist)
+    drafter.begin(prompt)
     yield [token]
-    while True:
-        drafts = corrected(drafted, correction, sizes.tree_rows)
-        tree = best_first_tree(token, drafts, sizes.tree_rows)
-        rows = lay_out(tree, likely_ends(tree, sizes.pseudo_rows), engine.dims.join_order, start=cache.length)
+    left = max_new_tokens - 1
+    while left > 0 and token not in stop_tokens:
+        tree, ends = drafter.propose(token, drafted, cache.length)
+        rows = lay_out(tree, ends, join_order, start=cache.length)
         outputs = engine.run(rows, cache)
-        accepted, token = verify(tree, outputs.logits, choose)
+        accepted, token = verify(tree, outputs.logits, choose, left, stop_tokens)
+        left -= len(accepted)
         cache.commit(outputs, accepted)
-        drafted = drafts_of(accepted[-1], rows, outputs, engine.dims.join_order, shortlist)
-        yield [*tree.tokens[accepted[1:]].tolist(), token]
+        drafted = drafts_of(accepted[-1], rows, outputs, join_order, drafter.shortlist)
+        candidates = tree.tokens[accepted[1:]].tolist()
+        drafter.learn(candidates, token)
+        yield [*candidates, token]
 
 
-def verify(tree: Tree, logits: NDArray[np.float32], choose: Choose) -> tuple[list[int], int]:
-    """Walk the tree by the base model's own choice at each node.
+def verify(
+    tree: Tree,
+    logits: NDArray[np.float32],
+    choose: Choose,
+    most: int = sys.maxsize,
+    stop_tokens: Collection[int] = (),
+) -> tuple[list[int], int]:
+    """Walk the tree by the base model's own choice at each node, one choice for each accepted node.
 
-    Returns the accepted nodes, the root first, and the token chosen at the last of them, which no child holds: the
-    next certain token. logits [T, V] are the base model's.
+    Returns the accepted nodes, the root first, and the token chosen at the last of them: the next certain token. No
+    child holds it, or it is one of `stop_tokens`, or the last of the `most` that may be chosen. logits [T, V] are the
+    base model's.
     """
     accepted = [0]
     while True:
         token = choose(logits[accepted[-1]])
         child = tree.child(accepted[-1], token)
-        if child is None:
+        if child is None or len(accepted) == most or token in stop_tokens:
             return accepted, token
         accepted.append(child)
 
@@ -81,14 +97,15 @@ def process_prompt(
     engine: Engine,
     cache: Cache,
     prompt: Sequence[int],
-    sizes: TreeSizes,
+    draft_steps: int,
     chunk: int,
     choose: Choose,
     shortlist: int,
 ) -> tuple[int, list[DraftStep]]:
     """Run the prompt in chunks into `cache`.
 
-    Returns the first token after it, and the `shortlist` most probable tokens of each draft step that follows that.
+    Returns the first token after it, and the `shortlist` most probable tokens of each of the first `draft_steps` draft
+    steps that follow that.
     """
     join_order = engine.dims.join_order
     nothing = (np.empty(0, dtype=np.int64),) * engine.dims.num_steps
@@ -96,7 +113,7 @@ def process_prompt(
         tree = chain(prompt[start : start + chunk])
         last = np.array([len(tree) - 1], dtype=np.int64)
         ends_prompt = start + chunk >= len(prompt)
-        drafting = tuple(last if count else nothing[0] for count in sizes.pseudo_rows) if ends_prompt else nothing
+        drafting = (last,) * draft_steps + nothing[draft_steps:] if ends_prompt else nothing
         rows = lay_out(tree, drafting, join_order, start, logit_rows=last)
         outputs = engine.run(rows, cache)
         cache.commit(outputs, range(len(tree)))

@@ -23,6 +23,11 @@ class TreeSizes:
     tree_rows: int
     pseudo_rows: tuple[int, ...]
 
+    @property
+    def draft_steps(self) -> int:
+        """How many draft steps have pseudo rows: a step is of use only if those before it have some."""
+        return next((k for k, rows in enumerate(self.pseudo_rows) if not rows), len(self.pseudo_rows))
+
     @classmethod
     def plain(cls, num_steps: int) -> TreeSizes:
         """Return the sizes of plain decoding: the certain token alone, nothing drafted."""
@@ -40,6 +45,12 @@ class Tree:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def first(self, count: int) -> Tree:
+        """Return the tree of the first `count` nodes: of a best-first tree, the best-first tree of that size."""
+        if count >= len(self):
+            return self
+        return Tree(self.tokens[:count], self.parents[:count], self.depths[:count], self.probabilities[:count])
 
     def child(self, node: int, token: int) -> int | None:
         """Return the child of `node` that holds `token`, or None."""
@@ -96,6 +107,47 @@ def best_first_tree(root: int, drafts: Drafts, max_rows: int) -> Tree:
         np.array(parents, dtype=np.int64),
         np.array(depths, dtype=np.int64),
         np.array(probabilities, dtype=np.float64),
+    )
+
+
+def graft(tree: Tree, tokens: Sequence[int], probabilities: Sequence[float], max_rows: int) -> Tree:
+    """Return `tree` with a chain of `tokens` from its root: the `max_rows` nodes with the highest path probabilities.
+
+    probabilities [N] are what the chain says of each token, given those before it. Where the tree knows better what
+    follows, the chain counts for less: its odds are multiplied by those that the tree leaves it, where these are low.
+    """
+    own_tokens, parents, depths = tree.tokens.tolist(), tree.parents.tolist(), tree.depths.tolist()
+    above = tree.probabilities[tree.parents[1:]]
+    given = [1.0, *np.divide(tree.probabilities[1:], above, out=np.zeros_like(above), where=above > 0.0).tolist()]
+    node = 0
+    for token, probability in zip(tokens, probabilities, strict=False):
+        children = [child for child in range(node + 1, len(parents)) if parents[child] == node]
+        same = next((child for child in children if own_tokens[child] == token), None)
+        against = max((given[child] for child in children if child != same), default=0.0)
+        agreed = given[same] if same is not None else 0.0
+        odds = probability * (1 - against)
+        weight = odds / (odds + (1 - probability) * max(against, 1 - against))
+        for child in children:
+            given[child] *= 1 - weight
+        if same is None:
+            same = len(parents)
+            own_tokens.append(token)
+            parents.append(node)
+            depths.append(depths[node] + 1)
+            given.append(0.0)
+        given[same] = weight + (1 - weight) * agreed
+        node = same
+    paths = [1.0]
+    for child in range(1, len(parents)):
+        paths.append(paths[parents[child]] * given[child])
+    # A node is never more probable than its parent, and of equals the nearer one comes first: parents before children.
+    order = sorted(range(len(paths)), key=lambda node: (-paths[node], depths[node]))[:max_rows]
+    place = {node: new for new, node in enumerate(order)}
+    return Tree(
+        np.array([own_tokens[node] for node in order], dtype=np.int64),
+        np.array([-1, *(place[parents[node]] for node in order[1:])], dtype=np.int64),
+        np.array([depths[node] for node in order], dtype=np.int64),
+        np.array([paths[node] for node in order], dtype=np.float64),
     )
 
 

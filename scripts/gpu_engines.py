@@ -72,7 +72,7 @@ def open_generator(path: Path) -> Generator:
 
 def engine_of(generator: Generator) -> Engine:
     """Return what runs a generator's passes: private, for no program that embeds the runtime needs logits."""
-    return generator._engine
+    return generator.engine
 
 
 def open_engine(path: Path, about: EngineFile, use_graphs: bool) -> Engine:
@@ -203,8 +203,7 @@ def logits_after(generator: Generator, tokens: Sequence[int]) -> NDArray[np.floa
         kept.append(logits.copy())
         return 0
 
-    plain = TreeSizes.plain(engine.dims.num_steps)
-    process_prompt(engine, engine.new_cache(), tokens, plain, generator.about.prompt_chunk, keep, 0)
+    process_prompt(engine, engine.new_cache(), tokens, 0, generator.about.prompt_chunk, keep, 0)
     return kept[0]
 
 

@@ -102,3 +102,12 @@ def tiny_engine(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path,
     settings = ExportSettings(tree_rows=6, pseudo_rows=(6, 4, 2), chunk=16)
     export(str(tiny_checkpoint), tiny_transfer, out, settings, lambda _: nullcontext(lambda _: None))
     return out
+
+
+@pytest.fixture(scope="session")
+def half_engine(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_transfer: Path) -> Path:
+    """The tiny Llama as an engine in half precision."""
+    out = tmp_path_factory.mktemp("half") / "engine.onnx"
+    settings = ExportSettings(tree_rows=6, pseudo_rows=(6, 4, 2), chunk=16, precision="fp16")
+    export(str(tiny_checkpoint), tiny_transfer, out, settings, lambda _: nullcontext(lambda _: None))
+    return out

@@ -1,15 +1,27 @@
 """SmolLM2-135M, with its real weights and the shipped transfer layers."""
 
 import importlib.util
+from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
 from ht_export.checkpoint import KNOWN_MODELS, BaseModel, load_base_model
 from ht_export.export import PRETRAINED, ExportSettings, export
+from ht_export.lowering import lower_for_cpu
+from ht_export.quantise import quantise
 from ht_export.transfer import load_transfer_layers
 from runtime import Generator
+from runtime.drafts import DraftStep, IndependentDrafts
+from runtime.engine_file import read_engine_file
+from runtime.engines import Engine
+from runtime.engines.onnxruntime import OnnxRuntimeEngine
+from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine
+from runtime.tree import best_first_tree, chain, lay_out, likely_ends
 
 KNOWN = KNOWN_MODELS["smollm2-135m"]
 pytestmark = [
@@ -32,10 +44,15 @@ def base() -> BaseModel:
 
 
 @pytest.fixture(scope="module")
-def generator(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Generator:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("smollm2") / "engine.onnx"
     export("smollm2-135m", None, out, ExportSettings(), lambda _: nullcontext(lambda _: None))
-    return Generator(out, threads=2)
+    return out
+
+
+@pytest.fixture(scope="module")
+def generator(engine: Path) -> Generator:
+    return Generator(engine, threads=2)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -73,6 +90,63 @@ def test_a_conversation_and_streaming(generator: Generator, base: BaseModel) -> 
     chunks = list(generator.stream(messages, max_new_tokens=16))
     assert chunks[-1].result is not None
     assert "".join(chunk.text for chunk in chunks) == chunks[-1].result.text
+
+
+def passes_over_text(engine: Engine, tokens: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the logits and the draft logits of a text's chunks, and of a tree with pseudo rows after it."""
+    cache, order = engine.new_cache(), engine.dims.join_order
+    for start in range(0, len(tokens), 256):
+        tree = chain(tokens[start : start + 256])
+        rows = lay_out(tree, (np.array([len(tree) - 1]),) * 3, order, start)
+        outputs = engine.run(rows, cache)
+        yield outputs.logits.copy(), np.array(outputs.draft_logits)
+        cache.commit(outputs, range(len(tree)))
+    tree = best_first_tree(tokens[0], IndependentDrafts([DraftStep(np.arange(9), np.full(9, 0.1))] * 3), 12)
+    outputs = engine.run(lay_out(tree, likely_ends(tree, (12, 6, 6)), order, cache.length), cache)
+    yield outputs.logits.copy(), np.array(outputs.draft_logits)
+
+
+@pytest.fixture(scope="module")
+def of_the_portable_graph(engine: Path, base: BaseModel) -> tuple[list[int], list[tuple[np.ndarray, np.ndarray]]]:
+    """A text of some hundred tokens, and what the portable graph computes of it."""
+    tokens = base.tokenizer(Path(__file__).with_name("conftest.py").read_text(encoding="utf-8")).input_ids[:600]
+    portable = OnnxRuntimeEngine(engine, read_engine_file(engine).dims, threads=2)
+    return tokens, list(passes_over_text(portable, tokens))
+
+
+def test_the_graph_for_the_cpu_computes_what_the_portable_one_does_after_hundreds_of_tokens(
+    engine: Path, of_the_portable_graph: tuple[list[int], list[tuple[np.ndarray, np.ndarray]]]
+) -> None:
+    about = read_engine_file(engine)
+    assert about.parity["of_the_cpu_graph"] < 1e-4
+    tokens, expected = of_the_portable_graph
+    lowered = OnnxRuntimeCpuEngine(engine.with_name("engine.cpu.onnx"), about.dims, threads=2)
+    for found, wanted in zip(passes_over_text(lowered, tokens), expected, strict=True):
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert abs(ours - theirs).max() < 1e-4 * abs(theirs).max()
+
+
+@pytest.mark.parametrize(("precision", "agreement"), [("int8", 0.95), ("int4", 0.7)])
+def test_quantised_weights_mostly_choose_the_same_tokens(
+    engine: Path,
+    tmp_path: Path,
+    of_the_portable_graph: tuple[list[int], list[tuple[np.ndarray, np.ndarray]]],
+    precision: str,
+    agreement: float,
+) -> None:
+    dims = read_engine_file(engine).dims
+    quantise(engine, tmp_path / "engine.onnx", precision)
+    model = ir.load(tmp_path / "engine.onnx")
+    lower_for_cpu(model, dims)
+    ir.save(model, tmp_path / "engine.cpu.onnx")
+    tokens, expected = of_the_portable_graph
+    quantised = passes_over_text(OnnxRuntimeCpuEngine(tmp_path / "engine.cpu.onnx", dims, threads=2), tokens)
+    same = [
+        ours.argmax(axis=-1) == theirs.argmax(axis=-1)
+        for found, wanted in zip(quantised, expected, strict=True)
+        for ours, theirs in zip(found, wanted, strict=True)
+    ]
+    assert np.concatenate(same).mean() > agreement
 
 
 def test_the_shipped_file_says_what_was_measured(base: BaseModel) -> None:

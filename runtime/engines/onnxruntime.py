@@ -1,4 +1,4 @@
-"""The exported ONNX graph in ONNX Runtime, on the CPU."""
+"""The portable graph in ONNX Runtime, on the CPU: what the graph made for the CPU is compared with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtime import bindings
-from runtime.bindings import GraphDims
+from runtime.bindings import Binding, GraphDims
 from runtime.cache import KeyValueCache
 from runtime.engines import Outputs
 from runtime.errors import EngineFileError, InputError
@@ -23,7 +23,7 @@ class OnnxRuntimeEngine:
     """An ONNX Runtime session on the CPU. `threads` None lets ONNX Runtime use all physical cores."""
 
     def __init__(self, path: Path, dims: GraphDims, threads: int | None = None) -> None:
-        self._session = open_session(path, dims, ["CPUExecutionProvider"], threads)
+        self._session = open_session(path, dims.inputs(), dims.outputs(), ["CPUExecutionProvider"], threads)
         self.dims = dims
         self._outputs = [binding.name for binding in dims.outputs()]
 
@@ -50,8 +50,14 @@ class OnnxRuntimeEngine:
         return Outputs(logits[0], draft_logits[0], new[:layers], new[layers:])
 
 
-def open_session(path: Path, dims: GraphDims, providers: Sequence[Provider], threads: int | None = None) -> Any:
-    """Return a session of the graph at `path`, whose inputs and outputs are those of `dims`.
+def open_session(
+    path: Path,
+    inputs: Sequence[Binding],
+    outputs: Sequence[Binding],
+    providers: Sequence[Provider],
+    threads: int | None = None,
+) -> Any:
+    """Return a session of the graph at `path`, which must have these inputs and outputs.
 
     Raises `InputError` without ONNX Runtime, `EngineFileError` when it cannot load the graph or that is another.
     """
@@ -70,8 +76,11 @@ def open_session(path: Path, dims: GraphDims, providers: Sequence[Provider], thr
     try:
         session = onnxruntime.InferenceSession(path, options, providers=list(providers))
     except Exception as error:
-        raise EngineFileError(f"ONNX Runtime cannot load {path}: {error}; export it again") from error
-    for found, expected in ((session.get_inputs(), dims.inputs()), (session.get_outputs(), dims.outputs())):
+        raise EngineFileError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}; update onnxruntime, or export the "
+            "engine again"
+        ) from error
+    for found, expected in ((session.get_inputs(), inputs), (session.get_outputs(), outputs)):
         names = [value.name for value in found]
         wanted = [binding.name for binding in expected]
         if names != wanted:

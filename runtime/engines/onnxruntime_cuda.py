@@ -41,7 +41,7 @@ class OnnxRuntimeCudaEngine:
         # All work on one stream, in order. TF32 would round what is multiplied to 10 bits.
         options = {"user_compute_stream": str(self._cuda.stream), "use_tf32": "0"}
         providers: list[Provider] = [(provider, options), "CPUExecutionProvider"]
-        self._session = open_session(path, dims, providers)
+        self._session = open_session(path, dims.inputs(), dims.outputs(), providers)
         if self._session.get_providers()[0] != provider:
             raise InputError(
                 "ONNX Runtime cannot use the GPU: its CUDA libraries did not load; install CUDA 12 and cuDNN 9, for "
@@ -50,6 +50,11 @@ class OnnxRuntimeCudaEngine:
         self._buffers = PassBuffers(self._cuda, dims, self._limits)
         self._cache_memory = CacheMemory(self._cuda, dims, self._limits.capacity)
         self._last: Rows | None = None
+
+    @property
+    def gpu_name(self) -> str:
+        """The GPU that passes run on."""
+        return self._cuda.name
 
     def new_cache(self) -> DeviceCache:
         """Return an empty cache. Only the newest one may be used: all share one memory."""

@@ -80,6 +80,11 @@ class TensorRTEngine:
         """How many of the shapes that decoding has had are captured as a CUDA graph, and how many there are."""
         return sum(one.graph is not None for one in self._passes.values()), len(self._passes)
 
+    @property
+    def gpu_name(self) -> str:
+        """The GPU that passes run on."""
+        return self._cuda.name
+
     def new_cache(self) -> DeviceCache:
         """Return an empty cache. Only the newest one may be used: all share one memory."""
         self._cuda.use()

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.drafts import CorrectedDrafts, IndependentDrafts, TokenCorrection, corrected, most_probable
+from runtime.drafts import (
+    AdjustedDrafts,
+    CorrectedDrafts,
+    DraftStep,
+    IndependentDrafts,
+    TokenCorrection,
+    corrected,
+    most_probable,
+    tempered,
+)
 from runtime.errors import EngineFileError
 from runtime.tree import best_first_tree
 from tests.strategies import draft_steps
@@ -63,6 +72,74 @@ def test_a_corrected_tree_has_the_probabilities_of_its_own_paths(
         step = found.after(int(tree.depths[parent]), int(tree.tokens[parent]))
         rank = step.tokens.tolist().index(tree.tokens[node])
         assert tree.probabilities[node] == pytest.approx(tree.probabilities[parent] * step.probabilities[rank])
+
+
+@given(draft_steps(), st.integers(0, 1000))
+def test_adjusted_drafts_are_adjusted_by_step_after_every_token(drafts: IndependentDrafts, seed: int) -> None:
+    found = corrected(drafts, random_correction(seed, len(drafts)), 4)
+    asked: list[int] = []
+
+    def adjust(step: int, candidates: DraftStep) -> DraftStep:
+        asked.append(step)
+        return DraftStep(candidates.tokens, candidates.probabilities / (step + 2))
+
+    adjusted = AdjustedDrafts(found, adjust)
+    assert len(adjusted) == len(drafts)
+    places = [(step, token) for step in range(len(drafts)) for token in range(3)]
+    for step, token in places * 2:
+        before, after = found.after(step, token), adjusted.after(step, token)
+        assert after.tokens.tolist() == before.tokens.tolist()
+        np.testing.assert_allclose(after.probabilities, before.probabilities / (step + 2))
+    assert asked == [step for step, _ in places], "candidates are adjusted once, though asked for again and again"
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    raised = np.exp((logits - logits.max()).astype(np.float64))
+    return raised / raised.sum()
+
+
+temperatures = st.floats(0.05, 20.0)
+
+
+def some_logits(seed: int) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(VOCAB) * 2).astype(np.float32)
+
+
+@given(st.integers(0, 1000), temperatures)
+def test_tempered_drafts_of_the_whole_vocabulary_are_the_softmax_at_that_temperature(
+    seed: int, temperature: float
+) -> None:
+    logits = some_logits(seed)
+    found = tempered(most_probable(logits, VOCAB), temperature)
+    np.testing.assert_allclose(found.probabilities, softmax(logits / temperature)[found.tokens], rtol=1e-4, atol=1e-12)
+
+
+@given(st.integers(0, 1000), temperatures, st.integers(1, VOCAB))
+def test_of_tokens_off_the_shortlist_as_much_is_assumed_as_must_be(seed: int, temperature: float, count: int) -> None:
+    logits = some_logits(seed)
+    found = tempered(most_probable(logits, count), temperature)
+    whole = softmax(logits / temperature)[found.tokens]
+    # Below 1, the rest weighs most where it is on as few tokens as can be, each like the last; above 1, least.
+    if temperature <= 1:
+        assert (found.probabilities <= whole * (1 + 1e-4)).all()
+    else:
+        assert (found.probabilities >= whole * (1 - 1e-4)).all()
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0, 10.0, 100.0])
+@given(st.integers(0, 2**32 - 1), st.integers(1, 64), st.sampled_from([0.0, 0.01, 1.0, 30.0, 1000.0]))
+def test_tempered_drafts_are_falling_probabilities_at_any_temperature(
+    temperature: float, seed: int, count: int, spread: float
+) -> None:
+    # From all tokens equally probable to one that leaves the others nothing that a float could hold.
+    logits = (np.random.default_rng(seed).standard_normal(5000) * spread).astype(np.float32)
+    step = most_probable(logits, count)
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        found = tempered(step, temperature)
+    assert found.tokens.tolist() == step.tokens.tolist()
+    assert np.isfinite(found.probabilities).all()
+    assert (np.diff(found.probabilities) <= 0).all()
+    assert 0 < found.probabilities.sum() <= 1 + 1e-9
 
 
 def test_tables_come_back_from_their_file(tmp_path: Path) -> None:

@@ -1,12 +1,19 @@
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from ht_export.checkpoint import load_base_model
-from runtime import EngineFileError, Generator, InputError, PromptTooLongError, TreeSizes
+from runtime import EngineFileError, Generator, InputError, PromptTooLongError, Sampling, TreeSizes
+from runtime.engine_file import FORMAT_VERSION
+
+# Random transfer layers draft badly: only many candidates have the right one among them now and then.
+WIDE = TreeSizes(150, (150, 150, 150))
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +46,127 @@ def test_greedy_tokens_are_those_of_transformers(generator: Generator, tiny_chec
 def test_the_tree_does_not_change_the_text(generator: Generator, tree: TreeSizes) -> None:
     plain = generator.generate("Hello", max_new_tokens=50, speculate=False)
     assert generator.generate("Hello", max_new_tokens=50, tree=tree).tokens == plain.tokens
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.2},
+        {"temperature": 1.2, "top_k": 30, "min_p": 0.02, "presence_penalty": 0.5, "frequency_penalty": 0.25},
+        {"repetition_penalty": 1.3, "logit_bias": {40: 2.0}, "banned_tokens": [50], "min_new_tokens": 20},
+        {"temperature": 0.9, "forced_tokens": {0: 70, 9: 71}, "logprobs": 3},
+    ],
+)
+def test_sampled_text_is_the_same_with_and_without_speculation(generator: Generator, chosen: dict[str, Any]) -> None:
+    for seed in range(2):
+        sampling = Sampling(**chosen, seed=seed)
+        speculative = generator.generate("Hello", max_new_tokens=40, sampling=sampling, tree=WIDE)
+        plain = generator.generate("Hello", max_new_tokens=40, sampling=sampling, speculate=False)
+        assert speculative.tokens == plain.tokens
+        assert speculative.text == plain.text
+        assert speculative.seed == plain.seed == (seed if "temperature" in chosen else None)
+
+
+def test_penalised_greedy_tokens_are_those_of_transformers(generator: Generator, tiny_checkpoint: Path) -> None:
+    base = load_base_model(str(tiny_checkpoint))
+    ids = torch.tensor([generator.encode("Hello")])
+    output = base.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=60,
+        min_new_tokens=60,
+        repetition_penalty=1.3,
+        sequence_bias={(40,): 2.0},
+        suppress_tokens=[50, 51],
+    )
+    sampling = Sampling(repetition_penalty=1.3, logit_bias={40: 2.0}, banned_tokens=[50, 51], min_new_tokens=60)
+    result = generator.generate("Hello", max_new_tokens=60, sampling=sampling)
+    assert result.tokens == output[0, ids.shape[1] :].tolist()
+
+
+def test_a_sampled_answer_can_be_had_again_by_the_seed_of_its_result(generator: Generator) -> None:
+    one, other = (generator.generate("Hi", max_new_tokens=30, sampling=Sampling(temperature=1.0)) for _ in range(2))
+    assert one.tokens != other.tokens
+    assert one.seed is not None
+    again = generator.generate("Hi", max_new_tokens=30, sampling=Sampling(temperature=1.0, seed=one.seed))
+    assert again.tokens == one.tokens
+
+
+@pytest.mark.parametrize("way", [{"tree": WIDE}, {"speculate": False}])
+def test_log_probabilities_are_those_of_the_base_model(
+    generator: Generator, tiny_checkpoint: Path, way: dict[str, Any]
+) -> None:
+    sampling = Sampling(temperature=1.5, seed=3, repetition_penalty=1.5, logprobs=4)
+    chunks = list(generator.stream("Hello", max_new_tokens=30, sampling=sampling, **way))
+    result = chunks[-1].result
+    assert result is not None
+    assert result.log_probabilities is not None
+    assert [score for chunk in chunks for score in chunk.log_probabilities or []] == result.log_probabilities
+    assert [len(chunk.log_probabilities or []) for chunk in chunks] == [len(chunk.tokens) for chunk in chunks]
+    ids = generator.encode("Hello")
+    logits = load_base_model(str(tiny_checkpoint)).model(torch.tensor([ids + result.tokens])).logits[0]
+    expected = logits[len(ids) - 1 : -1].log_softmax(dim=-1)
+    for token, found, row in zip(result.tokens, result.log_probabilities, expected, strict=True):
+        assert found.token == token
+        assert found.log_probability == pytest.approx(float(row[token]), abs=1e-4)
+        best = row.topk(4)
+        assert [place for place, _ in found.best] == best.indices.tolist()
+        assert [value for _, value in found.best] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_without_being_asked_for_there_are_no_log_probabilities(generator: Generator) -> None:
+    chunks = list(generator.stream("Hello", max_new_tokens=10))
+    assert chunks[-1].result is not None
+    assert chunks[-1].result.log_probabilities is None
+    assert {chunk.log_probabilities for chunk in chunks} == {None}
+
+
+def test_steps_are_counted_by_the_drafted_tokens_that_they_accepted(generator: Generator) -> None:
+    result = generator.generate("Stop here", max_new_tokens=33, tree=WIDE)
+    assert len(result.accepted) > 1
+    assert result.accepted[-1] > 0
+    assert sum(result.accepted) == result.steps - 1
+    assert 1 + sum((count + 1) * steps for count, steps in enumerate(result.accepted)) == len(result.tokens) == 33
+    plain = generator.generate("Stop here", max_new_tokens=33, speculate=False)
+    assert plain.accepted == (32,)
+    assert generator.generate("Stop here", max_new_tokens=1).accepted == ()
+
+
+@pytest.mark.parametrize("way", [{"tree": WIDE}, {"speculate": False}])
+def test_processors_are_called_once_for_each_token_of_an_answer_up_to_its_end(
+    engine_copy: Path, generator: Generator, way: dict[str, Any]
+) -> None:
+    tokens = generator.generate("Stop here", max_new_tokens=30).tokens
+    end = next(i for i in range(5, 30) if tokens[i] not in tokens[:i])
+    change(engine_copy, stop_tokens=[tokens[end]])
+    stopping = Generator(engine_copy, threads=1)
+    prompt = stopping.encode("Stop here")
+    for generator_, count in ((stopping, 30), (generator, end + 1)):
+        seen: list[list[int]] = []
+
+        def remember(so_far: Sequence[int], logits: np.ndarray, seen: list[list[int]] = seen) -> np.ndarray:
+            seen.append(list(so_far))
+            return logits
+
+        result = generator_.generate("Stop here", max_new_tokens=count, sampling=Sampling(processors=[remember]), **way)
+        assert result.tokens == tokens[: end + 1]
+        assert seen == [prompt + tokens[:index] for index in range(end + 1)]
+
+
+def test_a_stop_string_leaves_no_log_probabilities_of_tokens_after_it(generator: Generator) -> None:
+    sampling = Sampling(temperature=1.0, seed=4, logprobs=1)
+    whole = generator.generate("Stop at a word", max_new_tokens=40, sampling=sampling)
+    assert whole.log_probabilities is not None
+    for start in range(3, len(whole.text) - 2, 5):
+        result = generator.generate(
+            "Stop at a word", max_new_tokens=40, stop=[whole.text[start : start + 2]], sampling=sampling, tree=WIDE
+        )
+        count = len(result.tokens)
+        assert result.tokens == whole.tokens[:count]
+        assert [score.token for score in result.log_probabilities or []] == result.tokens
+        assert 1 + sum((n + 1) * steps for n, steps in enumerate(result.accepted)) == count
 
 
 def test_a_raw_prompt_is_encoded_without_the_chat_template(generator: Generator, tiny_checkpoint: Path) -> None:
@@ -117,6 +245,9 @@ def test_the_result_is_json_with_the_documented_names(generator: Generator) -> N
         "tokens_per_step",
         "decode_tokens_per_second",
         "time_to_first_token_s",
+        "accepted",
+        "seed",
+        "log_probabilities",
     ]
     assert result.tokens_per_step == len(result.tokens) / result.steps
     assert result.decode_tokens_per_second > 0
@@ -132,6 +263,12 @@ def test_the_result_is_json_with_the_documented_names(generator: Generator) -> N
         ({"tree": TreeSizes(0, (1, 1, 1))}, "tree_rows must be at least 1"),
         ({"tree": TreeSizes(4, (1, 1))}, "pseudo_rows 3 numbers"),
         ({"tree": TreeSizes(4, (1, 1, 1)), "speculate": False}, "leave one of them out"),
+        ({"sampling": {"temperature": 1.0}}, r"sampling must be a runtime\.Sampling, not \{'temperature': 1\.0\}"),
+        (
+            {"sampling": Sampling(min_new_tokens=6), "max_new_tokens": 5},
+            "min_new_tokens is 6, more than max_new_tokens, 5; change one of them",
+        ),
+        ({"sampling": Sampling(banned_tokens=[264])}, "banned_tokens has token 264; this model's tokens are 0 to 263"),
     ],
 )
 def test_arguments_that_do_not_fit(generator: Generator, arguments: dict, message: str) -> None:
@@ -166,14 +303,14 @@ def test_threads_out_of_range(tiny_engine: Path, threads: int) -> None:
         Generator(tiny_engine, threads=threads)
 
 
-@pytest.mark.parametrize("name", ["engine.json", "engine.onnx.data", "engine.tokenizer.json"])
+@pytest.mark.parametrize("name", ["engine.json", "engine.cpu.onnx", "engine.onnx.data", "engine.tokenizer.json"])
 def test_a_missing_file_is_named(engine_copy: Path, name: str) -> None:
     (engine_copy.parent / name).unlink()
     with pytest.raises(EngineFileError, match=f"{name} is missing"):
         Generator(engine_copy)
 
 
-@pytest.mark.parametrize("name", ["engine.onnx", "engine.onnx.data", "engine.tokenizer.json"])
+@pytest.mark.parametrize("name", ["engine.onnx", "engine.cpu.onnx", "engine.onnx.data", "engine.tokenizer.json"])
 def test_a_truncated_file_is_named(engine_copy: Path, name: str) -> None:
     path = engine_copy.parent / name
     path.write_bytes(path.read_bytes()[:-1])
@@ -181,12 +318,13 @@ def test_a_truncated_file_is_named(engine_copy: Path, name: str) -> None:
         Generator(engine_copy)
 
 
-def test_weights_of_the_right_size_with_other_contents(engine_copy: Path) -> None:
-    path = engine_copy.parent / "engine.onnx.data"
+@pytest.mark.parametrize("name", ["engine.cpu.onnx", "engine.onnx.data"])
+def test_a_file_of_the_right_size_with_other_contents_is_named(engine_copy: Path, name: str) -> None:
+    path = engine_copy.parent / name
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(EngineFileError, match=r"engine\.onnx\.data is damaged: its SHA-256"):
+    with pytest.raises(EngineFileError, match=f"{name} is damaged: its SHA-256"):
         Generator(engine_copy)
 
 
@@ -196,8 +334,9 @@ def change(engine: Path, **changes: object) -> None:
 
 
 def test_a_newer_description_is_refused(engine_copy: Path) -> None:
-    change(engine_copy, version=4)
-    with pytest.raises(EngineFileError, match=r"is of version 4, and this runtime reads version 3; update"):
+    newer = FORMAT_VERSION + 1
+    change(engine_copy, version=newer)
+    with pytest.raises(EngineFileError, match=f"is of version {newer}, and this runtime reads version {newer - 1}; up"):
         Generator(engine_copy)
 
 

@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 
 from runtime.bindings import GraphDims
 from runtime.cache import KeyValueCache
+from runtime.drafter import Drafter
 from runtime.drafts import TokenCorrection
 from runtime.engines import Outputs
 from runtime.loop import draft_and_verify, greedy, verify
+from runtime.ngrams import Ngrams
+from runtime.sizing import FixedSizes
 from runtime.tree import Rows, Tree, TreeSizes
 from tests.strategies import trees
 
@@ -64,6 +67,10 @@ def random_correction(seed: int) -> TokenCorrection:
     return TokenCorrection(*rng.standard_normal((2, VOCAB, 2)), rng.standard_normal((3, 2)))
 
 
+def fixed(tree_rows: int, *pseudo_rows: int) -> Drafter:
+    return Drafter(FixedSizes(TreeSizes(tree_rows, pseudo_rows)))
+
+
 def plain(prompt: list[int], count: int) -> list[int]:
     text = tuple(prompt)
     for _ in range(count):
@@ -78,6 +85,7 @@ def plain(prompt: list[int], count: int) -> list[int]:
     st.tuples(*[st.integers(0, 9)] * 3),
     st.integers(1, 8),
     st.none() | st.integers(0, 99).map(random_correction),
+    st.booleans(),
 )
 def test_any_tree_and_any_drafts_give_the_tokens_of_plain_decoding(
     prompt: list[int],
@@ -86,30 +94,36 @@ def test_any_tree_and_any_drafts_give_the_tokens_of_plain_decoding(
     pseudo_rows: tuple[int, ...],
     chunk: int,
     correction: TokenCorrection | None,
+    ngrams: bool,
 ) -> None:
     engine = KnownEngine(right)
     sizes = TreeSizes(tree_rows, pseudo_rows)
-    steps = islice(draft_and_verify(engine, prompt, sizes, chunk, correction=correction), 15)
+    steps = islice(
+        draft_and_verify(
+            engine, prompt, Drafter(FixedSizes(sizes), correction, ngrams=Ngrams() if ngrams else None), chunk
+        ),
+        15,
+    )
     tokens = [token for certain in steps for token in certain]
     assert tokens == plain(prompt, len(tokens))
 
 
 def test_right_drafts_give_one_more_token_than_there_are_draft_steps() -> None:
     engine = KnownEngine([True])
-    steps = list(islice(draft_and_verify(engine, [1, 2, 3], TreeSizes(4, (4, 4, 4)), 8), 6))
+    steps = list(islice(draft_and_verify(engine, [1, 2, 3], fixed(4, 4, 4, 4), 8), 6))
     assert [len(certain) for certain in steps] == [1, 4, 4, 4, 4, 4]
     assert engine.passes == 6
 
 
 def test_plain_decoding_makes_one_token_certain_in_each_pass() -> None:
     engine = KnownEngine([True])
-    steps = list(islice(draft_and_verify(engine, [1, 2, 3], TreeSizes.plain(3), 8), 6))
+    steps = list(islice(draft_and_verify(engine, [1, 2, 3], fixed(1, 0, 0, 0), 8), 6))
     assert [len(certain) for certain in steps] == [1] * 6
 
 
 def test_a_prompt_is_run_in_chunks_and_only_its_end_drafts() -> None:
     engine = KnownEngine([True])
-    next(draft_and_verify(engine, list(range(10)), TreeSizes(4, (4, 4, 4)), 4))
+    next(draft_and_verify(engine, list(range(10)), fixed(4, 4, 4, 4), 4))
     assert engine.passes == 3
 
 

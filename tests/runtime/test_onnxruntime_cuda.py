@@ -33,10 +33,10 @@ def engine(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     class Session:
         """Runs when the stream does."""
 
-        def __init__(self, path: Path, dims: Any, providers: list[Any]) -> None:
+        def __init__(self, path: Path, inputs: Any, outputs: Any, providers: list[Any]) -> None:
             ((name, options), _) = providers
             assert (name, options) == (PROVIDER, {"user_compute_stream": "7", "use_tf32": "0"})
-            self._session = opened(path, dims, ["CPUExecutionProvider"])
+            self._session = opened(path, inputs, outputs, ["CPUExecutionProvider"])
 
         def get_providers(self) -> list[str]:
             return [PROVIDER]
@@ -53,10 +53,11 @@ def engine(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("prompt", ["a", "Hello there", "x" * 40])
 def test_text_is_that_of_the_cpu(engine: Path, prompt: str) -> None:
-    expected = Generator(engine, threads=1).generate(prompt, max_new_tokens=100)
+    tree = read_engine_file(engine).tree
+    expected = Generator(engine, threads=1).generate(prompt, max_new_tokens=100, tree=tree)
     generator = Generator(engine, device="cuda")
     for _ in range(2):
-        found = generator.generate(prompt, max_new_tokens=100)
+        found = generator.generate(prompt, max_new_tokens=100, tree=tree)
         assert (found.tokens, found.steps) == (expected.tokens, expected.steps)
     assert generator.generate(prompt, max_new_tokens=100, speculate=False).tokens == expected.tokens
 
@@ -75,7 +76,7 @@ def test_an_onnx_runtime_for_the_cpu_only(tiny_engine: Path) -> None:
 
 
 def test_libraries_that_do_not_load(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime_cuda, "open_session", lambda path, dims, providers: onnxruntime_on_cpu(path))
+    monkeypatch.setattr(onnxruntime_cuda, "open_session", lambda path, *_: onnxruntime_on_cpu(path))
     with pytest.raises(InputError, match="its CUDA libraries did not load; install CUDA 12 and cuDNN 9"):
         Generator(engine, device="cuda")
 

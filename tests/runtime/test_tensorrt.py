@@ -112,7 +112,7 @@ def test_few_shapes_are_captured_and_then_replayed(plan: Path, monkeypatch: pyte
     steps = 0
     for prompt in ("Hello", "Hello there, you", "z" * 33):
         steps += generator.generate(prompt, max_new_tokens=60).steps
-    engine = generator._engine
+    engine = generator.engine
     assert isinstance(engine, TensorRTEngine)
     # The usual sizes at 16, 32, 64 and 128 rows of cache, and the first pass of each, with no node to draft from.
     assert len(engine._passes) <= 8
@@ -137,8 +137,8 @@ def test_a_pass_that_cannot_be_captured_runs_without(
     expected = Generator(tiny_engine, threads=1).generate("Hello", max_new_tokens=60)
     generator = Generator(plan)
     assert generator.generate("Hello", max_new_tokens=60).tokens == expected.tokens
-    assert isinstance(generator._engine, TensorRTEngine)
-    captured, shapes = generator._engine.captured
+    assert isinstance(generator.engine, TensorRTEngine)
+    captured, shapes = generator.engine.captured
     assert (captured, shapes > 1) == (0, True)
 
 
@@ -163,7 +163,7 @@ def test_more_rows_than_the_plan_was_built_for(plan: Path) -> None:
     generator = Generator(plan)
     with pytest.raises(InputError, match=r"built for up to 12 rows of each kind; .* --max-rows 14"):
         generator.stream("Hello there", tree=TreeSizes(13, (13, 14, 13)))
-    engine = generator._engine
+    engine = generator.engine
     nothing = (np.empty(0, dtype=np.int64),) * 3
     rows = lay_out(chain([1] * 13), nothing, engine.dims.join_order, 0)
     with pytest.raises(
@@ -263,7 +263,7 @@ def test_what_the_library_itself_finds_wrong(plan: Path) -> None:
 
 def test_a_context_that_cannot_be_made(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = Generator(plan)
-    engine = generator._engine
+    engine = generator.engine
     assert isinstance(engine, TensorRTEngine)
     monkeypatch.setattr(type(engine._engine), "create_execution_context", lambda self, config: None)
     with pytest.raises(InputError, match=r"the plan cannot be run \(it gives no reason\); the GPU has \d+ MiB"):

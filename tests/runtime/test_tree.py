@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.drafts import IndependentDrafts
-from runtime.tree import Tree, best_first_tree, chain, lay_out, likely_ends
+from runtime.drafts import DraftStep, IndependentDrafts
+from runtime.tree import Tree, TreeSizes, best_first_tree, chain, graft, lay_out, likely_ends
 from tests.strategies import draft_steps, trees
 
 
@@ -43,6 +43,110 @@ def test_a_best_first_tree_is_in_topological_order_without_twins(drafts: Indepen
     assert all(tree.parents[node] < node for node in range(1, len(tree)))
     assert all(tree.depths[node] == tree.depths[tree.parents[node]] + 1 for node in range(1, len(tree)))
     assert len(set(paths(tree))) == len(tree)
+
+
+@given(draft_steps(), st.integers(1, 20), st.integers(1, 20))
+def test_the_first_nodes_of_a_best_first_tree_are_the_smaller_tree(
+    drafts: IndependentDrafts, max_rows: int, count: int
+) -> None:
+    found = best_first_tree(7, drafts, max_rows).first(count)
+    expected = best_first_tree(7, drafts, min(count, max_rows))
+    assert found.tokens.tolist() == expected.tokens.tolist()
+    assert found.parents.tolist() == expected.parents.tolist()
+    assert found.depths.tolist() == expected.depths.tolist()
+    assert found.probabilities.tolist() == expected.probabilities.tolist()
+
+
+@pytest.mark.parametrize(
+    ("pseudo_rows", "steps"), [((4, 2, 2), 3), ((4, 0, 2), 1), ((0, 4, 2), 0), ((1,), 1), ((0,), 0), ((1,) * 5, 5)]
+)
+def test_draft_steps_are_of_use_up_to_the_first_without_rows(pseudo_rows: tuple[int, ...], steps: int) -> None:
+    assert TreeSizes(4, pseudo_rows).draft_steps == steps
+
+
+# Tokens of a chain, of those that draft steps have, and the probability of each.
+chains = st.lists(st.tuples(st.integers(0, 19), st.floats(0.01, 0.99)), max_size=8)
+
+
+def grafted(tree: Tree, links: list[tuple[int, float]], max_rows: int = 99) -> Tree:
+    return graft(tree, [token for token, _ in links], [probability for _, probability in links], max_rows)
+
+
+def assert_valid(tree: Tree) -> None:
+    """A tree in topological order without twins, its nodes in falling probability, as probable as they can be."""
+    assert (tree.tokens[0], tree.parents[0], tree.depths[0], tree.probabilities[0]) == (7, -1, 0, 1.0)
+    assert (tree.parents[1:] < np.arange(1, len(tree))).all()
+    assert (tree.parents[1:] >= 0).all()
+    assert (tree.depths[1:] == tree.depths[tree.parents[1:]] + 1).all()
+    assert len(set(paths(tree))) == len(tree)
+    assert (np.diff(tree.probabilities) <= 0).all()
+    assert (tree.probabilities[1:] <= tree.probabilities[tree.parents[1:]]).all()
+    assert (tree.end_probabilities() >= -1e-9).all()
+
+
+@given(draft_steps(), st.integers(1, 20), chains, st.integers(1, 20))
+def test_a_tree_with_a_chain_is_a_best_first_tree(
+    drafts: IndependentDrafts, rows: int, links: list[tuple[int, float]], max_rows: int
+) -> None:
+    tree = best_first_tree(7, drafts, rows)
+    whole = grafted(tree, links)
+    assert_valid(whole)
+    tokens = tuple(token for token, _ in links)
+    assert set(paths(whole)) == {*paths(tree), *(tokens[:count] for count in range(len(tokens) + 1))}
+    found = grafted(tree, links, max_rows)
+    assert_valid(found)
+    assert paths(found) == paths(whole)[:max_rows]
+    np.testing.assert_array_equal(found.probabilities, whole.probabilities[:max_rows])
+
+
+@given(draft_steps(), st.integers(1, 20))
+def test_a_tree_with_an_empty_chain_is_the_tree(drafts: IndependentDrafts, rows: int) -> None:
+    tree = best_first_tree(7, drafts, rows)
+    found = grafted(tree, [])
+    assert dict(zip(paths(found), found.probabilities, strict=True)) == pytest.approx(
+        dict(zip(paths(tree), tree.probabilities, strict=True))
+    )
+
+
+@given(chains)
+def test_without_drafts_a_chain_is_as_probable_as_it_says(links: list[tuple[int, float]]) -> None:
+    found = grafted(best_first_tree(7, IndependentDrafts(), 1), links)
+    assert found.tokens[1:].tolist() == [token for token, _ in links]
+    np.testing.assert_allclose(found.probabilities[1:], np.cumprod([probability for _, probability in links]))
+
+
+@given(draft_steps(), st.integers(1, 20), st.lists(st.integers(20, 29), min_size=1, max_size=8))
+def test_a_chain_that_is_nearly_certain_is_in_the_tree(drafts: IndependentDrafts, rows: int, tokens: list[int]) -> None:
+    found = grafted(best_first_tree(7, drafts, rows), [(token, 0.999999) for token in tokens], len(tokens) + 1)
+    assert paths(found)[-1] == tuple(tokens)
+
+
+@given(st.floats(0.01, 0.99), st.floats(0.01, 0.99))
+def test_a_token_that_both_the_drafts_and_the_chain_have_is_more_probable_than_either_says(
+    drafted: float, chained: float
+) -> None:
+    step = DraftStep(np.array([3]), np.array([drafted]))
+    found = grafted(best_first_tree(7, IndependentDrafts([step]), 2), [(3, chained)])
+    assert found.tokens.tolist() == [7, 3]
+    assert max(drafted, chained) < found.probabilities[1] < 1
+
+
+@given(st.floats(0.5, 0.98), st.floats(0.01, 0.99))
+def test_a_tree_that_knows_better_discounts_the_chain(drafted: float, chained: float) -> None:
+    def probability(other: float) -> float:
+        step = DraftStep(np.array([4]), np.array([other]))
+        found = grafted(best_first_tree(7, IndependentDrafts([step]), 2), [(3, chained)])
+        return float(found.probabilities[found.tokens.tolist().index(3)])
+
+    assert probability(drafted + 0.01) < probability(drafted) <= chained + 1e-9
+
+
+def test_a_chain_through_a_candidate_of_no_probability() -> None:
+    steps = [DraftStep(np.array([1, 2]), np.array([1.0, 0.0])), DraftStep(np.array([3, 4]), np.array([0.5, 0.5]))]
+    tree = best_first_tree(7, IndependentDrafts(steps), 9)
+    found = grafted(tree, [(2, 0.9), (3, 0.9)])
+    assert_valid(found)
+    assert set(paths(found)) == set(paths(tree))
 
 
 @given(draft_steps(), st.integers(1, 20))

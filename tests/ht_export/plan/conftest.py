@@ -42,15 +42,6 @@ def build(checkpoint: Path, transfer: Path, out: Path, plan: PlanSettings = PLAN
     export(str(checkpoint), transfer, out, settings, lambda _: nullcontext(lambda _: None), plan)
 
 
-@pytest.fixture(scope="session")
-def half_engine(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_transfer: Path) -> Path:
-    """The tiny Llama as an engine in half precision."""
-    out = tmp_path_factory.mktemp("half") / "engine.onnx"
-    settings = ExportSettings(tree_rows=6, pseudo_rows=(6, 4, 2), chunk=16, precision="fp16")
-    export(str(tiny_checkpoint), tiny_transfer, out, settings, lambda _: nullcontext(lambda _: None))
-    return out
-
-
 @pytest.fixture(scope="session", params=["tiny_engine", "half_engine"], ids=["fp32", "fp16"])
 def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an exported graph, engine.onnx, and that graph with its plugin marked, tensorrt.onnx."""

@@ -13,8 +13,10 @@ from ht_export.training.data import Sequence
 from ht_export.training.evaluate import evaluate, predict, statistics
 from ht_export.training.simulate import TextDrafts, advances, tokens_per_step
 from ht_export.transfer import TransferLayers
+from runtime.drafter import Drafter
 from runtime.errors import InputError
 from runtime.loop import draft_and_verify
+from runtime.sizing import FixedSizes
 from runtime.tree import TreeSizes
 from tests.conftest import random_transfer
 
@@ -43,7 +45,7 @@ def test_simulated_steps_are_those_of_the_loop(
     engine = ReferenceEngine(HiddenTransferModel(base.model, transfer))
     for text, sequence in zip(predict(base, transfer, sequences), sorted(sequences, key=len), strict=True):
         simulated = list(advances(text, sizes))
-        loop = draft_and_verify(engine, sequence.prompt, sizes, chunk=64, correction=correction)
+        loop = draft_and_verify(engine, sequence.prompt, Drafter(FixedSizes(sizes), correction), chunk=64)
         assert next(loop) == sequence.answer[:1]
         lengths = [len(next(loop)) for _ in simulated]
         assert lengths == simulated

@@ -1,0 +1,234 @@
+"""`ht-bench run`: an engine's speed and text against plain decoding, `transformers` and other engines."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.command_line import integers
+from runtime.errors import InputError
+from runtime.files import check_writable
+
+if TYPE_CHECKING:
+    from ht_export.bench.results import Results
+    from ht_export.bench.settings import BenchSettings
+    from runtime.generator import Generator
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "run",
+        help="speed and text against plain decoding, transformers and other engines",
+        description="Answer prompts by speculative and by plain decoding in an engine, by transformers.generate, and "
+        "in other ways that are asked for: all in one process, one after another, several times. Prints tables; writes "
+        "JSON and plots. Killed at any point, the same command with --json continues. Exits with 1 when a text differs "
+        "from that of plain decoding or of transformers where it must not: in float32, other than at a tie.",
+        epilog="example: ht-bench run engine.onnx --prompts prompts.jsonl --count 40 --json results.json "
+        "--plots plots/ --prompt-lookup --compare medusa=medusa.onnx",
+    )
+    parser.set_defaults(work=run, interrupted="interrupted; with --json, run the same command again to continue")
+    parser.add_argument("engine", type=Path, help="engine file made by ht-export (.onnx or .plan)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write results here, after each prompt")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="folder for plots as PNG files (default: none)")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    _add_prompts(parser.add_argument_group("prompts"))
+    _add_ways(parser.add_argument_group("what is compared"))
+    _add_sampling(
+        parser.add_argument_group(
+            "sampling", "Greedy unless --temperature is given; options as in ht-generate. The same for transformers."
+        )
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print tables, write files; return the exit status. Raises `InputError` for a user's mistake."""
+    from ht_export.bench.conditions import conditions_of
+    from ht_export.bench.results import Results
+    from ht_export.bench.settings import choose_prompts, jobs_of
+    from ht_export.bench.table import to_markdown
+    from ht_export.bench.ways import load_engines
+
+    settings = _settings(options)
+    _check_outputs(settings.model is not None, options.json, options.plots)
+    prompts = choose_prompts(settings)
+    generator, others = load_engines(settings)
+    conditions = conditions_of(settings, generator, others, len(prompts), options.arguments)
+    results = Results(options.json, conditions, jobs_of(prompts, settings))
+    if results.left:
+        _measure(results, generator, others, settings, options.quiet)
+    found = results.to_dict()
+    print(to_markdown(found))
+    if options.plots:
+        from ht_export.bench.plots import plot_results
+
+        plot_results(found, options.plots)
+    wrong = sum(check["wrong"] for check in found["checks"].values())
+    if wrong:
+        print(f"ht-bench: {wrong} texts are wrong: see above", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _measure(
+    results: Results, generator: Generator, others: dict[str, Generator], settings: BenchSettings, quiet: bool
+) -> None:
+    from ht_export.bench.measure import measure
+    from ht_export.bench.ways import check_jobs, engine_ways
+    from runtime.generator import on_cpu
+
+    jobs = results.left
+    check_jobs(jobs, generator, others, settings)
+    ways = engine_ways(generator, others, settings)
+    if settings.model is not None:
+        from ht_export.bench.reference import reference_ways
+
+        ways += reference_ways(generator, settings, not on_cpu(generator.about, settings.device))
+    for _ in range(settings.warm_up):
+        for way in ways:
+            way.answer(jobs[0])
+    each = len(ways) * settings.repeats
+    done = len(results.rows)
+    with _progress(each * done, each * (done + len(jobs)), quiet) as tick:
+        for turn, job in enumerate(jobs, start=done):
+            prompt_tokens = len(generator.encode(job.text))
+            results.add(measure(ways, job, prompt_tokens, settings.repeats, turn, tick))
+
+
+@contextlib.contextmanager
+def _progress(done: int, total: int, quiet: bool) -> Iterator[Callable[[], None]]:
+    """Show how many answers of all there are, on stderr; yield what counts one more."""
+    if quiet:
+        yield lambda: None
+    elif importlib.util.find_spec("rich"):
+        from ht_export.progress import progress_bar
+
+        with progress_bar() as bar:
+            task = bar.add_task("answers", completed=done, total=total)
+            yield lambda: bar.advance(task)
+    else:
+        print(f"measuring {total - done} answers; with rich installed there is a bar", file=sys.stderr)
+        yield lambda: None
+
+
+def _check_outputs(with_transformers: bool, json: Path | None, plots: Path | None) -> None:
+    """Raise `InputError` for what would be missed only after a long time: libraries, and places for files."""
+    missing = [name for name in ("torch", "transformers") if with_transformers and not importlib.util.find_spec(name)]
+    if missing:
+        raise InputError(
+            f"comparing with transformers needs {' and '.join(missing)}; install hidden-transfer[bench], or use "
+            "--no-transformers"
+        )
+    if json is not None:
+        check_writable(json)
+    if plots is not None:
+        if not importlib.util.find_spec("matplotlib"):
+            raise InputError("--plots needs matplotlib; install hidden-transfer[bench], or leave it out")
+        from ht_export.bench.plots import FILES
+
+        for name in FILES:
+            check_writable(plots / name)
+
+
+def _settings(options: argparse.Namespace) -> BenchSettings:
+    from ht_export.bench.settings import DEFAULT_THREADS, BenchSettings, seeds_of
+    from runtime.sampling import Sampling
+    from runtime.tree import TreeSizes
+
+    if (options.tree_rows is None) != (options.pseudo_rows is None):
+        raise InputError("--tree-rows and --pseudo-rows go together; give both, or neither")
+    on_gpu = options.device == "cuda" or options.engine.suffix == ".plan"
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+    )
+    return BenchSettings(
+        engine=options.engine,
+        prompts=options.prompts,
+        model=None if options.no_transformers else options.model,
+        compare=tuple(options.compare),
+        count=options.count,
+        tasks=options.tasks,
+        max_new_tokens=options.max_new_tokens,
+        repeats=options.repeats,
+        warm_up=options.warm_up,
+        threads=DEFAULT_THREADS if options.threads is None and not on_gpu else options.threads,
+        device=options.device,
+        sampling=sampling,
+        seeds=seeds_of(sampling, options.seed, options.seeds),
+        tree=None if options.tree_rows is None else TreeSizes(options.tree_rows, options.pseudo_rows),
+        prompt_lookup=options.prompt_lookup,
+        without_ngrams=options.no_ngrams,
+    )
+
+
+def _add_prompts(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON lines with 'prompt' (a string) or 'turns' (a list of strings, of which the first is used)",
+    )
+    group.add_argument("--count", type=int, metavar="N", help="use at most N, evenly from the file (default: all)")
+    group.add_argument(
+        "--tasks", type=_names, default=(), metavar="A,B", help="use those with 'task' A or B only (default: all)"
+    )
+    group.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    group.add_argument("--repeats", type=int, default=3, metavar="N", help="times to answer a prompt (default: 3)")
+    group.add_argument("--warm-up", type=int, default=1, metavar="N", help="times before, not counted (default: 1)")
+
+
+def _add_ways(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--device", choices=("cpu", "cuda"), help="where an .onnx engine runs (default: cpu)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads of everything (default: 2)")
+    group.add_argument("--tree-rows", type=int, metavar="T", help="candidates of every pass, instead of adapting")
+    group.add_argument(
+        "--pseudo-rows", type=integers, metavar="R1,R2,...", help="with it: pseudo rows of each draft step"
+    )
+    group.add_argument("--no-ngrams", action="store_true", help="also measure without n-gram branches in the tree")
+    group.add_argument(
+        "--compare",
+        type=_name_and_path,
+        action="append",
+        default=[],
+        metavar="NAME=ENGINE",
+        help="also measure another engine of the same base model, with a tree of its own, against plain decoding in "
+        "ENGINE; may repeat",
+    )
+    model = group.add_mutually_exclusive_group()
+    model.add_argument(
+        "--model", default=DEFAULT_MODEL, help=f"the engine's base model, for transformers (default: {DEFAULT_MODEL})"
+    )
+    model.add_argument("--no-transformers", action="store_true", help="leave transformers out; needs the runtime only")
+    group.add_argument("--prompt-lookup", action="store_true", help="also measure transformers with prompt lookup")
+
+
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy")
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--min-p", type=float, metavar="P")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1")
+    group.add_argument("--seed", type=int, metavar="N", help="the first seed (default: 0)")
+    group.add_argument("--seeds", type=int, metavar="N", help="seeds that each prompt is run with (default: 3)")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _name_and_path(text: str) -> tuple[str, Path]:
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name and an engine such as medusa=medusa.onnx")
+    return name, Path(path)

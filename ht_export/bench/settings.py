@@ -1,0 +1,111 @@
+"""What `ht-bench run` is asked for, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ht_export.training.prompts import Conversation, read_conversations
+from runtime.errors import InputError
+from runtime.sampling import LARGEST_SEED, Sampling
+from runtime.tree import TreeSizes
+
+PLAIN = "plain"
+SPECULATIVE = "speculative"
+WITHOUT_NGRAMS = "without_ngrams"
+TRANSFORMERS = "transformers"
+PROMPT_LOOKUP = "prompt_lookup"
+NAMES = (PLAIN, SPECULATIVE, WITHOUT_NGRAMS, TRANSFORMERS, PROMPT_LOOKUP)
+
+DEFAULT_THREADS = 2
+DEFAULT_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """`compare` has the name and the file of each other engine; `model` is None to leave transformers out.
+
+    `sampling` is without a seed; `seeds` has those that each prompt is run with, (None,) for greedy decoding. `tree`
+    None leaves it to the engine. `threads` None is for engines on a GPU. `device` is as for `Generator`.
+    """
+
+    engine: Path
+    prompts: Path
+    model: str | None = None
+    compare: tuple[tuple[str, Path], ...] = ()
+    count: int | None = None
+    tasks: tuple[str, ...] = ()
+    max_new_tokens: int = 128
+    repeats: int = 3
+    warm_up: int = 1
+    threads: int | None = DEFAULT_THREADS
+    device: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    seeds: tuple[int | None, ...] = (None,)
+    tree: TreeSizes | None = None
+    prompt_lookup: bool = False
+    without_ngrams: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("count", 1), ("max_new_tokens", 1), ("repeats", 1), ("warm_up", 0), ("threads", 1)):
+            number = getattr(self, name)
+            if number is not None and number < least:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {number}")
+        if self.prompt_lookup and self.model is None:
+            raise InputError("--prompt-lookup is that of transformers; leave it or --no-transformers out")
+        names = [name for name, _ in self.compare]
+        for name in names:
+            if not re.fullmatch(r"[\w.-]+", name) or name in NAMES or names.count(name) > 1:
+                raise InputError(
+                    f"--compare {name}=...: a name must be of letters, digits, '_', '.' and '-', given once, and none "
+                    f"of {', '.join(NAMES)}; choose another"
+                )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt to answer in every way; `sampling` has the seed, if it needs one."""
+
+    id: str
+    task: str
+    text: str
+    sampling: Sampling
+
+
+def seeds_of(sampling: Sampling, first: int | None, count: int | None) -> tuple[int | None, ...]:
+    """Return the seeds that each prompt is run with, `count` from `first` on; raise `InputError` for greedy decoding
+    with either, or for a number out of range.
+    """
+    if not sampling.temperature:
+        if first is not None or count is not None:
+            raise InputError("--seed and --seeds have no meaning without --temperature above 0; leave them out")
+        return (None,)
+    first, count = first or 0, DEFAULT_SEEDS if count is None else count
+    if count < 1:
+        raise InputError(f"--seeds must be at least 1, not {count}")
+    if not 0 <= first <= first + count - 1 <= LARGEST_SEED:
+        raise InputError(f"--seed {first} and the {count} from it on must be 0 to 2**64 - 1")
+    return tuple(range(first, first + count))
+
+
+def choose_prompts(settings: BenchSettings) -> list[Conversation]:
+    """Return the prompts of the tasks asked for, `count` of them, evenly from the whole file; raise `InputError`."""
+    found = read_conversations(settings.prompts)
+    tasks = sorted({prompt.task for prompt in found})
+    for task in settings.tasks:
+        if task not in tasks:
+            raise InputError(f"no prompt of task {task!r} in {settings.prompts}; it has: {', '.join(tasks)}")
+    chosen = [prompt for prompt in found if not settings.tasks or prompt.task in settings.tasks]
+    count = min(settings.count or len(chosen), len(chosen))
+    return [chosen[index * len(chosen) // count] for index in range(count)]
+
+
+def jobs_of(prompts: Sequence[Conversation], settings: BenchSettings) -> list[Job]:
+    """Return the work: every prompt, with every seed."""
+    return [
+        Job(prompt.id, prompt.task, prompt.turns[0], replace(settings.sampling, seed=seed))
+        for prompt in prompts
+        for seed in settings.seeds
+    ]

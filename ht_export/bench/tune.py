@@ -1,0 +1,205 @@
+"""`ht-bench tune`: how long an engine's passes take on this device, and which sizes bring the most tokens a second."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.command_line import integers
+from runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from runtime.generator import Generator
+    from runtime.sizing import Sizing
+    from runtime.tree import Tree, TreeSizes
+    from runtime.tuning import Tuning
+
+CONTEXTS = (64, 512, 2048)
+# Sizes that so small a share of steps chose are left out of the menu.
+RARE = 0.01
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "tune",
+        help="measure passes on this device and find the sizes that pay",
+        description="Time the engine's passes over tree sizes and context lengths, decode prompts with the sizes that "
+        "pay best step by step, and keep the result beside the engine (ENGINE.tuning.json), where every load on this "
+        "device finds it. Run it on a quiet machine, with the number of threads that you will use.",
+        epilog="example: ht-bench tune engine.onnx --prompts prompts.jsonl --count 16 --threads 4",
+    )
+    parser.set_defaults(work=tune, interrupted="interrupted; nothing was written")
+    parser.add_argument("engine", type=Path, help="engine file made by ht-export (.onnx or .plan)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="JSON lines with 'prompt' or 'turns' to decode")
+    parser.add_argument("--count", type=int, default=16, metavar="N", help="prompts to use (default: 16)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of each answer (default: 128)")
+    parser.add_argument(
+        "--contexts",
+        type=integers,
+        default=CONTEXTS,
+        metavar="N,N,...",
+        help=f"tokens in the cache to time passes at (default: {','.join(map(str, CONTEXTS))})",
+    )
+    parser.add_argument("--repeats", type=int, default=12, metavar="N", help="of each pass (default: 12)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where an .onnx engine runs (default: cpu)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all physical cores)")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Measure, print a table, keep the result; return the exit status. Raises `InputError` for a user's mistake."""
+    from runtime.generator import Generator
+    from runtime.tuning import write_tuning
+
+    for name, number in (
+        ("--count", options.count),
+        ("--max-new-tokens", options.max_new_tokens),
+        ("--repeats", options.repeats),
+    ):
+        if number < 1:
+            raise InputError(f"{name} must be at least 1, not {number}")
+    generator = Generator(options.engine, device=options.device, threads=options.threads, adapt=False)
+    texts = _texts(options.prompts, options.count) if options.prompts else []
+    tuning = measure_menu(generator, options)
+    if texts:
+        tuning = decode(generator, tuning, texts, options.max_new_tokens, options.quiet)
+    write_tuning(options.engine, tuning)
+    print(to_markdown(tuning))
+    return 0
+
+
+def measure_menu(generator: Generator, options: argparse.Namespace) -> Tuning:
+    """Time passes of all sizes worth it, at the contexts asked for."""
+    from runtime.tuning import Tuning, device_name, measure, menu_sizes
+
+    about = generator.about
+    sizes = menu_sizes(about.tree)
+    if about.plan:
+        most = about.plan.limits.max_rows
+        sizes = tuple(one for one in sizes if max(one.tree_rows, *one.pseudo_rows) <= most)
+    room = about.max_context - max(one.tree_rows for one in sizes) - 1
+    for context in options.contexts:
+        if not 0 <= context <= room:
+            raise InputError(f"--contexts {context}: this engine has room for 0 to {room} tokens beside a step's rows")
+    start = time.perf_counter()
+    with _progress("timing passes", options.quiet) as tell:
+        menu = measure(generator.engine, sizes, sorted(set(options.contexts)), options.repeats, progress=tell)
+    device = device_name(generator.engine, options.threads)
+    measured = {"seconds": round(time.perf_counter() - start, 1), "repeats": options.repeats}
+    return Tuning(device, about.graph.sha256, menu, kind="full", about=measured)
+
+
+def decode(generator: Generator, tuning: Tuning, texts: list[str], max_new_tokens: int, quiet: bool) -> Tuning:
+    """Answer `texts` with adaptive sizes; return `tuning` with what they came to, and without sizes hardly used."""
+    from runtime.loop import draft_and_verify
+    from runtime.sizing import AdaptiveSizes, Menu
+
+    chosen: Counter[TreeSizes] = Counter()
+    rates, values = [], []
+    tokens = steps = 0
+    with _progress("decoding prompts", quiet) as tell:
+        for number, text in enumerate(texts):
+            sizing = AdaptiveSizes(tuning.menu, tuning.rate, tuning.draft_value)
+            drafter = generator.new_drafter(_Counted(sizing, chosen))
+            ids = generator.encode(text)
+            room = generator.about.max_context - len(ids)
+            if room < 1:
+                raise InputError(
+                    f"prompt {number + 1} has {len(ids)} tokens, and the engine's context limit is "
+                    f"{generator.about.max_context}; leave it out"
+                )
+            answer = draft_and_verify(
+                generator.engine,
+                ids,
+                drafter,
+                generator.about.prompt_chunk,
+                max_new_tokens=min(max_new_tokens, room),
+                stop_tokens=generator.about.stop_tokens,
+            )
+            lengths = [len(certain) for certain in answer]
+            tokens, steps = tokens + sum(lengths), steps + len(lengths)
+            rates.append(sizing.rate)
+            values.append(sizing.draft_value)
+            tell(number + 1, len(texts))
+    least = RARE * sum(chosen.values())
+    kept = [n for n, sizes in enumerate(tuning.menu.sizes) if not n or chosen[sizes] >= least]
+    menu = Menu(tuple(tuning.menu.sizes[n] for n in kept), tuning.menu.contexts, tuning.menu.seconds[:, kept])
+    about = {
+        **tuning.about,
+        "prompts": len(texts),
+        "tokens_per_step": round(tokens / steps, 3),
+        "steps": {_name(sizes): count for sizes, count in chosen.most_common()},
+    }
+    rate, value = sum(rates) / len(rates), sum(values) / len(values)
+    return replace(tuning, menu=menu, rate=round(rate, 4), draft_value=round(value, 4), about=about)
+
+
+class _Counted:
+    """Sizes as another chooses them, counted."""
+
+    def __init__(self, sizing: Sizing, chosen: Counter[TreeSizes]) -> None:
+        self.sizing = sizing
+        self.chosen = chosen
+        self.most_rows = sizing.most_rows
+        self.draft_steps = sizing.draft_steps
+
+    def choose(self, tree: Tree, context: int, drafted: bool) -> TreeSizes:
+        sizes = self.sizing.choose(tree, context, drafted)
+        self.chosen[sizes] += 1
+        return sizes
+
+    def learn(self, accepted: int) -> None:
+        self.sizing.learn(accepted)
+
+
+def to_markdown(tuning: Tuning) -> str:
+    """Return the menu as a table, and a line on what was decoded."""
+    menu = tuning.menu
+    heads = [f"ms at {context}" for context in menu.contexts]
+    lines = ["| sizes | " + " | ".join([*heads, "of a plain pass", "steps"]) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(heads) + 2))
+    for number, sizes in enumerate(menu.sizes):
+        times = [f"{1e3 * seconds:.2f}" for seconds in menu.seconds[:, number]]
+        share = f"{menu.seconds[0, number] / menu.seconds[0, 0]:.2f}"
+        steps = str(tuning.about.get("steps", {}).get(_name(sizes), ""))
+        lines.append(f"| {_name(sizes)} | " + " | ".join([*times, share, steps]) + " |")
+    lines.append(f"\n{tuning.device}; a pass of 4(4,2,2) has 4 candidates, and pseudo rows for 4, 2 and 2 of them.")
+    if "tokens_per_step" in tuning.about:
+        lines.append(
+            f"{tuning.about['prompts']} prompts: {tuning.about['tokens_per_step']:.2f} tokens per step, expected to be "
+            f"{tuning.rate:.2f} times as fast as plain decoding."
+        )
+    return "\n".join(lines)
+
+
+def _name(sizes: TreeSizes) -> str:
+    return f"{sizes.tree_rows}({','.join(map(str, sizes.pseudo_rows))})"
+
+
+@contextlib.contextmanager
+def _progress(description: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show how far the work is, on stderr; yield what is told the parts done and all there are."""
+    if quiet or not importlib.util.find_spec("rich"):
+        yield lambda done, total: None
+        return
+    from ht_export.progress import progress_bar
+
+    with progress_bar() as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _texts(path: Path, count: int) -> list[str]:
+    from ht_export.training.prompts import read_conversations
+
+    found = read_conversations(path)
+    spread = min(count, len(found))
+    return [found[number * len(found) // spread].turns[0] for number in range(spread)]

@@ -1,0 +1,170 @@
+"""Ways of answering a prompt that a benchmark compares, and how two answers that differ are judged."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ht_export.bench.settings import PLAIN, SPECULATIVE, WITHOUT_NGRAMS, BenchSettings, Job
+from runtime.candidates import candidates
+from runtime.errors import InputError, PromptTooLongError
+from runtime.generator import Generator
+from runtime.sampler import PositionedRandom
+
+# A token whose logit is this near to the largest one, or, when sampling, this near in probability to being drawn, may
+# be chosen instead of it where arithmetic is done in another order.
+TIE = 1e-4
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One run of one prompt: the new `tokens`, an end-of-text token included, and the `seconds` that all took.
+
+    `steps` counts the passes that made tokens certain, the prompt's included; `accepted[n]` those after the prompt's
+    that accepted n drafted tokens, where drafts are counted.
+    """
+
+    tokens: list[int]
+    seconds: float
+    decode_tokens_per_second: float
+    time_to_first_token_s: float
+    steps: int
+    accepted: tuple[int, ...] = ()
+
+
+# How near plain decoding was to the other answer where they part: gap(job, plain tokens, own tokens, position).
+Gap = Callable[[Job, Sequence[int], Sequence[int], int], float]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of answering prompts. `gap` is None where its text need not be that of plain decoding, as of sampling with
+    other random numbers; `required` says that a text that differs, other than at a tie, is wrong.
+    """
+
+    name: str
+    answer: Callable[[Job], Answer]
+    gap: Gap | None = None
+    required: bool = False
+
+
+def load_engines(settings: BenchSettings) -> tuple[Generator, dict[str, Generator]]:
+    """Load the engine, and those to compare with, by name. Raises `InputError`, also for another base model."""
+
+    def load(path: Path) -> Generator:
+        return Generator(path, device=settings.device, threads=settings.threads)
+
+    generator = load(settings.engine)
+    others = {name: load(path) for name, path in settings.compare}
+    model = generator.about.base_model
+    for name, other in others.items():
+        if other.about.base_model["weights_sha256"] != model["weights_sha256"]:
+            raise InputError(
+                f"--compare {name}: that engine is of another base model ({other.about.base_model['name']}) than "
+                f"{settings.engine} ({model['name']}); compare engines of one model"
+            )
+    return generator, others
+
+
+def check_jobs(
+    jobs: Sequence[Job], generator: Generator, others: dict[str, Generator], settings: BenchSettings
+) -> None:
+    """Raise `InputError` where a job does not fit one of the engines."""
+    for engine, tree in ((generator, settings.tree), *((other, None) for other in others.values())):
+        for job in jobs:
+            try:
+                # Checks its arguments; nothing runs until the first chunk is asked for.
+                engine.stream(job.text, max_new_tokens=settings.max_new_tokens, sampling=job.sampling, tree=tree)
+            except PromptTooLongError as error:
+                raise InputError(f"prompt {job.id}: {error}") from error
+
+
+def engine_ways(generator: Generator, others: dict[str, Generator], settings: BenchSettings) -> list[Way]:
+    """Return plain and speculative decoding in `generator`, and the speculative one in `others`, by name.
+
+    A text is required to be that of plain decoding where both are computed in float32.
+    """
+    exact = generator.about.precision == "float32"
+
+    def gap(job: Job, plain: Sequence[int], own: Sequence[int], position: int) -> float:
+        return plain_gap(generator, job, own, position)
+
+    tree = {"tree": settings.tree} if settings.tree else {}
+    own: list[tuple[str, dict[str, Any]]] = [(PLAIN, {"speculate": False}), (SPECULATIVE, tree)]
+    if settings.without_ngrams:
+        own.append((WITHOUT_NGRAMS, {**tree, "ngrams": False}))
+    ways = [Way(name, _decoder(generator, settings, **options), gap, exact) for name, options in own]
+    for name, other in others.items():
+        required = exact and other.about.precision == "float32"
+        ways.append(Way(name, _decoder(other, settings), gap, required))
+    return ways
+
+
+def _decoder(generator: Generator, settings: BenchSettings, **options: Any) -> Callable[[Job], Answer]:
+    def answer(job: Job) -> Answer:
+        start = time.perf_counter()
+        result = generator.generate(job.text, max_new_tokens=settings.max_new_tokens, sampling=job.sampling, **options)
+        return Answer(
+            result.tokens,
+            time.perf_counter() - start,
+            result.decode_tokens_per_second,
+            result.time_to_first_token_s,
+            result.steps,
+            result.accepted,
+        )
+
+    return answer
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """Return the first position at which two answers differ, be it that one has ended; None if they are the same."""
+    if list(one) == list(other):
+        return None
+    pairs = zip(one, other, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def plain_gap(generator: Generator, job: Job, other: Sequence[int], position: int) -> float:
+    """Return how near plain decoding was, at new token `position`, to the token that `other` has there.
+
+    Greedy: the largest logit less that token's. Sampling: the least change of the random number, from 0 to 1, that
+    would have drawn it. Infinite where `other` has ended before, or the options rule the token out.
+    """
+    if position >= len(other):
+        return math.inf
+    seen: list[NDArray[np.float32]] = []
+
+    def remember(tokens: Sequence[int], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        seen.append(logits)
+        return logits
+
+    watched = replace(job.sampling, processors=[*job.sampling.processors, remember])
+    generator.generate(job.text, max_new_tokens=position + 1, sampling=watched, speculate=False)
+    logits, token = seen[position], other[position]
+    if not job.sampling.temperature:
+        return float(logits.max() - logits[token])
+    return _drawn_gap(logits, token, job, len(generator.encode(job.text)) + position)
+
+
+def _drawn_gap(logits: NDArray[np.float32], token: int, job: Job, place: int) -> float:
+    sampling = job.sampling
+    assert sampling.seed is not None
+    scaled = logits / np.float32(sampling.temperature)
+    tokens, weights = candidates(
+        scaled, float(scaled.max()), top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
+    )
+    found = np.arange(len(scaled)) if tokens is None else tokens
+    if token not in found:
+        return math.inf
+    ends = weights.cumsum(dtype=np.float64) / weights.sum(dtype=np.float64)
+    index = int(np.flatnonzero(found == token)[0])
+    start = float(ends[index - 1]) if index else 0.0
+    number = PositionedRandom(sampling.seed, place).next()
+    return max(0.0, start - number, number - float(ends[index]))

@@ -1,0 +1,93 @@
+"""The tokens that may be drawn, their weights, and the draw.
+
+Nothing here sorts or accumulates a whole vocabulary: that takes longer than all else between two passes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+
+BLOCK = 64
+
+
+def candidates(
+    logits: FloatArray,
+    top: float,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    out: FloatArray | None = None,
+) -> tuple[IntArray | None, FloatArray]:
+    """Return the tokens [N] that the options keep, in rising order, None for all; and their weights [N].
+
+    A weight is the token's probability divided by the largest one. `top` is the largest of logits [V]. Weights of a
+    whole vocabulary are written to `out` [V]. Options mean what they do in transformers: see `Sampling`.
+    """
+    tokens = None
+    if top_k is not None and top_k < len(logits):
+        tokens = largest(logits, top_k)
+        logits = logits[tokens]
+    weights = np.subtract(logits, np.float32(top), out=out if tokens is None else None)
+    np.exp(weights, out=weights)
+    if top_p is not None and top_p < 1.0:
+        kept = _most_probable(logits, weights, top, top_p)
+        tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
+    if min_p:
+        kept = np.flatnonzero(weights >= min_p)
+        tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
+    return tokens, weights
+
+
+def largest(logits: FloatArray, count: int) -> IntArray:
+    """Return where the `count` largest of logits [N] are, and all that equal the last of them, in rising order."""
+    # The count-th largest of the maxima of disjoint groups is a bound: at least `count` logits reach it, and, where
+    # there are several times as many groups, few more.
+    size = max(1, min(BLOCK, len(logits) // (4 * count)))
+    maxima = logits[: len(logits) // size * size].reshape(size, -1).max(axis=0)
+    near = np.flatnonzero(logits >= np.partition(maxima, -count)[-count])
+    values = logits[near]
+    return near[values >= np.partition(values, -count)[-count]]
+
+
+def draw(weights: FloatArray, uniform: float) -> int:
+    """Return the index that `uniform`, from 0 up to but not including 1, falls on when weights [N] lie end to end.
+
+    They lie in the order of the tokens, not by weight. Logits that differ by rounding, as those of passes with more or
+    fewer rows may, then move the boundaries by as little; an order by weight could change, and the token with it.
+    """
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64).cumsum()
+    place = uniform * sums[-1]
+    block = int(sums.searchsorted(place, side="right"))
+    before = sums[block - 1] if block else 0.0
+    within = weights[block * BLOCK : (block + 1) * BLOCK].cumsum(dtype=np.float64)
+    # Sums in another order may be smaller by rounding. Short of the last sum, no weight of 0 is ever found.
+    place = min(place - before, np.nextafter(within[-1], 0.0))
+    return block * BLOCK + int(within.searchsorted(place, side="right"))
+
+
+def _most_probable(logits: FloatArray, weights: FloatArray, top: float, top_p: float) -> IntArray:
+    """Return where the most probable tokens are, up to the first with which they have `top_p` of all weights [N].
+
+    Of equals at the end the larger tokens are kept, as transformers keeps them where its sort happens to be stable.
+    """
+    total = float(weights.sum(dtype=np.float64))
+    wanted = top_p * total
+    # Even all tokens together could not make up the rest of the weights where each has less than this; the factor is
+    # for what rounding does to a weight.
+    least = 0.99 * (total - wanted) / len(logits)
+    near = np.flatnonzero(weights >= least)
+    values = logits[near]
+    falling = np.sort(values)[::-1]
+    reached = np.exp(falling - np.float32(top)).astype(np.float64).cumsum()
+    # Summed in another order, all of them may be short of it by rounding.
+    count = min(int(reached.searchsorted(wanted)) + 1, len(falling))
+    last = falling[count - 1]
+    equals = np.flatnonzero(values == last)
+    kept = values >= last
+    kept[equals[: np.count_nonzero(kept) - count]] = False
+    return near[kept]

@@ -1,0 +1,201 @@
+"""Which sizes to run a step with: those that bring the most tokens in the least time.
+
+A *menu* holds the sizes that an engine may run, each with its measured time. For every step the best-first tree says
+how many tokens to expect of its first T nodes, and pseudo rows are worth what drafts have been worth in the step after.
+Decoding forever at the best rate, a step's worth is then
+
+    expected tokens + value of the drafts that it leaves - max(1.0, self.rate) * time,
+
+and the size with the highest worth is taken; one token without drafts is on the menu too. What drafts bring is
+watched: when fewer tokens are accepted than their probabilities promise, all promises are cut, down to plain decoding,
+from where drafts are tried again now and then. Whatever they promise, no step may cost more than what drafts have
+brought before and a small credit: a text that they are useless for takes hardly longer than plain decoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.tree import Tree, TreeSizes
+
+FloatArray = NDArray[np.float64]
+
+# Weight of what was seen before against one more step: about 25 steps are remembered.
+MEMORY = 0.96
+# How much the promises of drafts are believed before any were seen kept or broken, in tokens, and the rate, in passes.
+PRIOR_TOKENS = 8.0
+RATE_PASSES = 16.0
+# How fast the worth of drafts follows what is seen.
+DRAFT_VALUE_STEP = 0.08
+# Steps without drafts before they are tried again; doubled each time that they were not worth it.
+FIRST_PAUSE = 4
+LONGEST_PAUSE = 64
+# Passes that drafts may cost before they bring anything, and on top for each pass; of what they bring, what is kept for
+# later.
+FIRST_CREDIT = 1.5
+PASS_CREDIT = 0.015
+MOST_CREDIT = 4.0
+# What the drafts of further steps add to those of the first.
+STEP_VALUES = (0.62, 0.26, 0.12, 0.06, 0.03)
+
+
+class Sizing(Protocol):
+    """Chooses the sizes of each step."""
+
+    @property
+    def most_rows(self) -> int:
+        """The largest tree that may be chosen."""
+        ...
+
+    @property
+    def draft_steps(self) -> int:
+        """How many draft steps may get pseudo rows."""
+        ...
+
+    def choose(self, tree: Tree, context: int, drafted: bool) -> TreeSizes:
+        """Return the sizes for a step that may verify the first nodes of `tree` after `context` cached tokens.
+
+        `drafted` says whether the pass before drafted for it.
+        """
+        ...
+
+    def learn(self, accepted: int) -> None:
+        """Take note that the step chosen last accepted so many drafted tokens."""
+        ...
+
+
+class FixedSizes:
+    """The same sizes for every step."""
+
+    def __init__(self, sizes: TreeSizes) -> None:
+        self.sizes = sizes
+
+    @property
+    def most_rows(self) -> int:
+        """See `Sizing.most_rows`."""
+        return self.sizes.tree_rows
+
+    @property
+    def draft_steps(self) -> int:
+        """See `Sizing.draft_steps`."""
+        return self.sizes.draft_steps
+
+    def choose(self, tree: Tree, context: int, drafted: bool) -> TreeSizes:
+        """See `Sizing.choose`."""
+        return self.sizes
+
+    def learn(self, accepted: int) -> None:
+        """See `Sizing.learn`."""
+
+
+@dataclass(frozen=True)
+class Menu:
+    """Sizes that may be chosen, N of them, the first those of plain decoding; and the time that a pass of each takes.
+
+    seconds [C, N] at C contexts [C], in tokens cached, ascending; linear between and beyond them.
+    """
+
+    sizes: tuple[TreeSizes, ...]
+    contexts: tuple[int, ...]
+    seconds: FloatArray
+
+    def at(self, context: int) -> FloatArray:
+        """Return the seconds [N] of each size with `context` tokens in the cache."""
+        if len(self.contexts) == 1:
+            return self.seconds[0]
+        upper = min(max(1, int(np.searchsorted(self.contexts, context))), len(self.contexts) - 1)
+        start, end = self.contexts[upper - 1], self.contexts[upper]
+        share = max(0.0, (context - start) / (end - start))
+        found = self.seconds[upper - 1] * (1 - share) + self.seconds[upper] * share
+        # Where a longer context was faster by chance, passes would end before they began.
+        return np.maximum(found, self.seconds.min(axis=0))
+
+
+class AdaptiveSizes:
+    """Sizes from a menu, by the probabilities of each tree and by what drafts have brought so far in this text.
+
+    Time is counted in plain passes. `rate`, the tokens of a plain pass' time, and `draft_value`, the tokens that the
+    drafts of one node add to the next step beyond their cost, are what to begin with.
+    """
+
+    def __init__(self, menu: Menu, rate: float = 1.0, draft_value: float = 0.5) -> None:
+        self.menu = menu
+        self._tree_rows = np.array([sizes.tree_rows for sizes in menu.sizes])
+        self._drafts = np.array([any(sizes.pseudo_rows) for sizes in menu.sizes])
+        steps = len(menu.sizes[0].pseudo_rows)
+        values = np.array(STEP_VALUES[:steps])
+        # [N, K] of each size: its pseudo rows; and [K] what those of each step are worth, of one.
+        self._pseudo_rows = np.array([sizes.pseudo_rows for sizes in menu.sizes])[:, : len(values)]
+        self._step_values = values / values.sum()
+        self._time = RATE_PASSES
+        self._tokens = rate * RATE_PASSES
+        self._kept = self._promised = 0.0
+        self._draft_value = draft_value
+        self._pause = FIRST_PAUSE
+        self._idle = 0
+        self._credit = FIRST_CREDIT
+        self._last = (0.0, 1.0)
+
+    @property
+    def rate(self) -> float:
+        """Tokens in the time of a plain pass, lately."""
+        return self._tokens / self._time
+
+    @property
+    def draft_value(self) -> float:
+        """Tokens that the drafts of one node add to the step after, beyond their cost, lately."""
+        return self._draft_value
+
+    @property
+    def most_rows(self) -> int:
+        """See `Sizing.most_rows`."""
+        return int(self._tree_rows.max())
+
+    @property
+    def draft_steps(self) -> int:
+        """See `Sizing.draft_steps`."""
+        return max(sizes.draft_steps for sizes in self.menu.sizes)
+
+    def choose(self, tree: Tree, context: int, drafted: bool) -> TreeSizes:
+        """See `Sizing.choose`."""
+        seconds = self.menu.at(context)
+        time = seconds / seconds[0]
+        promised = np.cumsum(tree.probabilities)[np.minimum(self._tree_rows, len(tree)) - 1] - 1.0
+        believed = (self._kept + PRIOR_TOKENS) / (self._promised + PRIOR_TOKENS)
+        worth = believed * promised + self._draft_value * self._left_drafted(tree) - max(1.0, self.rate) * time
+        if drafted:
+            gain = float(worth.max() - worth[self._tree_rows == 1].max())
+            self._draft_value += DRAFT_VALUE_STEP * (gain - self._draft_value)
+            self._pause = FIRST_PAUSE if gain > 0.0 else min(2 * self._pause, LONGEST_PAUSE)
+        # Drafts tried again are made for nothing unless the step after can pay for verifying them.
+        risk = np.where(self._drafts & (not drafted), 2.0, 1.0)
+        affordable = risk * (time - 1.0) <= self._credit
+        best = int(np.argmax(np.where(affordable, worth, -np.inf)))
+        self._idle = 0 if self._drafts[best] else self._idle + 1
+        if self._idle > self._pause and (affordable & self._drafts).any():
+            best = int(np.argmax(np.where(affordable & self._drafts, worth, -np.inf)))
+            self._idle = 0
+        self._last = (float(promised[best]), float(time[best]))
+        return self.menu.sizes[best]
+
+    def learn(self, accepted: int) -> None:
+        """See `Sizing.learn`."""
+        promised, time = self._last
+        self._kept = MEMORY * self._kept + accepted
+        self._promised = MEMORY * self._promised + promised
+        self._tokens = MEMORY * self._tokens + accepted + 1
+        self._time = MEMORY * self._time + time
+        self._credit = min(self._credit + accepted + 1 - time + PASS_CREDIT, MOST_CREDIT)
+
+    def _left_drafted(self, tree: Tree) -> FloatArray:
+        """Return [N]: of the worth of one node's drafts, how much each size may expect to leave to the next step."""
+        nodes = np.arange(len(tree))
+        paths = np.where(nodes < self._tree_rows[:, None], tree.probabilities, 0.0)
+        child_of = (tree.parents[:, None] == nodes).astype(np.float64)
+        ends = np.sort(paths - paths @ child_of, axis=1)[:, ::-1]
+        covered = np.pad(np.cumsum(ends, axis=1), ((0, 0), (1, 0)))
+        return np.take_along_axis(covered, np.minimum(self._pseudo_rows, len(tree)), axis=1) @ self._step_values
