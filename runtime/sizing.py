@@ -15,6 +15,7 @@ brought before and a small credit: a text that they are useless for takes hardly
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -112,7 +113,11 @@ class Menu:
         share = max(0.0, (context - start) / (end - start))
         found = self.seconds[upper - 1] * (1 - share) + self.seconds[upper] * share
         # Where a longer context was faster by chance, passes would end before they began.
-        return np.maximum(found, self.seconds.min(axis=0))
+        return np.maximum(found, self._fastest)
+
+    @cached_property
+    def _fastest(self) -> FloatArray:
+        return self.seconds.min(axis=0)
 
 
 class AdaptiveSizes:
@@ -125,6 +130,9 @@ class AdaptiveSizes:
     def __init__(self, menu: Menu, rate: float = 1.0, draft_value: float = 0.5) -> None:
         self.menu = menu
         self._tree_rows = np.array([sizes.tree_rows for sizes in menu.sizes])
+        # The different tree sizes, and which of them each has.
+        self._tops, self._top_of = np.unique(self._tree_rows, return_inverse=True)
+        self._plain_rows = self._tree_rows == 1
         self._drafts = np.array([any(sizes.pseudo_rows) for sizes in menu.sizes])
         steps = len(menu.sizes[0].pseudo_rows)
         values = np.array(STEP_VALUES[:steps])
@@ -168,7 +176,7 @@ class AdaptiveSizes:
         believed = (self._kept + PRIOR_TOKENS) / (self._promised + PRIOR_TOKENS)
         worth = believed * promised + self._draft_value * self._left_drafted(tree) - max(1.0, self.rate) * time
         if drafted:
-            gain = float(worth.max() - worth[self._tree_rows == 1].max())
+            gain = float(worth.max() - worth[self._plain_rows].max())
             self._draft_value += DRAFT_VALUE_STEP * (gain - self._draft_value)
             self._pause = FIRST_PAUSE if gain > 0.0 else min(2 * self._pause, LONGEST_PAUSE)
         # Drafts tried again are made for nothing unless the step after can pay for verifying them.
@@ -194,8 +202,13 @@ class AdaptiveSizes:
     def _left_drafted(self, tree: Tree) -> FloatArray:
         """Return [N]: of the worth of one node's drafts, how much each size may expect to leave to the next step."""
         nodes = np.arange(len(tree))
-        paths = np.where(nodes < self._tree_rows[:, None], tree.probabilities, 0.0)
+        # Of the tree's first T nodes, for each T on the menu: how probable it is that acceptance ends at them, summed
+        # from the likeliest on.
+        paths = np.where(nodes < self._tops[:, None], tree.probabilities, 0.0)
         child_of = (tree.parents[:, None] == nodes).astype(np.float64)
-        ends = np.sort(paths - paths @ child_of, axis=1)[:, ::-1]
-        covered = np.pad(np.cumsum(ends, axis=1), ((0, 0), (1, 0)))
-        return np.take_along_axis(covered, np.minimum(self._pseudo_rows, len(tree)), axis=1) @ self._step_values
+        ends = paths - paths @ child_of
+        ends.sort(axis=1)
+        covered = np.zeros((len(self._tops), len(tree) + 1))
+        np.cumsum(ends[:, ::-1], axis=1, out=covered[:, 1:])
+        pseudo_rows = np.minimum(self._pseudo_rows, len(tree))
+        return covered[self._top_of[:, None], pseudo_rows] @ self._step_values

@@ -100,8 +100,9 @@ def best_first_tree(root: int, drafts: Drafts, max_rows: int) -> Tree:
         parents.append(parent)
         depths.append(depth + 1)
         probabilities.append(-path)
-        consider(parent, rank + 1)
-        consider(len(tokens) - 1, 0)
+        if len(tokens) < max_rows:
+            consider(parent, rank + 1)
+            consider(len(tokens) - 1, 0)
     return Tree(
         np.array(tokens, dtype=np.int64),
         np.array(parents, dtype=np.int64),
