@@ -171,5 +171,5 @@ def most_probable(logits: NDArray[np.float32], count: int) -> DraftStep:
     order = np.lexsort((near, -values))[:count]
     values = values[order]
     weights = logits - values[0]
-    total = float(np.exp(weights, out=weights).sum())
+    total = float(np.exp(weights, out=weights).sum(dtype=np.float64))
     return DraftStep(near[order], np.exp((values - values[0]).astype(np.float64)) / total)
