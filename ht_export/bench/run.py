@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
+import itertools
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ht_export.bench.progress import progress
 from runtime.command_line import integers
 from runtime.errors import InputError
 from runtime.files import check_writable
@@ -93,28 +93,14 @@ def _measure(
     for _ in range(settings.warm_up):
         for way in ways:
             way.answer(jobs[0])
-    each = len(ways) * settings.repeats
-    done = len(results.rows)
-    with _progress(each * done, each * (done + len(jobs)), quiet) as tick:
+    done, each = len(results.rows), len(ways) * settings.repeats
+    answers = itertools.count(each * done + 1)
+    total = each * (done + len(jobs))
+    with progress("measuring answers", quiet) as tell:
         for turn, job in enumerate(jobs, start=done):
             prompt_tokens = len(generator.encode(job.text))
-            results.add(measure(ways, job, prompt_tokens, settings.repeats, turn, tick))
-
-
-@contextlib.contextmanager
-def _progress(done: int, total: int, quiet: bool) -> Iterator[Callable[[], None]]:
-    """Show how many answers of all there are, on stderr; yield what counts one more."""
-    if quiet:
-        yield lambda: None
-    elif importlib.util.find_spec("rich"):
-        from ht_export.progress import progress_bar
-
-        with progress_bar() as bar:
-            task = bar.add_task("answers", completed=done, total=total)
-            yield lambda: bar.advance(task)
-    else:
-        print(f"measuring {total - done} answers; with rich installed there is a bar", file=sys.stderr)
-        yield lambda: None
+            counted = measure(ways, job, prompt_tokens, settings.repeats, turn, tick=lambda: tell(next(answers), total))
+            results.add(counted)
 
 
 def _check_outputs(with_transformers: bool, json: Path | None, plots: Path | None) -> None:

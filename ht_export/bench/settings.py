@@ -98,8 +98,13 @@ def choose_prompts(settings: BenchSettings) -> list[Conversation]:
         if task not in tasks:
             raise InputError(f"no prompt of task {task!r} in {settings.prompts}; it has: {', '.join(tasks)}")
     chosen = [prompt for prompt in found if not settings.tasks or prompt.task in settings.tasks]
-    count = min(settings.count or len(chosen), len(chosen))
-    return [chosen[index * len(chosen) // count] for index in range(count)]
+    return evenly(chosen, settings.count or len(chosen))
+
+
+def evenly(prompts: Sequence[Conversation], count: int) -> list[Conversation]:
+    """Return `count` of `prompts`, or all if there are fewer, spread evenly over them."""
+    count = min(count, len(prompts))
+    return [prompts[index * len(prompts) // count] for index in range(count)]
 
 
 def jobs_of(prompts: Sequence[Conversation], settings: BenchSettings) -> list[Job]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.util
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ht_export.bench.progress import progress
 from runtime.command_line import integers
 from runtime.errors import InputError
+from runtime.files import check_writable
 
 if TYPE_CHECKING:
+    from ht_export.training.prompts import Conversation
     from runtime.generator import Generator
     from runtime.sizing import Sizing
     from runtime.tree import Tree, TreeSizes
@@ -44,9 +45,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--contexts",
         type=integers,
-        default=CONTEXTS,
         metavar="N,N,...",
-        help=f"tokens in the cache to time passes at (default: {','.join(map(str, CONTEXTS))})",
+        help="tokens in the cache to time passes at (default: those of "
+        f"{','.join(map(str, CONTEXTS))} that the engine has room for)",
     )
     parser.add_argument("--repeats", type=int, default=12, metavar="N", help="of each pass (default: 12)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where an .onnx engine runs (default: cpu)")
@@ -56,8 +57,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def tune(options: argparse.Namespace) -> int:
     """Measure, print a table, keep the result; return the exit status. Raises `InputError` for a user's mistake."""
+    from ht_export.bench.settings import evenly
+    from ht_export.training.prompts import read_conversations
     from runtime.generator import Generator
-    from runtime.tuning import write_tuning
+    from runtime.tuning import tuning_path, write_tuning
 
     for name, number in (
         ("--count", options.count),
@@ -66,9 +69,11 @@ def tune(options: argparse.Namespace) -> int:
     ):
         if number < 1:
             raise InputError(f"{name} must be at least 1, not {number}")
+    prompts = evenly(read_conversations(options.prompts), options.count) if options.prompts else []
     generator = Generator(options.engine, device=options.device, threads=options.threads, adapt=False)
-    texts = _texts(options.prompts, options.count) if options.prompts else []
-    tuning = measure_menu(generator, options)
+    check_writable(tuning_path(options.engine))
+    texts = [_encoded(generator, prompt) for prompt in prompts]
+    tuning = measure_menu(generator, options.contexts, options.repeats, options.threads, options.quiet)
     if texts:
         tuning = decode(generator, tuning, texts, options.max_new_tokens, options.quiet)
     write_tuning(options.engine, tuning)
@@ -76,8 +81,10 @@ def tune(options: argparse.Namespace) -> int:
     return 0
 
 
-def measure_menu(generator: Generator, options: argparse.Namespace) -> Tuning:
-    """Time passes of all sizes worth it, at the contexts asked for."""
+def measure_menu(
+    generator: Generator, contexts: Sequence[int] | None, repeats: int, threads: int | None, quiet: bool
+) -> Tuning:
+    """Time passes of all sizes worth it, at the contexts asked for. Raises `InputError` for one too long."""
     from runtime.tuning import Tuning, device_name, measure, menu_sizes
 
     about = generator.about
@@ -86,18 +93,21 @@ def measure_menu(generator: Generator, options: argparse.Namespace) -> Tuning:
         most = about.plan.limits.max_rows
         sizes = tuple(one for one in sizes if max(one.tree_rows, *one.pseudo_rows) <= most)
     room = about.max_context - max(one.tree_rows for one in sizes) - 1
-    for context in options.contexts:
+    for context in contexts or ():
         if not 0 <= context <= room:
             raise InputError(f"--contexts {context}: this engine has room for 0 to {room} tokens beside a step's rows")
+    chosen = sorted(set(contexts or (min(context, room) for context in CONTEXTS)))
     start = time.perf_counter()
-    with _progress("timing passes", options.quiet) as tell:
-        menu = measure(generator.engine, sizes, sorted(set(options.contexts)), options.repeats, progress=tell)
-    device = device_name(generator.engine, options.threads)
-    measured = {"seconds": round(time.perf_counter() - start, 1), "repeats": options.repeats}
+    with progress("timing passes", quiet) as tell:
+        menu = measure(generator.engine, sizes, chosen, repeats, progress=tell)
+    device = device_name(generator.engine, threads)
+    measured = {"seconds": round(time.perf_counter() - start, 1), "repeats": repeats}
     return Tuning(device, about.graph.sha256, menu, kind="full", about=measured)
 
 
-def decode(generator: Generator, tuning: Tuning, texts: list[str], max_new_tokens: int, quiet: bool) -> Tuning:
+def decode(
+    generator: Generator, tuning: Tuning, texts: Sequence[Sequence[int]], max_new_tokens: int, quiet: bool
+) -> Tuning:
     """Answer `texts` with adaptive sizes; return `tuning` with what they came to, and without sizes hardly used."""
     from runtime.loop import draft_and_verify
     from runtime.sizing import AdaptiveSizes, Menu
@@ -105,23 +115,15 @@ def decode(generator: Generator, tuning: Tuning, texts: list[str], max_new_token
     chosen: Counter[TreeSizes] = Counter()
     rates, values = [], []
     tokens = steps = 0
-    with _progress("decoding prompts", quiet) as tell:
-        for number, text in enumerate(texts):
+    with progress("decoding prompts", quiet) as tell:
+        for number, ids in enumerate(texts):
             sizing = AdaptiveSizes(tuning.menu, tuning.rate, tuning.draft_value)
-            drafter = generator.new_drafter(_Counted(sizing, chosen))
-            ids = generator.encode(text)
-            room = generator.about.max_context - len(ids)
-            if room < 1:
-                raise InputError(
-                    f"prompt {number + 1} has {len(ids)} tokens, and the engine's context limit is "
-                    f"{generator.about.max_context}; leave it out"
-                )
             answer = draft_and_verify(
                 generator.engine,
                 ids,
-                drafter,
+                generator.new_drafter(_Counted(sizing, chosen)),
                 generator.about.prompt_chunk,
-                max_new_tokens=min(max_new_tokens, room),
+                max_new_tokens=min(max_new_tokens, generator.about.max_context - len(ids)),
                 stop_tokens=generator.about.stop_tokens,
             )
             lengths = [len(certain) for certain in answer]
@@ -129,6 +131,7 @@ def decode(generator: Generator, tuning: Tuning, texts: list[str], max_new_token
             rates.append(sizing.rate)
             values.append(sizing.draft_value)
             tell(number + 1, len(texts))
+    # The first are those of plain decoding.
     least = RARE * sum(chosen.values())
     kept = [n for n, sizes in enumerate(tuning.menu.sizes) if not n or chosen[sizes] >= least]
     menu = Menu(tuple(tuning.menu.sizes[n] for n in kept), tuning.menu.contexts, tuning.menu.seconds[:, kept])
@@ -140,6 +143,16 @@ def decode(generator: Generator, tuning: Tuning, texts: list[str], max_new_token
     }
     rate, value = sum(rates) / len(rates), sum(values) / len(values)
     return replace(tuning, menu=menu, rate=round(rate, 4), draft_value=round(value, 4), about=about)
+
+
+def _encoded(generator: Generator, prompt: Conversation) -> list[int]:
+    ids = generator.encode(prompt.turns[0])
+    if len(ids) >= generator.about.max_context:
+        raise InputError(
+            f"prompt {prompt.id} has {len(ids)} tokens, and the engine's context limit is "
+            f"{generator.about.max_context}; leave it out"
+        )
+    return ids
 
 
 class _Counted:
@@ -182,24 +195,3 @@ def to_markdown(tuning: Tuning) -> str:
 
 def _name(sizes: TreeSizes) -> str:
     return f"{sizes.tree_rows}({','.join(map(str, sizes.pseudo_rows))})"
-
-
-@contextlib.contextmanager
-def _progress(description: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show how far the work is, on stderr; yield what is told the parts done and all there are."""
-    if quiet or not importlib.util.find_spec("rich"):
-        yield lambda done, total: None
-        return
-    from ht_export.progress import progress_bar
-
-    with progress_bar() as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _texts(path: Path, count: int) -> list[str]:
-    from ht_export.training.prompts import read_conversations
-
-    found = read_conversations(path)
-    spread = min(count, len(found))
-    return [found[number * len(found) // spread].turns[0] for number in range(spread)]
