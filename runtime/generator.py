@@ -114,7 +114,7 @@ class Generator:
         self._calibration = Calibration.of(self.about.transfer.get("acceptance", {}))
         self.tuning: Tuning | None = None
         if adapt:
-            self.tuning = _tuning(path, self.about, self.engine, on_cpu(self.about, device), threads)
+            self.tuning = self._tuning(path, on_cpu(self.about, device), threads)
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Return the token ids of a prompt: of chat messages, of a string as one user message, or (`raw`, or a model
@@ -206,6 +206,18 @@ class Generator:
     def new_drafter(self, sizing: Sizing, temperature: float = 0.0, *, ngrams: bool = True) -> Drafter:
         """Return what drafts one text with the engine's own statistics."""
         return Drafter(sizing, self._correction, self._calibration, temperature, Ngrams() if ngrams else None)
+
+    def _tuning(self, path: Path, cpu: bool, threads: int | None) -> Tuning | None:
+        """Return what was measured of the engine on this device; on a CPU it is measured quickly if nothing was."""
+        device, engine_hash, tree = device_name(self.engine, threads), self.about.graph.sha256, self.about.tree
+        found = read_tuning(path, engine_hash, device, self.about.dims)
+        if found is None and cpu:
+            found = quick(self.engine, tree, self.about.max_context, device, engine_hash, self.new_drafter)
+            # Where it cannot be kept, or a busy machine cut it short, it is measured again the next time.
+            if found.menu.sizes == menu_sizes(tree):
+                with contextlib.suppress(InputError):
+                    write_tuning(path, found)
+        return found
 
     def _run(
         self, ids: list[int], max_new_tokens: int, stop: Sequence[str], drafter: Drafter, sampler: Sampler
@@ -306,19 +318,6 @@ def _load_tokenizer(path: Path) -> Any:
 def on_cpu(about: EngineFile, device: str | None) -> bool:
     """Whether an engine runs on the CPU when `device` is asked for."""
     return about.plan is None and device != "cuda"
-
-
-def _tuning(path: Path, about: EngineFile, engine: Engine, cpu: bool, threads: int | None) -> Tuning | None:
-    """Return what was measured of the engine on this device; on a CPU it is measured quickly if nothing was."""
-    device = device_name(engine, threads)
-    found = read_tuning(path, about.graph.sha256, device, about.dims)
-    if found is None and cpu:
-        found = quick(engine, about.tree, about.max_context, device, about.graph.sha256)
-        # Where it cannot be kept, or a busy machine cut it short, it is measured again the next time.
-        if found.menu.sizes == menu_sizes(about.tree):
-            with contextlib.suppress(InputError):
-                write_tuning(path, found)
-    return found
 
 
 def _load_engine(path: Path, about: EngineFile, device: str | None, threads: int | None) -> Engine:

@@ -1,4 +1,4 @@
-"""How long an engine's passes take on a device: measured once, stored beside the engine, used by every load after.
+"""How long an engine's steps take on a device: measured once, stored beside the engine, used by every load after.
 
 `engine.tuning.json` has an entry for each device and number of threads, with the engine's hash: a menu of sizes with
 seconds of each, and what to begin with (see `runtime.sizing.AdaptiveSizes`). A quick one is measured at first load;
@@ -18,10 +18,13 @@ from typing import Any
 import numpy as np
 
 from runtime.bindings import GraphDims
+from runtime.drafter import Drafter
+from runtime.drafts import DraftStep
 from runtime.engines import Engine
 from runtime.errors import EngineFileError
 from runtime.files import write_json
-from runtime.sizing import Menu
+from runtime.loop import drafts_of, greedy, verify
+from runtime.sizing import FixedSizes, Menu, Sizing
 from runtime.tree import TreeSizes, chain, lay_out, likely_ends
 
 FORMAT = "hidden-transfer-tuning"
@@ -35,8 +38,10 @@ FILL_CHUNK = 64
 # Of the repeats the one that this share of them was faster than: what disturbs a pass makes it longer only.
 QUANTILE = 0.25
 
-# Told the passes done and to do.
+# Told the steps done and to do.
 Progress = Callable[[int, int], None]
+# Returns what drafts one text, with the sizes given.
+NewDrafter = Callable[[Sizing], Drafter]
 
 
 @dataclass(frozen=True)
@@ -100,15 +105,16 @@ def measure(
     repeats: int,
     seconds: float = float("inf"),
     progress: Progress | None = None,
+    new_drafter: NewDrafter = Drafter,
 ) -> Menu:
     """Return the menu of `sizes`, the first of which are those of plain decoding, timed at each of `contexts`, which
-    ascend.
+    ascend. What is timed is a step: the pass, and what drafts for it and after it, as `new_drafter` makes it.
 
     All sizes take turns, so that a machine that slows down slows all of them. Where `seconds` are short it makes do
     with fewer repeats, with contexts as long as there was time to fill, or fewer, and with the first of the sizes, two
     at least.
     """
-    passes = _Passes(engine)
+    steps = _Steps(engine, sizes, new_drafter)
     start = time.perf_counter()
     reached: list[int] = []
     best: list[list[float]] = []
@@ -116,16 +122,16 @@ def measure(
     for number, context in enumerate(contexts):
         # A third of each context's share is for filling the cache, another for the first turn of every size.
         filled, turned, end = (start + seconds * (number + share / 3) / len(contexts) for share in (1, 2, 3))
-        passes.fill(context, filled)
-        if best and (passes.length == reached[-1] or time.perf_counter() + 2 * sum(best[-1]) > end):
+        steps.fill(context, filled)
+        if best and (steps.length == reached[-1] or time.perf_counter() + 2 * sum(best[-1]) > end):
             break
         taken: list[list[float]] = []
         for size in sizes:
             if not best and len(taken) > 1 and time.perf_counter() > turned:
                 break
-            # Sets up what passes of this shape need.
-            passes.time(size)
-            taken.append([passes.time(size)])
+            # Sets up what steps of this shape need.
+            steps.time(size)
+            taken.append([steps.time(size)])
             if progress:
                 progress(number * len(sizes) * repeats + len(taken), total)
         sizes = sizes[: len(taken)]
@@ -133,23 +139,25 @@ def measure(
             if time.perf_counter() > end:
                 break
             for size, times in zip(sizes, taken, strict=True):
-                times.append(passes.time(size))
+                times.append(steps.time(size))
             if progress:
                 progress((number * repeats + repeat + 1) * len(sizes), total)
-        reached.append(passes.length)
+        reached.append(steps.length)
         best.append([float(np.quantile(times, QUANTILE)) for times in taken])
     return Menu(tuple(sizes), tuple(reached), np.array(best))
 
 
-class _Passes:
-    """Passes over a cache whose rows have no meaning: their time does not depend on what they hold.
+class _Steps:
+    """Steps over a cache whose rows have no meaning: their time does not depend on what they hold.
 
     One cache that grows, as on a GPU only the newest of an engine may be used.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, sizes: Sequence[TreeSizes], new_drafter: NewDrafter) -> None:
         self._engine = engine
         self._cache = engine.new_cache()
+        self._drafters = {one: new_drafter(FixedSizes(one)) for one in sizes}
+        self._drafted: list[DraftStep] = []
 
     @property
     def length(self) -> int:
@@ -165,21 +173,40 @@ class _Passes:
             self._cache.commit(self._engine.run(rows, self._cache), range(len(tree)))
 
     def time(self, sizes: TreeSizes) -> float:
-        """Return the seconds of a pass."""
-        tree = chain([0] * sizes.tree_rows)
-        ends = likely_ends(tree, sizes.pseudo_rows)
-        rows = lay_out(tree, ends, self._engine.dims.join_order, self.length)
+        """Return the seconds of a step."""
+        drafter = self._drafters[sizes]
+        drafted = self._drafted if sizes.tree_rows > 1 else []
         start = time.perf_counter()
-        self._engine.run(rows, self._cache)
-        return time.perf_counter() - start
+        tree, ends = drafter.propose(0, drafted, self.length)
+        if len(tree) < sizes.tree_rows:
+            # Too few drafts to build it of.
+            tree = chain([0] * sizes.tree_rows)
+            ends = likely_ends(tree, sizes.pseudo_rows)
+        rows = lay_out(tree, ends, self._engine.dims.join_order, self.length)
+        outputs = self._engine.run(rows, self._cache)
+        verify(tree, outputs.logits, greedy)
+        # A node that all steps draft for, if there is one.
+        node = int(ends[sizes.draft_steps - 1][0]) if sizes.draft_steps else 0
+        drafted = drafts_of(node, rows, outputs, self._engine.dims.join_order, drafter.shortlist)
+        seconds = time.perf_counter() - start
+        if len(drafted) >= max(1, len(self._drafted)):
+            self._drafted = drafted
+        return seconds
 
 
-def quick(engine: Engine, default: TreeSizes, max_context: int, device: str, engine_sha256: str) -> Tuning:
+def quick(
+    engine: Engine,
+    default: TreeSizes,
+    max_context: int,
+    device: str,
+    engine_sha256: str,
+    new_drafter: NewDrafter = Drafter,
+) -> Tuning:
     """Measure `engine` for at most some seconds."""
     room = max_context - 2 * default.tree_rows - 1
     contexts = sorted({max(0, min(context, room)) for context in QUICK_CONTEXTS})
     start = time.perf_counter()
-    menu = measure(engine, menu_sizes(default), contexts, QUICK_REPEATS, QUICK_SECONDS)
+    menu = measure(engine, menu_sizes(default), contexts, QUICK_REPEATS, QUICK_SECONDS, new_drafter=new_drafter)
     about = {"seconds": round(time.perf_counter() - start, 2), "repeats": QUICK_REPEATS}
     return Tuning(device, engine_sha256, menu, about=about)
 

@@ -98,8 +98,8 @@ def measure_menu(
             raise InputError(f"--contexts {context}: this engine has room for 0 to {room} tokens beside a step's rows")
     chosen = sorted(set(contexts or (min(context, room) for context in CONTEXTS)))
     start = time.perf_counter()
-    with progress("timing passes", quiet) as tell:
-        menu = measure(generator.engine, sizes, chosen, repeats, progress=tell)
+    with progress("timing steps", quiet) as tell:
+        menu = measure(generator.engine, sizes, chosen, repeats, progress=tell, new_drafter=generator.new_drafter)
     device = device_name(generator.engine, threads)
     measured = {"seconds": round(time.perf_counter() - start, 1), "repeats": repeats}
     return Tuning(device, about.graph.sha256, menu, kind="full", about=measured)
