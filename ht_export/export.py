@@ -42,6 +42,8 @@ MEMORY_PER_WEIGHT = 6.0
 
 # Of the name of the graph lowered for the CPU, in the place of the engine's own suffix.
 CPU_SUFFIX = ".cpu.onnx"
+# The same of other files that not every engine has.
+SOMETIMES = (CPU_SUFFIX, ".correction.npy", ".chat_template.jinja", ".tuning.json")
 
 DEFAULT_TREE_ROWS = 4
 PLAN_TREE_ROWS = 16
@@ -159,8 +161,12 @@ def export(
         if precision in BITS:
             with stage("quantising the weights"):
                 _quantise(staged, precision)
-                engine = LoweredEngine(_lower(staged, dims), dims) if lowered else OnnxRuntimeEngine(staged, dims)
-                parity["of_quantised_weights"] = difference(engine, expected)
+                onnx.checker.check_model(str(staged))
+                parity["of_quantised_weights"] = difference(OnnxRuntimeEngine(staged, dims), expected)
+                if lowered:
+                    parity["of_quantised_weights_on_the_cpu"] = difference(
+                        LoweredEngine(_lower(staged, dims), dims), expected
+                    )
         plan: PlanFile | None = None
         if planner:
             with stage("building the plan") as tell:
@@ -273,7 +279,7 @@ def shipped_transfer(source: str) -> Path:
 
 
 def _check_space(base: BaseModel, out: Path) -> None:
-    # The head of a model with tied weights is written a second time, transposed.
+    # The graph, the tokenizer and tables besides the weights.
     needed = int(1.3 * weight_bytes(base))
     if base.model.dtype != torch.float32:
         # A copy in float32 is compared with the reference, and deleted.
@@ -317,12 +323,18 @@ def _staging_folder(out: Path) -> Iterator[Path]:
 
 def _put_in_place(folder: Path, out: Path, description: EngineFile) -> None:
     """Move the finished files beside each other; `engine.json` goes first and comes last, so that no reader ever
-    finds it beside files of another export.
+    finds it beside files of another export. Files of an earlier export that this one has none of are deleted.
     """
     engine_file_path(out).unlink(missing_ok=True)
-    for path in folder.iterdir():
+    placed = {path.name for path in folder.iterdir()}
+    for name in placed:
+        path = folder / name
         path.chmod(0o644)
-        path.replace(out.parent / path.name)
+        path.replace(out.parent / name)
+    for suffix in SOMETIMES:
+        other = out.with_name(f"{out.stem}{suffix}")
+        if other.name not in placed:
+            other.unlink(missing_ok=True)
     description.write(engine_file_path(out))
 
 
@@ -331,7 +343,7 @@ def _write_tokenizer(base: BaseModel, folder: Path, stem: str) -> tuple[FileReco
     if backend is None:
         raise InputError(f"{base.source} has no fast tokenizer (tokenizer.json); convert its tokenizer first")
     path = folder / f"{stem}.tokenizer.json"
-    backend.save(str(path))
+    path.write_text(backend.to_str(pretty=True), encoding="utf-8")
     template = base.tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")

@@ -7,8 +7,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.progress import TimeRemainingColumn as RemainingColumn
 
 
-def progress_bar(*, disable: bool = False) -> Progress:
-    """Return a bar with count, elapsed and remaining time, drawn on stderr unless disabled."""
+def progress_bar(*, disable: bool = False, auto_refresh: bool = True) -> Progress:
+    """Return a bar with count, elapsed and remaining time, drawn on stderr unless disabled.
+
+    Without `auto_refresh` it is drawn when it is told to, and takes no time beside what is timed.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -17,6 +20,7 @@ def progress_bar(*, disable: bool = False) -> Progress:
         RemainingColumn(),
         console=Console(stderr=True, quiet=disable),
         disable=disable,
+        auto_refresh=auto_refresh,
     )
 
 

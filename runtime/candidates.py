@@ -9,20 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float32]
+Float32Array = NDArray[np.float32]
 
 BLOCK = 64
 
 
 def candidates(
-    logits: FloatArray,
+    logits: Float32Array,
     top: float,
     *,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    out: FloatArray | None = None,
-) -> tuple[IntArray | None, FloatArray]:
+    out: Float32Array | None = None,
+) -> tuple[IntArray | None, Float32Array]:
     """Return the tokens [N] that the options keep, in rising order, None for all; and their weights [N].
 
     A weight is the token's probability divided by the largest one. `top` is the largest of logits [V]. Weights of a
@@ -43,7 +43,7 @@ def candidates(
     return tokens, weights
 
 
-def largest(logits: FloatArray, count: int) -> IntArray:
+def largest(logits: Float32Array, count: int) -> IntArray:
     """Return where the `count` largest of logits [N] are, and all that equal the last of them, in rising order."""
     # The count-th largest of the maxima of disjoint groups is a bound: at least `count` logits reach it, and, where
     # there are several times as many groups, few more.
@@ -54,7 +54,7 @@ def largest(logits: FloatArray, count: int) -> IntArray:
     return near[values >= np.partition(values, -count)[-count]]
 
 
-def draw(weights: FloatArray, uniform: float) -> int:
+def draw(weights: Float32Array, uniform: float) -> int:
     """Return the index that `uniform`, from 0 up to but not including 1, falls on when weights [N] lie end to end.
 
     They lie in the order of the tokens, not by weight. Logits that differ by rounding, as those of passes with more or
@@ -70,7 +70,7 @@ def draw(weights: FloatArray, uniform: float) -> int:
     return block * BLOCK + int(within.searchsorted(place, side="right"))
 
 
-def _most_probable(logits: FloatArray, weights: FloatArray, top: float, top_p: float) -> IntArray:
+def _most_probable(logits: Float32Array, weights: Float32Array, top: float, top_p: float) -> IntArray:
     """Return where the most probable tokens are, up to the first with which they have `top_p` of all weights [N].
 
     Of equals at the end the larger tokens are kept, as transformers keeps them where its sort happens to be stable.

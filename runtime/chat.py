@@ -36,9 +36,13 @@ class ChatTemplate:
 
         Raises `InputError` when a message lacks `role` or `content`, or the template refuses the conversation.
         """
+        if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+            raise InputError(f"a conversation must be a list of messages, not {messages!r}")
         if not messages:
             raise InputError("the conversation is empty; give at least one message with 'role' and 'content'")
         for index, message in enumerate(messages):
+            if not isinstance(message, Mapping):
+                raise InputError(f"message {index} must be a dictionary with 'role' and 'content', not {message!r}")
             missing = [key for key in ("role", "content") if not isinstance(message.get(key), str)]
             if missing:
                 raise InputError(f"message {index} needs {missing[0]!r} as a string")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -164,12 +165,21 @@ def _once(option: str, pairs: Sequence[tuple[int, Any]]) -> dict[int, Any]:
     return found
 
 
+def _from_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the prompt on stdin is not {sys.stdin.encoding} text ({error.reason}); convert it"
+        ) from error
+
+
 def _generate(options: argparse.Namespace) -> None:
     from runtime.generator import Generator
 
     sampling = sampling_of(options)
     generator = Generator(options.engine, device=options.device, threads=options.threads)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = _from_stdin() if options.prompt == "-" else options.prompt
     arguments = {
         "max_new_tokens": options.max_new_tokens,
         "stop": options.stop,
@@ -180,6 +190,9 @@ def _generate(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(generator.generate(prompt, **arguments).to_dict(), ensure_ascii=False))
         return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a character shows another in its place.
+        sys.stdout.reconfigure(errors="replace")
     for chunk in generator.stream(prompt, **arguments):
         print(chunk.text, end="", flush=True)
         result = chunk.result

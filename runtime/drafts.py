@@ -64,10 +64,6 @@ class TokenCorrection:
     contexts: NDArray[np.floating]
     scales: NDArray[np.floating]
 
-    def of(self, step: int, tokens: IntArray, before: int) -> FloatArray:
-        """Return what is added to the logits of `tokens` [N] at `step` (0-based) after the token `before`."""
-        return self.after(self.rows(step, tokens), before)
-
     def rows(self, step: int, tokens: IntArray) -> NDArray[np.float32]:
         """Return [N, r]: what `tokens` [N] have in the tables at `step` (0-based), whatever the token before."""
         return np.multiply(self.candidates[tokens], self.scales[step], dtype=np.float32)

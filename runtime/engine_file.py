@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from runtime.bindings import GraphDims
 from runtime.calibration import Calibration
 from runtime.errors import EngineFileError
 from runtime.files import sha256_file, write_json
-from runtime.tree import TreeSizes
+from runtime.tree import MOST_ROWS, TreeSizes
 
 FORMAT = "hidden-transfer-engine"
 FORMAT_VERSION = 4
@@ -27,9 +28,9 @@ class FileRecord:
     sha256: str
 
     @classmethod
-    def of(cls, path: Path, name: str | None = None) -> FileRecord:
-        """Return the record of `path`, under another `name` when it will be renamed."""
-        return cls(name or path.name, path.stat().st_size, sha256_file(path))
+    def of(cls, path: Path) -> FileRecord:
+        """Return the record of `path`."""
+        return cls(path.name, path.stat().st_size, sha256_file(path))
 
     def check(self, folder: Path, *, contents: bool) -> Path:
         """Return the file's path; raise `EngineFileError` when it is missing, of another size or, when `contents`
@@ -118,6 +119,15 @@ class EngineFile:
     parity: dict[str, Any]
     plan: PlanFile | None = None
 
+    @property
+    def identity(self) -> str:
+        """A SHA-256 of all that decides how fast the engine is and how good its drafts are: graph, weights, transfer
+        layers, default sizes.
+        """
+        files = (self.graph, self.cpu_graph, self.weights, self.correction)
+        parts = [[file and file.sha256 for file in files], asdict(self.tree), self.transfer]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     def write(self, path: Path) -> None:
         """Write this as JSON, atomically."""
         write_json(path, {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)})
@@ -130,9 +140,9 @@ def engine_file_path(engine: Path) -> Path:
 
 def read_engine_file(engine: Path) -> EngineFile:
     """Read the description of `engine`. Raises `EngineFileError` when it is missing, damaged or of a newer version."""
-    path = engine_file_path(engine)
     if not engine.is_file():
-        raise EngineFileError(f"no engine at {engine}; make one with: ht-export MODEL --out {engine}")
+        raise EngineFileError(f"no engine at {engine}; make one with: ht-export MODEL --out engine.onnx")
+    path = engine_file_path(engine)
     if not path.is_file():
         raise EngineFileError(f"{path} is missing beside {engine}; copy it along, or export the engine again")
     try:
@@ -159,15 +169,24 @@ def read_engine_file(engine: Path) -> EngineFile:
 
 def _check_numbers(about: EngineFile) -> None:
     """Raise `ValueError`, naming the field, unless the numbers that steer decoding can be what they say."""
+    dims = asdict(about.dims)
     numbers = [
         ("prompt_chunk", about.prompt_chunk, 1),
         ("max_context", about.max_context, 1),
         ("tree_rows", about.tree.tree_rows, 1),
         *(("pseudo_rows", rows, 0) for rows in about.tree.pseudo_rows),
+        *(("stop_tokens", token, 0) for token in about.stop_tokens),
+        *(("transfer_layers", layer, 0) for layer in dims.pop("transfer_layers")),
+        *((name, size, 1) for name, size in dims.items() if name != "dtype"),
     ]
     for name, number, least in numbers:
-        if not isinstance(number, int) or number < least:
+        if not isinstance(number, int) or isinstance(number, bool) or number < least:
             raise ValueError(f"{name} ({number!r})")
+    if about.tree.tree_rows > MOST_ROWS:
+        raise ValueError(f"tree_rows ({about.tree.tree_rows}, more than {MOST_ROWS})")
+    texts = about.special_tokens
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for pair in texts.items() for text in pair):
+        raise ValueError(f"special_tokens ({texts!r})")
     if len(about.tree.pseudo_rows) != about.dims.num_steps:
         raise ValueError(f"pseudo_rows ({list(about.tree.pseudo_rows)})")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 from runtime.calibration import Calibration
 from runtime.chat import ChatTemplate, Message
+from runtime.checks import MOST_THREADS, whole
 from runtime.drafter import Drafter
 from runtime.drafts import TokenCorrection
 from runtime.engine_file import EngineFile, PlanFile, read_engine_file
@@ -22,8 +24,8 @@ from runtime.ngrams import Ngrams
 from runtime.sampler import Sampler
 from runtime.sampling import Sampling, TokenLogProbability
 from runtime.sizing import AdaptiveSizes, FixedSizes, Sizing
-from runtime.tree import TreeSizes
-from runtime.tuning import Tuning, device_name, menu_sizes, quick, read_tuning, write_tuning
+from runtime.tree import MOST_ROWS, TreeSizes
+from runtime.tuning import Tuning, device_name, quick, read_tuning, write_tuning
 
 FinishReason = Literal["stop", "length"]
 Prompt = str | Sequence[Message]
@@ -37,9 +39,10 @@ class GenerationResult:
     stop string. `finish_reason` is "stop" (end of text, or a stop string) or "length" (token or context limit).
     `steps` counts the engine passes that made tokens certain, the prompt's last one included, so that
     `tokens_per_step` is tokens / steps and 1.0 for plain decoding. `decode_tokens_per_second` leaves the prompt and
-    the first token out; it is 0.0 when there was no second token. `accepted[n]` counts the steps that accepted n
-    drafted tokens and so yielded n + 1, the prompt's left out. `seed` is the one that sampling used, None for greedy
-    decoding. `log_probabilities` has an entry for each token, if asked for.
+    the first token out, and the time that the taker of a stream keeps each chunk; it is 0.0 when there was no second
+    token. `accepted[n]` counts the steps that accepted n drafted tokens and so yielded n + 1: all but the prompt's, and
+    the last one, which the answer's end cut short. `seed` is the one that sampling used, None for greedy decoding.
+    `log_probabilities` has an entry for each token, if asked for.
     """
 
     text: str
@@ -72,12 +75,13 @@ class GenerationChunk:
 
 
 class Generator:
-    """Decoding on an exported engine. One generator serves one request at a time.
+    """Decoding on an exported engine. One generator serves one request at a time; another thread that asks meanwhile
+    gets an `InputError`.
 
     Raises `EngineFileError` when the engine's files are missing, damaged or of another version, and `InputError` for
     an engine that cannot run here. `device` "cpu" or "cuda" is where an ONNX engine runs, None on the CPU; plans run on
     the GPU always. `threads` is for the CPU. With `adapt` the sizes of trees are those that pay on this device and for
-    this text. On a CPU the times of passes are measured the first time, which takes some seconds, and kept beside the
+    this text. On a CPU the times of steps are measured the first time, which takes some seconds, and kept beside the
     engine; on a GPU `ht-bench tune` does so. Without them, or without `adapt`, sizes are the engine's own.
     `verify_weights=False` skips hashing the weights when loading (their size is always checked).
     """
@@ -92,6 +96,8 @@ class Generator:
         verify_weights: bool = True,
     ) -> None:
         path = Path(engine)
+        if threads is not None:
+            whole("threads", threads, 1, MOST_THREADS)
         self.about: EngineFile = read_engine_file(path)
         if self.about.graph.name != path.name:
             raise EngineFileError(
@@ -112,6 +118,7 @@ class Generator:
             self._correction = TokenCorrection.read(tables, dims.vocab_size, dims.num_steps)
         self.engine: Engine = _load_engine(path, self.about, device, threads)
         self._calibration = Calibration.of(self.about.transfer.get("acceptance", {}))
+        self._in_use = threading.Lock()
         self.tuning: Tuning | None = None
         if adapt:
             self.tuning = self._tuning(path, on_cpu(self.about, device), threads)
@@ -127,6 +134,10 @@ class Generator:
             raise InputError(f"cannot encode chat messages: {reason}; give the prompt as one string")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return list(self._tokenizer.encode(self._chat.render(messages), add_special_tokens=False).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of `tokens`, without special ones."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     def generate(
         self,
@@ -176,9 +187,8 @@ class Generator:
         `PromptTooLongError` when the prompt leaves no room within the context limit, and `InputError` for any other
         argument that does not fit; also later, when `sampling` leaves no token to choose.
         """
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+        if not isinstance(stop, Sequence) or isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise InputError(f"stop must be a list of strings that are not empty, not {stop!r}")
         if sampling is None:
             sampling = Sampling()
@@ -189,6 +199,11 @@ class Generator:
                 f"min_new_tokens is {sampling.min_new_tokens}, more than max_new_tokens, {max_new_tokens}; change one "
                 "of them"
             )
+        for index in sampling.forced_tokens:
+            if index >= max_new_tokens:
+                raise InputError(
+                    f"forced_tokens has new token {index}, and max_new_tokens is {max_new_tokens}; change one of them"
+                )
         sizing = self._sizing(tree, speculate)
         ids = self.encode(prompt, raw=raw)
         if not ids:
@@ -209,14 +224,13 @@ class Generator:
 
     def _tuning(self, path: Path, cpu: bool, threads: int | None) -> Tuning | None:
         """Return what was measured of the engine on this device; on a CPU it is measured quickly if nothing was."""
-        device, engine_hash, tree = device_name(self.engine, threads), self.about.graph.sha256, self.about.tree
-        found = read_tuning(path, engine_hash, device, self.about.dims)
+        device, about = device_name(self.engine, threads), self.about
+        found = read_tuning(path, about.identity, device, about.dims)
         if found is None and cpu:
-            found = quick(self.engine, tree, self.about.max_context, device, engine_hash, self.new_drafter)
-            # Where it cannot be kept, or a busy machine cut it short, it is measured again the next time.
-            if found.menu.sizes == menu_sizes(tree):
-                with contextlib.suppress(InputError):
-                    write_tuning(path, found)
+            found = quick(self.engine, about.tree, about.max_context, device, about.identity, self.new_drafter)
+            # Where it cannot be kept it is measured again the next time.
+            with contextlib.suppress(InputError):
+                write_tuning(path, found)
         return found
 
     def _run(
@@ -224,62 +238,71 @@ class Generator:
     ) -> Iterator[GenerationChunk]:
         from runtime.text import TextStream
 
-        started = time.perf_counter()
-        first = started
         text = TextStream(self._tokenizer, stop)
         tokens: list[int] = []
-        reason: FinishReason | None = None
-        steps = 0
-        accepted: Counter[int] = Counter()
-        scores = sampler.log_probabilities
-        for certain in draft_and_verify(
+        released: list[str] = []
+
+        def ends(token: int) -> bool:
+            released.append(text.push(token))
+            return text.stopped or token in self.about.stop_tokens
+
+        answer = draft_and_verify(
             self.engine,
             ids,
             drafter,
             self.about.prompt_chunk,
             choose=sampler,
             max_new_tokens=max_new_tokens,
-            stop_tokens=self.about.stop_tokens,
-        ):
-            steps += 1
-            if steps == 1:
-                first = time.perf_counter()
-            released = ""
+            ends=ends,
+        )
+        # Of each step, the prompt with the first one.
+        seconds: list[float] = []
+        accepted: Counter[int] = Counter()
+        scores = sampler.log_probabilities
+        last = False
+        while not last:
+            started = time.perf_counter()
+            with self._used():
+                certain = next(answer)
             count = len(tokens)
-            for token in certain:
-                tokens.append(token)
-                released += text.push(token)
-                if token in self.about.stop_tokens or text.stopped:
-                    reason = "stop"
-                elif len(tokens) == max_new_tokens:
-                    reason = "length"
-                if reason:
-                    break
-            if steps > 1:
-                accepted[len(tokens) - count - 1] += 1
-            if reason:
-                break
-            yield GenerationChunk(released, tokens[count:], log_probabilities=scores and scores[count:])
-        ended = time.perf_counter()
-        assert reason is not None
-        released += text.finish()
-        if scores is not None:
-            # The tokens of a pass after a stop string are not part of the answer.
-            del scores[len(tokens) :]
+            tokens += certain
+            seconds.append(time.perf_counter() - started)
+            ended = text.stopped or tokens[-1] in self.about.stop_tokens
+            last = ended or len(tokens) == max_new_tokens
+            if count and not last:
+                accepted[len(certain) - 1] += 1
+            if not last:
+                yield GenerationChunk("".join(released), certain, log_probabilities=scores and scores[count:])
+                released.clear()
+        released.append(text.finish())
+        decoding = sum(seconds[1:])
         result = GenerationResult(
             text=text.text,
             tokens=tokens,
             prompt_tokens=len(ids),
-            finish_reason=reason,
-            steps=steps,
-            tokens_per_step=len(tokens) / steps,
-            decode_tokens_per_second=(len(tokens) - 1) / (ended - first) if len(tokens) > 1 else 0.0,
-            time_to_first_token_s=first - started,
+            finish_reason="stop" if ended else "length",
+            steps=len(seconds),
+            tokens_per_step=len(tokens) / len(seconds),
+            decode_tokens_per_second=(len(tokens) - 1) / decoding if decoding else 0.0,
+            time_to_first_token_s=seconds[0],
             accepted=tuple(accepted[n] for n in range(max(accepted, default=-1) + 1)),
             seed=sampler.seed,
             log_probabilities=scores,
         )
-        yield GenerationChunk(released, tokens[count:], result, scores and scores[count:])
+        yield GenerationChunk("".join(released), certain, result, scores and scores[count:])
+
+    @contextlib.contextmanager
+    def _used(self) -> Iterator[None]:
+        """Keep the engine for one step: its outputs hold until the next one."""
+        if not self._in_use.acquire(blocking=False):
+            raise InputError(
+                "this generator is at work for another thread, or calls itself from a processor; take turns, or load "
+                "one for each"
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
     def _sizing(self, tree: TreeSizes | None, speculate: bool) -> Sizing:
         steps = self.about.dims.num_steps
@@ -292,10 +315,16 @@ class Generator:
         return FixedSizes(self._checked(tree or self.about.tree))
 
     def _checked(self, sizes: TreeSizes) -> TreeSizes:
+        if not isinstance(sizes, TreeSizes) or not isinstance(sizes.pseudo_rows, Sequence):
+            raise InputError(f"tree must be a runtime.TreeSizes such as TreeSizes(4, (4, 2, 2)), not {sizes!r}")
+        whole("tree_rows", sizes.tree_rows, 1, MOST_ROWS)
+        for rows in sizes.pseudo_rows:
+            whole("each of pseudo_rows", rows, 0, sizes.tree_rows)
         steps = self.about.dims.num_steps
-        if sizes.tree_rows < 1 or len(sizes.pseudo_rows) != steps or min(sizes.pseudo_rows) < 0:
+        if len(sizes.pseudo_rows) != steps or any(sizes.pseudo_rows[sizes.draft_steps :]):
             raise InputError(
-                f"{sizes} does not fit: tree_rows must be at least 1, and pseudo_rows {steps} numbers of at least 0"
+                f"pseudo_rows must be {steps} numbers, one for each draft step of this engine, with none after a 0: a "
+                f"step is of use only after those before it; not {sizes.pseudo_rows}"
             )
         plan = self.about.plan
         if plan and (most := max(sizes.tree_rows, *sizes.pseudo_rows)) > plan.limits.max_rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,18 @@ from runtime.tree import Rows, Tree, chain, lay_out
 
 # Called once for each token, in order, with the base model's logits [V] after all tokens before it; it may keep state.
 Choose = Callable[[NDArray[np.float32]], int]
+# Called once for each token chosen, in order: whether the answer ends with it.
+Ends = Callable[[int], bool]
 
 
 def greedy(logits: NDArray[np.float32]) -> int:
     """Return the most probable token; among equals the smallest, as `argmax` of other libraries."""
     return int(logits.argmax())
+
+
+def never(token: int) -> bool:
+    """Return False: no token ends the answer."""
+    return False
 
 
 def draft_and_verify(
@@ -29,24 +36,25 @@ def draft_and_verify(
     chunk: int,
     choose: Choose = greedy,
     max_new_tokens: int = sys.maxsize,
-    stop_tokens: Collection[int] = (),
+    ends: Ends = never,
 ) -> Iterator[list[int]]:
     """Yield the tokens that follow `prompt`, one list for each engine pass that makes a token certain.
 
     The tokens are those of plain decoding: each is `choose` of the base model's logits after all tokens before it. They
-    end with the first of `stop_tokens`, or after `max_new_tokens`.
+    end with the first that `ends` is true of, or after `max_new_tokens`.
     """
     join_order = engine.dims.join_order
     cache = engine.new_cache()
     token, drafted = process_prompt(engine, cache, prompt, drafter.draft_steps, chunk, choose, drafter.shortlist)
     drafter.begin(prompt)
+    ended = ends(token) or max_new_tokens == 1
     yield [token]
     left = max_new_tokens - 1
-    while left > 0 and token not in stop_tokens:
-        tree, ends = drafter.propose(token, drafted, cache.length)
-        rows = lay_out(tree, ends, join_order, start=cache.length)
+    while not ended:
+        tree, pseudo_parents = drafter.propose(token, drafted, cache.length)
+        rows = lay_out(tree, pseudo_parents, join_order, start=cache.length)
         outputs = engine.run(rows, cache)
-        accepted, token = verify(tree, outputs.logits, choose, left, stop_tokens)
+        accepted, token, ended = verify(tree, outputs.logits, choose, left, ends)
         left -= len(accepted)
         cache.commit(outputs, accepted)
         drafted = drafts_of(accepted[-1], rows, outputs, join_order, drafter.shortlist)
@@ -60,25 +68,30 @@ def verify(
     logits: NDArray[np.float32],
     choose: Choose,
     most: int = sys.maxsize,
-    stop_tokens: Collection[int] = (),
-) -> tuple[list[int], int]:
+    ends: Ends = never,
+) -> tuple[list[int], int, bool]:
     """Walk the tree by the base model's own choice at each node, one choice for each accepted node.
 
-    Returns the accepted nodes, the root first, and the token chosen at the last of them: the next certain token. No
-    child holds it, or it is one of `stop_tokens`, or the last of the `most` that may be chosen. logits [T, V] are the
-    base model's.
+    Returns the accepted nodes, the root first; the token chosen at the last of them, which is the next certain one; and
+    whether the answer ends with it: because `ends` says so, or as it is the last of the `most` that may be chosen.
+    Otherwise no child holds it. logits [T, V] are the base model's.
     """
     accepted = [0]
     while True:
         token = choose(logits[accepted[-1]])
+        if ends(token) or len(accepted) == most:
+            return accepted, token, True
         child = tree.child(accepted[-1], token)
-        if child is None or len(accepted) == most or token in stop_tokens:
-            return accepted, token
+        if child is None:
+            return accepted, token, False
         accepted.append(child)
 
 
 def drafts_of(node: int, rows: Rows, outputs: Outputs, join_order: Sequence[int], count: int) -> list[DraftStep]:
-    """Return the drafts of the pseudo rows of `node`, step 1 first, up to the first step that it has no row of."""
+    """Return the drafts of the pseudo rows of `node`, step 1 first.
+
+    They end before the first step that it has no row of, or whose logits overflowed: a draft may be bad, not fatal.
+    """
     first_row = {}
     row = 0
     for step in join_order:
@@ -89,7 +102,10 @@ def drafts_of(node: int, rows: Rows, outputs: Outputs, join_order: Sequence[int]
         found = np.flatnonzero(parents == node)
         if not len(found):
             break
-        drafts.append(most_probable(outputs.draft_logits[first_row[step] + int(found[0])], count))
+        logits = outputs.draft_logits[first_row[step] + int(found[0])]
+        if not np.isfinite(logits.max()):
+            break
+        drafts.append(most_probable(logits, count))
     return drafts
 
 

@@ -57,7 +57,6 @@ class Sampler:
             or settings.forced_tokens
             or settings.processors
         )
-        self._only_greedy = settings.temperature == 0.0 and not self._processes and not settings.logprobs
         self._logits = np.empty(vocab_size, dtype=np.float32)
         self._weights = np.empty(vocab_size, dtype=np.float32)
         self.log_probabilities: list[TokenLogProbability] | None = [] if settings.logprobs else None
@@ -71,8 +70,6 @@ class Sampler:
 
         Raises `InputError` when no token may be chosen, or when a processor returns something else than logits.
         """
-        if self._only_greedy:
-            return int(logits.argmax())
         processed = self._process(logits) if self._processes else logits
         token = self._draw(processed) if self._settings.temperature else self._greedy(processed)
         if self.log_probabilities is not None:

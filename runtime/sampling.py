@@ -6,15 +6,14 @@ penalties, which it lacks, are those of the OpenAI API and of vLLM.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.checks import number, whole
 from runtime.errors import InputError
 
 # Takes the tokens so far, those of the prompt first, and logits [V], which it may write into; returns logits [V].
@@ -41,7 +40,7 @@ class Sampling:
     - `forced_tokens`, index of a new token, from 0 -> the token that it is.
     - `processors`: each is called exactly once for each token, in order, speculation or not, with the tokens so far
       (not to be changed) and the logits [V], and returns logits [V]. It may keep state, of one request; -inf rules a
-      token out. After a stop string within a pass, it may have seen tokens that are no longer part of the answer.
+      token out.
     - `temperature`, 0 (greedy: the most probable token, the smallest among equals) or 0.01 to 100: divides the logits.
     - `top_k` keeps the k most probable tokens, and all as probable as the last of them.
     - `top_p`, above 0 up to 1, keeps the most probable tokens up to the first with which their probabilities add up to
@@ -89,38 +88,38 @@ class Sampling:
                 )
 
     def _checked(self) -> dict[str, Any]:
-        temperature = _number("temperature", self.temperature, 0.0, LARGEST_FACTOR)
+        temperature = number("temperature", self.temperature, 0.0, LARGEST_FACTOR)
         if 0.0 < temperature < LEAST_FACTOR:
             raise InputError(f"temperature must be 0 (greedy) or {LEAST_FACTOR} to 100, not {temperature}")
-        top_p = None if self.top_p is None else _number("top_p", self.top_p, 0.0, 1.0)
+        top_p = None if self.top_p is None else number("top_p", self.top_p, 0.0, 1.0)
         if top_p == 0.0:
             raise InputError("top_p must be above 0, up to 1, not 0; top_k=1 keeps the most probable token alone")
         return {
             "temperature": temperature,
-            "top_k": None if self.top_k is None else _whole("top_k", self.top_k, 1),
+            "top_k": None if self.top_k is None else whole("top_k", self.top_k, 1),
             "top_p": top_p,
-            "min_p": None if self.min_p is None else _number("min_p", self.min_p, 0.0, 1.0),
-            "repetition_penalty": _number("repetition_penalty", self.repetition_penalty, LEAST_FACTOR, LARGEST_FACTOR),
-            "presence_penalty": _number("presence_penalty", self.presence_penalty, -LARGEST_SHIFT, LARGEST_SHIFT),
-            "frequency_penalty": _number("frequency_penalty", self.frequency_penalty, -LARGEST_SHIFT, LARGEST_SHIFT),
+            "min_p": None if self.min_p is None else number("min_p", self.min_p, 0.0, 1.0),
+            "repetition_penalty": number("repetition_penalty", self.repetition_penalty, LEAST_FACTOR, LARGEST_FACTOR),
+            "presence_penalty": number("presence_penalty", self.presence_penalty, -LARGEST_SHIFT, LARGEST_SHIFT),
+            "frequency_penalty": number("frequency_penalty", self.frequency_penalty, -LARGEST_SHIFT, LARGEST_SHIFT),
             "logit_bias": {
-                _whole("a token in logit_bias", token): _number(
+                whole("a token in logit_bias", token): number(
                     f"logit_bias of token {token}", bias, -LARGEST_SHIFT, LARGEST_SHIFT
                 )
                 for token, bias in _items("logit_bias", self.logit_bias)
             },
             "banned_tokens": tuple(
-                _whole("a token in banned_tokens", token)
+                whole("a token in banned_tokens", token)
                 for token in _elements("banned_tokens", self.banned_tokens, "token ids")
             ),
             "forced_tokens": {
-                _whole("an index in forced_tokens", index): _whole(f"forced token {index}", token)
+                whole("an index in forced_tokens", index): whole(f"forced token {index}", token)
                 for index, token in _items("forced_tokens", self.forced_tokens)
             },
-            "min_new_tokens": _whole("min_new_tokens", self.min_new_tokens),
+            "min_new_tokens": whole("min_new_tokens", self.min_new_tokens),
             "processors": _processors(self.processors),
-            "seed": None if self.seed is None else _whole("seed", self.seed, 0, LARGEST_SEED),
-            "logprobs": _whole("logprobs", self.logprobs),
+            "seed": None if self.seed is None else whole("seed", self.seed, 0, LARGEST_SEED),
+            "logprobs": whole("logprobs", self.logprobs),
         }
 
 
@@ -133,27 +132,6 @@ class TokenLogProbability:
     token: int
     log_probability: float
     best: list[tuple[int, float]]
-
-
-def _number(name: str, value: object, least: float, most: float) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise InputError(f"{name} must be a number from {least:g} to {most:g}, not {value!r}")
-    number = float(value)
-    # False for NaN too.
-    if not least <= number <= most:
-        raise InputError(f"{name} must be from {least:g} to {most:g}, not {number}")
-    return number
-
-
-def _whole(name: str, value: object, least: int = 0, most: float = math.inf) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise InputError(f"{name} must be a whole number, not {value!r}")
-    number = int(value)
-    if number < least:
-        raise InputError(f"{name} must be at least {least}, not {number}")
-    if number > most:
-        raise InputError(f"{name} must be at most {most}, not {number}")
-    return number
 
 
 def _elements(name: str, value: object, what: str) -> Iterable[object]:

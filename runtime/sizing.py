@@ -95,7 +95,7 @@ class FixedSizes:
 
 @dataclass(frozen=True)
 class Menu:
-    """Sizes that may be chosen, N of them, the first those of plain decoding; and the time that a pass of each takes.
+    """Sizes that may be chosen, N of them, the first those of plain decoding; and the time that a step of each takes.
 
     seconds [C, N] at C contexts [C], in tokens cached, ascending; linear between and beyond them.
     """
@@ -112,7 +112,7 @@ class Menu:
         start, end = self.contexts[upper - 1], self.contexts[upper]
         share = max(0.0, (context - start) / (end - start))
         found = self.seconds[upper - 1] * (1 - share) + self.seconds[upper] * share
-        # Where a longer context was faster by chance, passes would end before they began.
+        # Where a longer context was faster by chance, steps would end before they began.
         return np.maximum(found, self._fastest)
 
     @cached_property
@@ -123,7 +123,7 @@ class Menu:
 class AdaptiveSizes:
     """Sizes from a menu, by the probabilities of each tree and by what drafts have brought so far in this text.
 
-    Time is counted in plain passes. `rate`, the tokens of a plain pass' time, and `draft_value`, the tokens that the
+    Time is counted in plain steps. `rate`, the tokens of a plain step's time, and `draft_value`, the tokens that the
     drafts of one node add to the next step beyond their cost, are what to begin with.
     """
 

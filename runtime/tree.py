@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 from runtime.drafts import Drafts, IntArray
 
+# No tree is larger: beyond it a pass is no faster than the passes that it saves.
+MOST_ROWS = 1024
+
 
 @dataclass(frozen=True)
 class TreeSizes:

@@ -8,6 +8,7 @@ seconds of each, and what to begin with (see `runtime.sizing.AdaptiveSizes`). A 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -25,11 +26,11 @@ from runtime.errors import EngineFileError
 from runtime.files import write_json
 from runtime.loop import drafts_of, greedy, verify
 from runtime.sizing import FixedSizes, Menu, Sizing
-from runtime.tree import TreeSizes, chain, lay_out, likely_ends
+from runtime.tree import MOST_ROWS, TreeSizes, chain, lay_out, likely_ends
 
 FORMAT = "hidden-transfer-tuning"
 FORMAT_VERSION = 1
-# Seconds that the calibration at first load may take, more or less.
+# Seconds that measuring at first load may take, more or less.
 QUICK_SECONDS = 4.0
 QUICK_CONTEXTS = (128, 1024)
 QUICK_REPEATS = 4
@@ -48,7 +49,8 @@ NewDrafter = Callable[[Sizing], Drafter]
 class Tuning:
     """What was measured of one engine on one device.
 
-    `rate` and `draft_value` are as for `AdaptiveSizes`. `kind` is "quick" or "full"; `about` tells how it was measured.
+    `engine_sha256` is the engine's identity; `rate` and `draft_value` are as for `AdaptiveSizes`. `kind` is "quick" or
+    "full"; `about` tells how it was measured.
     """
 
     device: str
@@ -70,7 +72,9 @@ def cpu_name(threads: int | None) -> str:
     information = Path("/proc/cpuinfo")
     lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.processor() or platform.machine()}, {threads or 'all'} threads"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    used = f"{threads} threads" if threads else f"all threads of {cores} cores"
+    return f"{model or platform.processor() or platform.machine()}, {used}"
 
 
 def device_name(engine: Engine, threads: int | None) -> str:
@@ -122,6 +126,8 @@ def measure(
     for number, context in enumerate(contexts):
         # A third of each context's share is for filling the cache, another for the first turn of every size.
         filled, turned, end = (start + seconds * (number + share / 3) / len(contexts) for share in (1, 2, 3))
+        # Without a first turn there is nothing to choose from.
+        turned = turned if best else start + seconds * 2 / 3
         steps.fill(context, filled)
         if best and (steps.length == reached[-1] or time.perf_counter() + 2 * sum(best[-1]) > end):
             break
@@ -274,7 +280,7 @@ def _parse(entry: dict[str, Any], dims: GraphDims) -> Tuning:
     seconds = np.array([one["milliseconds"] for one in entry["sizes"]], dtype=np.float64).T / 1e3
     for one in sizes:
         whole = all(isinstance(rows, int) and rows >= 0 for rows in (one.tree_rows, *one.pseudo_rows))
-        if not whole or one.tree_rows < 1 or len(one.pseudo_rows) != dims.num_steps:
+        if not whole or not 1 <= one.tree_rows <= MOST_ROWS or len(one.pseudo_rows) != dims.num_steps:
             raise ValueError(f"sizes ({one})")
     if not sizes or sizes[0] != TreeSizes.plain(dims.num_steps):
         raise ValueError("sizes (the first are not those of plain decoding)")

@@ -59,6 +59,7 @@ def conditions_of(
         "sampling": _sampling(settings),
         "without_ngrams_too": settings.without_ngrams,
         "transformers": settings.model and without_folders(settings.model),
+        "transformers_precision": settings.model and "float32",
         "prompt_lookup": settings.prompt_lookup,
         "versions": _versions(libraries),
     }
@@ -132,11 +133,13 @@ def _tree(generator: Generator, fixed: TreeSizes | None) -> dict[str, Any]:
         # As exact as in the file that keeps them: read from there they are the same.
         milliseconds = [[round(1e3 * float(seconds), 4) for seconds in row] for row in tuning.menu.seconds]
         menu = repr((tuning.menu.sizes, tuning.menu.contexts, milliseconds, tuning.rate, tuning.draft_value))
+        # A quick one may have been measured for this run alone, where it cannot be kept.
+        full = tuning.kind == "full"
         return {
             "adaptive": True,
             "tuning": tuning.kind,
-            "menu": len(tuning.menu.sizes),
-            "menu_sha256": hashlib.sha256(menu.encode()).hexdigest(),
+            "menu": len(tuning.menu.sizes) if full else None,
+            "menu_sha256": hashlib.sha256(menu.encode()).hexdigest() if full else None,
         }
     sizes = fixed or generator.about.tree
     return {"adaptive": False, "tree_rows": sizes.tree_rows, "pseudo_rows": list(sizes.pseudo_rows)}

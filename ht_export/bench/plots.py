@@ -17,7 +17,7 @@ FILES = ("speedup.png", "tokens_per_step.png", "acceptance.png")
 
 def plot_results(results: dict[str, Any], folder: Path) -> list[Path]:
     """Draw speed-up and tokens per step of each way by task, and acceptance by depth; return the files."""
-    groups = {"overall": results["overall"], **results["tasks"]}
+    groups = [("overall", results["overall"]), *((task or "(none)", one) for task, one in results["tasks"].items())]
     drawn = [
         _bars(groups, "speedup", "speed-up over plain decoding"),
         _bars(groups, "tokens_per_step", "tokens per step"),
@@ -30,16 +30,16 @@ def plot_results(results: dict[str, Any], folder: Path) -> list[Path]:
     return paths
 
 
-def _bars(groups: dict[str, dict[str, Any]], key: str, label: str) -> Figure:
+def _bars(groups: Sequence[tuple[str, dict[str, Any]]], key: str, label: str) -> Figure:
     """Draw a group of bars for each task, a bar in it for each way; plain decoding is the line at its own height."""
-    ways = [way for way in groups["overall"]["ways"] if way != PLAIN]
+    ways = [way for way in groups[0][1]["ways"] if way != PLAIN]
     figure, axes = _figure(max(7.0, 2.0 + 0.3 * len(groups) * (len(ways) + 1)))
     width = 0.8 / len(ways)
     for index, way in enumerate(ways):
         places = [group + (index - (len(ways) - 1) / 2) * width for group in range(len(groups))]
-        axes.bar(places, [one["ways"][way][key] for one in groups.values()], width, label=_title(way))
+        axes.bar(places, [one["ways"][way][key] for _, one in groups], width, label=_title(way))
     axes.axhline(1.0, color="black", linewidth=0.8, label="plain")
-    axes.set_xticks(range(len(groups)), [task or "(none)" for task in groups], rotation=30, ha="right")
+    axes.set_xticks(range(len(groups)), [task for task, _ in groups], rotation=30, ha="right")
     axes.set_ylabel(label)
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
@@ -54,7 +54,7 @@ def _acceptance(results: dict[str, Any]) -> Figure:
         label = f"{_title(SPECULATIVE)}: {task or '(none)'}"
         _line(axes, summary["acceptance"], label=label, linewidth=0.8, linestyle=":")
     axes.set_xlabel("depth")
-    axes.set_ylabel("share accepted, given the depth before")
+    axes.set_ylabel("share of steps that accepted one less")
     axes.set_ylim(0, 1)
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside right upper", fontsize=8)

@@ -16,9 +16,9 @@ def progress(description: str, quiet: bool) -> Iterator[Callable[[int, int], Non
     elif importlib.util.find_spec("rich"):
         from ht_export.progress import progress_bar
 
-        with progress_bar() as bar:
+        with progress_bar(auto_refresh=False) as bar:
             task = bar.add_task(description, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            yield lambda done, total: bar.update(task, completed=done, total=total, refresh=True)
     else:
         print(f"{description}; with rich installed there is a bar", file=sys.stderr)
         yield lambda done, total: None

@@ -85,8 +85,8 @@ class Results:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _damaged(path, error) from error
+    except ValueError:
+        found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") != FORMAT_VERSION:
         raise InputError(f"{path} does not hold results of this version of ht-bench run; choose another --json")
     if not isinstance(found.get("conditions"), dict) or not isinstance(found.get("rows"), list):

@@ -123,13 +123,12 @@ def _check_outputs(with_transformers: bool, json: Path | None, plots: Path | Non
 
 
 def _settings(options: argparse.Namespace) -> BenchSettings:
-    from ht_export.bench.settings import DEFAULT_THREADS, BenchSettings, seeds_of
+    from ht_export.bench.settings import BenchSettings, seeds_of
     from runtime.sampling import Sampling
     from runtime.tree import TreeSizes
 
     if (options.tree_rows is None) != (options.pseudo_rows is None):
         raise InputError("--tree-rows and --pseudo-rows go together; give both, or neither")
-    on_gpu = options.device == "cuda" or options.engine.suffix == ".plan"
     sampling = Sampling(
         temperature=options.temperature,
         top_k=options.top_k,
@@ -147,13 +146,13 @@ def _settings(options: argparse.Namespace) -> BenchSettings:
         max_new_tokens=options.max_new_tokens,
         repeats=options.repeats,
         warm_up=options.warm_up,
-        threads=DEFAULT_THREADS if options.threads is None and not on_gpu else options.threads,
+        threads=options.threads,
         device=options.device,
         sampling=sampling,
         seeds=seeds_of(sampling, options.seed, options.seeds),
         tree=None if options.tree_rows is None else TreeSizes(options.tree_rows, options.pseudo_rows),
         prompt_lookup=options.prompt_lookup,
-        without_ngrams=options.no_ngrams,
+        without_ngrams=options.without_ngrams,
     )
 
 
@@ -176,12 +175,14 @@ def _add_prompts(group: argparse._ArgumentGroup) -> None:
 
 def _add_ways(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", choices=("cpu", "cuda"), help="where an .onnx engine runs (default: cpu)")
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads of everything (default: 2)")
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of everything (default: all physical cores)"
+    )
     group.add_argument("--tree-rows", type=int, metavar="T", help="candidates of every pass, instead of adapting")
     group.add_argument(
         "--pseudo-rows", type=integers, metavar="R1,R2,...", help="with it: pseudo rows of each draft step"
     )
-    group.add_argument("--no-ngrams", action="store_true", help="also measure without n-gram branches in the tree")
+    group.add_argument("--without-ngrams", action="store_true", help="also measure trees without n-gram branches")
     group.add_argument(
         "--compare",
         type=_name_and_path,
@@ -193,7 +194,9 @@ def _add_ways(group: argparse._ArgumentGroup) -> None:
     )
     model = group.add_mutually_exclusive_group()
     model.add_argument(
-        "--model", default=DEFAULT_MODEL, help=f"the engine's base model, for transformers (default: {DEFAULT_MODEL})"
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"the engine's base model, for transformers, which runs it in float32 (default: {DEFAULT_MODEL})",
     )
     model.add_argument("--no-transformers", action="store_true", help="leave transformers out; needs the runtime only")
     group.add_argument("--prompt-lookup", action="store_true", help="also measure transformers with prompt lookup")
@@ -201,9 +204,9 @@ def _add_ways(group: argparse._ArgumentGroup) -> None:
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy")
-    group.add_argument("--top-k", type=int, metavar="K")
-    group.add_argument("--top-p", type=float, metavar="P")
-    group.add_argument("--min-p", type=float, metavar="P")
+    group.add_argument("--top-k", type=int, metavar="K", help="default: all tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="default: 1")
+    group.add_argument("--min-p", type=float, metavar="P", help="default: 0")
     group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1")
     group.add_argument("--seed", type=int, metavar="N", help="the first seed (default: 0)")
     group.add_argument("--seeds", type=int, metavar="N", help="seeds that each prompt is run with (default: 3)")

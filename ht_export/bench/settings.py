@@ -19,7 +19,6 @@ TRANSFORMERS = "transformers"
 PROMPT_LOOKUP = "prompt_lookup"
 NAMES = (PLAIN, SPECULATIVE, WITHOUT_NGRAMS, TRANSFORMERS, PROMPT_LOOKUP)
 
-DEFAULT_THREADS = 2
 DEFAULT_SEEDS = 3
 
 
@@ -28,7 +27,7 @@ class BenchSettings:
     """`compare` has the name and the file of each other engine; `model` is None to leave transformers out.
 
     `sampling` is without a seed; `seeds` has those that each prompt is run with, (None,) for greedy decoding. `tree`
-    None leaves it to the engine. `threads` None is for engines on a GPU. `device` is as for `Generator`.
+    None leaves it to the engine. `threads` None takes all physical cores. `device` is as for `Generator`.
     """
 
     engine: Path
@@ -40,7 +39,7 @@ class BenchSettings:
     max_new_tokens: int = 128
     repeats: int = 3
     warm_up: int = 1
-    threads: int | None = DEFAULT_THREADS
+    threads: int | None = None
     device: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     seeds: tuple[int | None, ...] = (None,)

@@ -52,10 +52,10 @@ def group_summary(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def acceptance(accepted: Sequence[int]) -> list[float]:
-    """Return by depth, from 1, how often a drafted token was accepted given that those before it were.
+    """Return by depth, from 1, how often a step accepted so many tokens, given that it accepted those before.
 
-    accepted[n] counts steps that accepted n: [50, 30, 20] is accepted at depth 1 in half of them, and at depth 2 in 20
-    of those 50.
+    Steps that did not draft so deep count too. accepted[n] counts steps that accepted n: with [50, 30, 20] depth 1 is
+    accepted in half of them, and depth 2 in 20 of those 50.
     """
     reached = [sum(accepted[depth:]) for depth in range(len(accepted))]
     return [reached[depth] / reached[depth - 1] for depth in range(1, len(reached))]
@@ -115,8 +115,10 @@ def _way_summary(rows: Sequence[Row], name: str) -> dict[str, Any]:
 
 
 def _decode_speeds(runs: Sequence[Runs], plain: Sequence[Runs]) -> tuple[float, float] | tuple[None, None]:
-    """Return the means over answers of more than one token: of one there is no decoding after the first."""
-    long = [pair for pair in zip(runs, plain, strict=True) if all(min(run.new_tokens) > 1 for run in pair)]
+    """Return the means over answers of more than one step: of one there is no decoding after the first."""
+    long = [
+        pair for pair in zip(runs, plain, strict=True) if all(min(run.decode_tokens_per_second) > 0 for run in pair)
+    ]
     if not long:
         return None, None
     speed, plain_speed = (_mean(side, lambda run: run.decode_tokens_per_second) for side in zip(*long, strict=True))

@@ -49,6 +49,7 @@ def describe(conditions: dict[str, Any]) -> str:
         f"median of {conditions['repeats']}",
         f"commit {conditions['commit']}" if conditions["commit"] else "",
         conditions["date"],
+        *(f"continued on {run['date']} with commit {run['commit']}" for run in conditions.get("continued", ())),
     ]
     return ", ".join(filter(None, parts))
 
@@ -85,7 +86,7 @@ def _main_table(groups: dict[str, dict[str, Any]]) -> str:
     ]
     if next(iter(groups.values()))["transformers_tokens_per_second"]:
         columns += [
-            ("`transformers` tokens/s", lambda one: _number(one["transformers_tokens_per_second"], 1)),
+            ("`transformers` float32 tokens/s", lambda one: _number(one["transformers_tokens_per_second"], 1)),
             ("plain / `transformers`", lambda one: _number(one["plain_over_transformers"])),
         ]
     rows = [[task, *(cell(one) for _, cell in columns)] for task, one in groups.items()]
@@ -100,18 +101,18 @@ def _way_table(groups: dict[str, dict[str, Any]], ways: Sequence[str], figure: s
 def _acceptance_table(groups: dict[str, dict[str, Any]], ways: Sequence[str]) -> str:
     """Return acceptance by depth: of speculative decoding by task, of other ways overall."""
     overall = next(iter(groups.values()))
-    found = {task: one["acceptance"] for task, one in groups.items()}
-    found |= {TITLES.get(way, way): overall["ways"][way]["acceptance"] for way in ways if way != SPECULATIVE}
-    depths = max(map(len, found.values()))
+    found = [(task, one["acceptance"]) for task, one in groups.items()]
+    # Ways that draft nothing have no numbers.
+    others = [(TITLES.get(way, way), overall["ways"][way]["acceptance"]) for way in ways if way != SPECULATIVE]
+    found += [pair for pair in others if pair[1]]
+    depths = max(len(shares) for _, shares in found)
     if not depths:
         return "No drafted token was accepted."
-    # Ways that draft nothing, and tasks in which nothing was accepted, have no numbers.
     rows = [
         [name, *(_number(shares[depth]) if depth < len(shares) else "-" for depth in range(depths))]
-        for name, shares in found.items()
-        if shares or name in groups
+        for name, shares in found
     ]
-    return "Accepted by depth, given the depth before:\n\n" + _table(
+    return "Steps that accepted so many drafted tokens, of those that accepted one less:\n\n" + _table(
         ["task", *(str(depth) for depth in range(1, depths + 1))], rows
     )
 

@@ -1,4 +1,4 @@
-"""`ht-bench tune`: how long an engine's passes take on this device, and which sizes bring the most tokens a second."""
+"""`ht-bench tune`: how long an engine's steps take on this device, and which sizes bring the most tokens a second."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from runtime.tuning import Tuning
 
 CONTEXTS = (64, 512, 2048)
+COUNT = 16
+MAX_NEW_TOKENS = 128
 # Sizes that so small a share of steps chose are left out of the menu.
 RARE = 0.01
 
@@ -31,8 +33,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the subcommand."""
     parser = commands.add_parser(
         "tune",
-        help="measure passes on this device and find the sizes that pay",
-        description="Time the engine's passes over tree sizes and context lengths, decode prompts with the sizes that "
+        help="measure steps on this device and find the sizes that pay",
+        description="Time the engine's steps over tree sizes and context lengths, decode prompts with the sizes that "
         "pay best step by step, and keep the result beside the engine (ENGINE.tuning.json), where every load on this "
         "device finds it. Run it on a quiet machine, with the number of threads that you will use.",
         epilog="example: ht-bench tune engine.onnx --prompts prompts.jsonl --count 16 --threads 4",
@@ -40,16 +42,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(work=tune, interrupted="interrupted; nothing was written")
     parser.add_argument("engine", type=Path, help="engine file made by ht-export (.onnx or .plan)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="JSON lines with 'prompt' or 'turns' to decode")
-    parser.add_argument("--count", type=int, default=16, metavar="N", help="prompts to use (default: 16)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of each answer (default: 128)")
+    parser.add_argument("--count", type=int, metavar="N", help=f"prompts to use (default: {COUNT})")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"of each answer (default: {MAX_NEW_TOKENS})")
     parser.add_argument(
         "--contexts",
         type=integers,
         metavar="N,N,...",
-        help="tokens in the cache to time passes at (default: those of "
-        f"{','.join(map(str, CONTEXTS))} that the engine has room for)",
+        help="tokens in the cache to time steps at (default: "
+        f"{','.join(map(str, CONTEXTS))}, or what the engine has room for)",
     )
-    parser.add_argument("--repeats", type=int, default=12, metavar="N", help="of each pass (default: 12)")
+    parser.add_argument("--repeats", type=int, default=12, metavar="N", help="of each step (default: 12)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where an .onnx engine runs (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all physical cores)")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
@@ -67,15 +69,17 @@ def tune(options: argparse.Namespace) -> int:
         ("--max-new-tokens", options.max_new_tokens),
         ("--repeats", options.repeats),
     ):
-        if number < 1:
+        if number is not None and number < 1:
             raise InputError(f"{name} must be at least 1, not {number}")
-    prompts = evenly(read_conversations(options.prompts), options.count) if options.prompts else []
+        if number is not None and name != "--repeats" and not options.prompts:
+            raise InputError(f"{name} is for --prompts; add it, or leave {name} out")
+    prompts = evenly(read_conversations(options.prompts), options.count or COUNT) if options.prompts else []
     generator = Generator(options.engine, device=options.device, threads=options.threads, adapt=False)
     check_writable(tuning_path(options.engine))
     texts = [_encoded(generator, prompt) for prompt in prompts]
     tuning = measure_menu(generator, options.contexts, options.repeats, options.threads, options.quiet)
     if texts:
-        tuning = decode(generator, tuning, texts, options.max_new_tokens, options.quiet)
+        tuning = decode(generator, tuning, texts, options.max_new_tokens or MAX_NEW_TOKENS, options.quiet)
     write_tuning(options.engine, tuning)
     print(to_markdown(tuning))
     return 0
@@ -102,7 +106,7 @@ def measure_menu(
         menu = measure(generator.engine, sizes, chosen, repeats, progress=tell, new_drafter=generator.new_drafter)
     device = device_name(generator.engine, threads)
     measured = {"seconds": round(time.perf_counter() - start, 1), "repeats": repeats}
-    return Tuning(device, about.graph.sha256, menu, kind="full", about=measured)
+    return Tuning(device, about.identity, menu, kind="full", about=measured)
 
 
 def decode(
@@ -124,7 +128,7 @@ def decode(
                 generator.new_drafter(_Counted(sizing, chosen)),
                 generator.about.prompt_chunk,
                 max_new_tokens=min(max_new_tokens, generator.about.max_context - len(ids)),
-                stop_tokens=generator.about.stop_tokens,
+                ends=generator.about.stop_tokens.__contains__,
             )
             lengths = [len(certain) for certain in answer]
             tokens, steps = tokens + sum(lengths), steps + len(lengths)
@@ -177,14 +181,14 @@ def to_markdown(tuning: Tuning) -> str:
     """Return the menu as a table, and a line on what was decoded."""
     menu = tuning.menu
     heads = [f"ms at {context}" for context in menu.contexts]
-    lines = ["| sizes | " + " | ".join([*heads, "of a plain pass", "steps"]) + " |"]
+    lines = ["| sizes | " + " | ".join([*heads, "of a plain step", "times chosen"]) + " |"]
     lines.append("| --- |" + " ---: |" * (len(heads) + 2))
     for number, sizes in enumerate(menu.sizes):
         times = [f"{1e3 * seconds:.2f}" for seconds in menu.seconds[:, number]]
         share = f"{menu.seconds[0, number] / menu.seconds[0, 0]:.2f}"
         steps = str(tuning.about.get("steps", {}).get(_name(sizes), ""))
         lines.append(f"| {_name(sizes)} | " + " | ".join([*times, share, steps]) + " |")
-    lines.append(f"\n{tuning.device}; a pass of 4(4,2,2) has 4 candidates, and pseudo rows for 4, 2 and 2 of them.")
+    lines.append(f"\n{tuning.device}; a step of 4(4,2,2) has 4 candidates, and pseudo rows for 4, 2 and 2 of them.")
     if "tokens_per_step" in tuning.about:
         lines.append(
             f"{tuning.about['prompts']} prompts: {tuning.about['tokens_per_step']:.2f} tokens per step, expected to be "

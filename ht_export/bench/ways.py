@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from ht_export.bench.settings import PLAIN, SPECULATIVE, WITHOUT_NGRAMS, BenchSettings, Job
 from runtime.candidates import candidates
+from runtime.engine_file import read_engine_file
 from runtime.errors import InputError, PromptTooLongError
-from runtime.generator import Generator
+from runtime.generator import Generator, on_cpu
 from runtime.sampler import PositionedRandom
+from runtime.sampling import Sampling
 
 # A token whose logit is this near to the largest one, or, when sampling, this near in probability to being drawn, may
 # be chosen instead of it where arithmetic is done in another order.
@@ -27,8 +29,8 @@ TIE = 1e-4
 class Answer:
     """One run of one prompt: the new `tokens`, an end-of-text token included, and the `seconds` that all took.
 
-    `steps` counts the passes that made tokens certain, the prompt's included; `accepted[n]` those after the prompt's
-    that accepted n drafted tokens, where drafts are counted.
+    `steps` counts the passes that made tokens certain, the prompt's included; `accepted[n]` those between the prompt's
+    and the last that accepted n drafted tokens, where drafts are counted.
     """
 
     tokens: list[int]
@@ -38,6 +40,9 @@ class Answer:
     steps: int
     accepted: tuple[int, ...] = ()
 
+
+# What engines must have in common so that they have the same answer to a prompt.
+ALIKE = ("base model", "tokenizer", "chat template", "stop tokens", "context limit")
 
 # How near plain decoding was to the other answer where they part: gap(job, plain tokens, own tokens, position).
 Gap = Callable[[Job, Sequence[int], Sequence[int], int], float]
@@ -56,21 +61,41 @@ class Way:
 
 
 def load_engines(settings: BenchSettings) -> tuple[Generator, dict[str, Generator]]:
-    """Load the engine, and those to compare with, by name. Raises `InputError`, also for another base model."""
+    """Load the engine, and those to compare with, by name.
+
+    Raises `InputError`, also for engines that do not run on one device, or would not answer a prompt alike.
+    """
 
     def load(path: Path) -> Generator:
         return Generator(path, device=settings.device, threads=settings.threads)
 
+    paths = [settings.engine, *(path for _, path in settings.compare)]
+    places = [(path, on_cpu(read_engine_file(path), settings.device)) for path in paths]
+    if len({cpu for _, cpu in places}) > 1:
+        found = ", ".join(f"{path} on the {'CPU' if cpu else 'GPU'}" for path, cpu in places)
+        raise InputError(f"--compare: engines must run on one device, not {found}; see --device")
     generator = load(settings.engine)
     others = {name: load(path) for name, path in settings.compare}
-    model = generator.about.base_model
     for name, other in others.items():
-        if other.about.base_model["weights_sha256"] != model["weights_sha256"]:
-            raise InputError(
-                f"--compare {name}: that engine is of another base model ({other.about.base_model['name']}) than "
-                f"{settings.engine} ({model['name']}); compare engines of one model"
-            )
+        for what, one, another in zip(ALIKE, _alike(generator), _alike(other), strict=True):
+            if one != another:
+                raise InputError(
+                    f"--compare {name}: that engine has another {what} ({another}) than {settings.engine} ({one}); "
+                    "compare engines of one model, exported alike"
+                )
     return generator, others
+
+
+def _alike(generator: Generator) -> tuple[Any, ...]:
+    """Return what ALIKE names."""
+    about = generator.about
+    return (
+        f"{about.base_model['name']}, {about.base_model['weights_sha256'][:12]}",
+        about.tokenizer.sha256[:12],
+        about.chat_template and about.chat_template.sha256[:12],
+        about.stop_tokens,
+        about.max_context,
+    )
 
 
 def check_jobs(
@@ -139,6 +164,7 @@ def plain_gap(generator: Generator, job: Job, other: Sequence[int], position: in
     """
     if position >= len(other):
         return math.inf
+    # Of each token chosen, with the options that act before sampling done.
     seen: list[NDArray[np.float32]] = []
 
     def remember(tokens: Sequence[int], logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -147,6 +173,8 @@ def plain_gap(generator: Generator, job: Job, other: Sequence[int], position: in
 
     watched = replace(job.sampling, processors=[*job.sampling.processors, remember])
     generator.generate(job.text, max_new_tokens=position + 1, sampling=watched, speculate=False)
+    if position >= len(seen):
+        return math.inf
     logits, token = seen[position], other[position]
     if not job.sampling.temperature:
         return float(logits.max() - logits[token])
@@ -154,9 +182,29 @@ def plain_gap(generator: Generator, job: Job, other: Sequence[int], position: in
 
 
 def _drawn_gap(logits: NDArray[np.float32], token: int, job: Job, place: int) -> float:
+    """Return the gap of a draw; the least one where rounding may leave out the last token that is kept, or keep one
+    more: all boundaries between tokens move then.
+    """
     sampling = job.sampling
-    assert sampling.seed is not None
     scaled = logits / np.float32(sampling.temperature)
+    gaps = [_gap_within(scaled, token, sampling, place)]
+    if sampling.top_k is not None and 1 < sampling.top_k < len(scaled):
+        falling = np.sort(scaled)[::-1]
+        for other in (sampling.top_k - 1, sampling.top_k + 1):
+            if abs(falling[other - 1] - falling[sampling.top_k - 1]) < TIE or (
+                other < sampling.top_k and falling[other] - falling[sampling.top_k] < TIE
+            ):
+                gaps.append(_gap_within(scaled, token, replace(sampling, top_k=other), place))
+    for shift in (-TIE, TIE):
+        if sampling.top_p is not None and 0.0 < sampling.top_p + shift <= 1.0:
+            gaps.append(_gap_within(scaled, token, replace(sampling, top_p=sampling.top_p + shift), place))
+        if sampling.min_p and sampling.min_p * (1 + shift) <= 1.0:
+            gaps.append(_gap_within(scaled, token, replace(sampling, min_p=sampling.min_p * (1 + shift)), place))
+    return min(gaps)
+
+
+def _gap_within(scaled: NDArray[np.float32], token: int, sampling: Sampling, place: int) -> float:
+    assert sampling.seed is not None
     tokens, weights = candidates(
         scaled, float(scaled.max()), top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
     )

@@ -55,5 +55,5 @@ class Engine(Protocol):
         ...
 
     def run(self, rows: Rows, cache: Any) -> Outputs:
-        """Run `rows` once over the valid rows of `cache`, a `Cache` of this engine, which stays as it is."""
+        """Run `rows` once over the valid rows of `cache`, a `Cache` of this engine, which stay as they are."""
         ...

@@ -1,4 +1,6 @@
-"""The portable graph in ONNX Runtime, on the CPU: what the graph made for the CPU is compared with."""
+"""The portable graph in ONNX Runtime, on the CPU: what the graph lowered for it is compared with, and what runs where
+there is none, as in half precision.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import numpy as np
 from runtime import bindings
 from runtime.bindings import Binding, GraphDims
 from runtime.cache import KeyValueCache
+from runtime.checks import MOST_THREADS, whole
 from runtime.engines import Outputs
 from runtime.errors import EngineFileError, InputError
 from runtime.tree import Rows
@@ -70,9 +73,7 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
-        if threads < 1:
-            raise InputError(f"threads must be at least 1, not {threads}")
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = whole("threads", threads, 1, MOST_THREADS)
     try:
         session = onnxruntime.InferenceSession(path, options, providers=list(providers))
     except Exception as error:
@@ -83,8 +84,15 @@ def open_session(
     for found, expected in ((session.get_inputs(), inputs), (session.get_outputs(), outputs)):
         names = [value.name for value in found]
         wanted = [binding.name for binding in expected]
-        if names != wanted:
-            odd = sorted(set(names) ^ set(wanted)) or names
+        odd = [] if names == wanted else sorted(set(names) ^ set(wanted)) or names
+        odd += [
+            value.name
+            for value, binding in zip(found, expected, strict=False)
+            # Dynamic dimensions have names, or none.
+            for size, fixed in zip(value.shape, binding.shape, strict=False)
+            if isinstance(size, int) and isinstance(fixed, int) and size != fixed
+        ]
+        if odd:
             raise EngineFileError(
                 f"{path} does not have the graph its engine.json describes ({odd[0]}); export it again"
             )

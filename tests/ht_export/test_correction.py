@@ -23,6 +23,6 @@ def test_the_tables_add_to_each_logit_what_the_network_does(tiny_checkpoint: str
         for before in (3, 100):
             shift = network(step, parts.embed(torch.tensor(before)))
             expected = parts.head(shift).detach().numpy()
-            found = tables.of(step, tokens, before)
+            found = tables.after(tables.rows(step, tokens), before)
             # Up to a constant, which no softmax sees.
             np.testing.assert_allclose(found, expected - expected.mean(), atol=1e-4)

@@ -44,7 +44,7 @@ def test_a_correction_of_the_whole_vocabulary_is_that_of_the_logits(seed: int, b
     logits = np.random.default_rng(seed).standard_normal(VOCAB).astype(np.float32)
     correction = random_correction(seed, 1)
     found = CorrectedDrafts([most_probable(logits, VOCAB)], correction, count).after(0, before)
-    raised = logits + correction.of(0, np.arange(VOCAB), before)
+    raised = logits + correction.after(correction.rows(0, np.arange(VOCAB)), before)
     softmax = np.exp(raised) / np.exp(raised).sum()
     assert found.tokens.tolist() == np.argsort(-softmax)[:count].tolist()
     np.testing.assert_allclose(found.probabilities, softmax[found.tokens], rtol=1e-4)
@@ -147,8 +147,8 @@ def test_tables_come_back_from_their_file(tmp_path: Path) -> None:
     correction.write(tmp_path / "c.npy")
     found = TokenCorrection.read(tmp_path / "c.npy", VOCAB, 3)
     for step in range(3):
-        expected = correction.of(step, np.arange(VOCAB), 5)
-        np.testing.assert_allclose(found.of(step, np.arange(VOCAB), 5), expected, atol=2e-2)
+        expected = correction.after(correction.rows(step, np.arange(VOCAB)), 5)
+        np.testing.assert_allclose(found.after(found.rows(step, np.arange(VOCAB)), 5), expected, atol=2e-2)
 
 
 def test_tables_that_do_not_fit(tmp_path: Path) -> None:

@@ -124,14 +124,19 @@ def test_without_being_asked_for_there_are_no_log_probabilities(generator: Gener
 
 
 def test_steps_are_counted_by_the_drafted_tokens_that_they_accepted(generator: Generator) -> None:
-    result = generator.generate("Stop here", max_new_tokens=33, tree=WIDE)
+    chunks = list(generator.stream("Stop here", max_new_tokens=33, tree=WIDE))
+    result = chunks[-1].result
+    assert result is not None
     assert len(result.accepted) > 1
     assert result.accepted[-1] > 0
-    assert sum(result.accepted) == result.steps - 1
-    assert 1 + sum((count + 1) * steps for count, steps in enumerate(result.accepted)) == len(result.tokens) == 33
+    # Neither the prompt's step nor the one that the end cut short.
+    between = [len(chunk.tokens) - 1 for chunk in chunks[1:-1]]
+    assert result.accepted == tuple(between.count(count) for count in range(max(between) + 1))
+    assert result.steps == len(chunks)
     plain = generator.generate("Stop here", max_new_tokens=33, speculate=False)
-    assert plain.accepted == (32,)
-    assert generator.generate("Stop here", max_new_tokens=1).accepted == ()
+    assert plain.accepted == (31,)
+    for few in (1, 2):
+        assert generator.generate("Stop here", max_new_tokens=few, speculate=False).accepted == ()
 
 
 @pytest.mark.parametrize("way", [{"tree": WIDE}, {"speculate": False}])
@@ -166,7 +171,47 @@ def test_a_stop_string_leaves_no_log_probabilities_of_tokens_after_it(generator:
         count = len(result.tokens)
         assert result.tokens == whole.tokens[:count]
         assert [score.token for score in result.log_probabilities or []] == result.tokens
-        assert 1 + sum((n + 1) * steps for n, steps in enumerate(result.accepted)) == count
+
+
+@pytest.mark.parametrize("way", [{"tree": WIDE}, {"speculate": False}])
+def test_nothing_is_chosen_after_a_stop_string(generator: Generator, way: dict[str, Any]) -> None:
+    whole = generator.generate("Stop here", max_new_tokens=30)
+    for start in range(3, len(whole.text) - 2, 4):
+        stop = [whole.text[start : start + 2]]
+        expected = generator.generate("Stop here", max_new_tokens=30, stop=stop, speculate=False)
+        end = expected.prompt_tokens + len(expected.tokens)
+
+        def refuse(so_far: Sequence[int], logits: np.ndarray, end: int = end) -> np.ndarray:
+            assert len(so_far) < end, "asked for a token after the answer's end"
+            return logits
+
+        result = generator.generate(
+            "Stop here", max_new_tokens=30, stop=stop, sampling=Sampling(processors=[refuse]), **way
+        )
+        assert (result.text, result.tokens) == (expected.text, expected.tokens)
+        assert result.finish_reason == expected.finish_reason
+
+
+def test_a_request_within_a_request_is_refused_and_leaves_the_generator_usable(generator: Generator) -> None:
+    def ask(so_far: Sequence[int], logits: np.ndarray) -> np.ndarray:
+        generator.generate("Another", max_new_tokens=3)
+        return logits
+
+    with pytest.raises(InputError, match="at work for another thread, or calls itself"):
+        generator.generate("Hello", max_new_tokens=5, sampling=Sampling(processors=[ask]))
+    expected = generator.generate("Hello", max_new_tokens=20, speculate=False)
+    assert generator.generate("Hello", max_new_tokens=20).tokens == expected.tokens
+
+
+def test_streams_taken_in_turns_are_those_taken_one_after_another(generator: Generator) -> None:
+    prompts = ["Hello", "Another one"]
+    alone = [generator.generate(prompt, max_new_tokens=25).tokens for prompt in prompts]
+    streams = [generator.stream(prompt, max_new_tokens=25) for prompt in prompts]
+    found: list[list[int]] = [[], []]
+    while streams_left := [pair for pair in zip(streams, found, strict=True) if len(pair[1]) < 25]:
+        for stream, tokens in streams_left:
+            tokens += next(stream).tokens
+    assert found == alone
 
 
 def test_a_raw_prompt_is_encoded_without_the_chat_template(generator: Generator, tiny_checkpoint: Path) -> None:
@@ -258,10 +303,27 @@ def test_the_result_is_json_with_the_documented_names(generator: Generator) -> N
     ("arguments", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens must be a whole number, not 2\.5"),
+        ({"max_new_tokens": float("nan")}, "max_new_tokens must be a whole number, not nan"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number, not True"),
+        ({"max_new_tokens": None}, "max_new_tokens must be a whole number, not None"),
+        ({"stop": None}, "stop must be a list of strings"),
+        ({"stop": iter(["x"])}, "stop must be a list of strings"),
         ({"stop": "word"}, "stop must be a list of strings"),
         ({"stop": [""]}, "not empty"),
         ({"tree": TreeSizes(0, (1, 1, 1))}, "tree_rows must be at least 1"),
-        ({"tree": TreeSizes(4, (1, 1))}, "pseudo_rows 3 numbers"),
+        ({"tree": TreeSizes(4, (1, 1))}, "pseudo_rows must be 3 numbers"),
+        ({"tree": TreeSizes(4, (0, 4, 4))}, "with none after a 0"),
+        ({"tree": TreeSizes(4, (9, 1, 1))}, "each of pseudo_rows must be at most 4, not 9"),
+        ({"tree": TreeSizes(4, (-1, 1, 1))}, "each of pseudo_rows must be at least 0, not -1"),
+        ({"tree": TreeSizes(4, (1.5, 1, 1))}, r"each of pseudo_rows must be a whole number, not 1\.5"),
+        ({"tree": TreeSizes(4, 4)}, r"tree must be a runtime\.TreeSizes"),
+        ({"tree": (4, (4, 2, 2))}, r"tree must be a runtime\.TreeSizes"),
+        ({"tree": TreeSizes(10**7, (4, 2, 2))}, "tree_rows must be at most 1024, not 10000000"),
+        (
+            {"sampling": Sampling(forced_tokens={5: 1}), "max_new_tokens": 5},
+            "forced_tokens has new token 5, and max_new_tokens is 5; change one of them",
+        ),
         ({"tree": TreeSizes(4, (1, 1, 1)), "speculate": False}, "leave one of them out"),
         ({"sampling": {"temperature": 1.0}}, r"sampling must be a runtime\.Sampling, not \{'temperature': 1\.0\}"),
         (
@@ -282,6 +344,21 @@ def test_messages_that_do_not_fit(generator: Generator, prompt: list) -> None:
         generator.generate(prompt)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (5, "a conversation must be a list of messages, not 5"),
+        (None, "a conversation must be a list of messages, not None"),
+        ({"role": "user", "content": "x"}, "a conversation must be a list of messages"),
+        (iter([{"role": "user", "content": "x"}]), "a conversation must be a list of messages"),
+        (["Hello"], "message 0 must be a dictionary with 'role' and 'content', not 'Hello'"),
+    ],
+)
+def test_what_is_no_prompt(generator: Generator, prompt: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        generator.generate(prompt)
+
+
 def test_an_empty_raw_prompt(generator: Generator) -> None:
     with pytest.raises(InputError, match="the prompt is empty"):
         generator.generate("", raw=True)
@@ -297,10 +374,16 @@ def test_an_engine_that_is_not_there(tmp_path: Path) -> None:
         Generator(tmp_path / "engine.onnx")
 
 
-@pytest.mark.parametrize("threads", [0, -1])
-def test_threads_out_of_range(tiny_engine: Path, threads: int) -> None:
-    with pytest.raises(InputError, match="threads must be at least 1"):
+@pytest.mark.parametrize("threads", [0, -1, 10**10, 2.5, "2", True])
+def test_threads_out_of_range(tiny_engine: Path, threads: Any) -> None:
+    with pytest.raises(InputError, match=r"threads must be (at least 1|at most 1024|a whole number)"):
         Generator(tiny_engine, threads=threads)
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_path_that_is_no_file(path: str) -> None:
+    with pytest.raises(EngineFileError, match="no engine at"):
+        Generator(path)
 
 
 @pytest.mark.parametrize("name", ["engine.json", "engine.cpu.onnx", "engine.onnx.data", "engine.tokenizer.json"])
@@ -355,6 +438,34 @@ def test_a_description_that_lacks_something_is_refused(engine_copy: Path) -> Non
         Generator(engine_copy)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop_tokens", ["2"]),
+        ("stop_tokens", "2"),
+        ("stop_tokens", [-1]),
+        ("stop_tokens", [True]),
+        ("special_tokens", "x"),
+        ("special_tokens", {"bos_token": 1}),
+        ("prompt_chunk", 0),
+        ("max_context", True),
+        ("tree", {"tree_rows": 10**7, "pseudo_rows": [1, 1, 1]}),
+    ],
+)
+def test_a_description_that_cannot_be_is_refused(engine_copy: Path, field: str, value: object) -> None:
+    change(engine_copy, **{field: value})
+    with pytest.raises(EngineFileError, match=r"engine\.json lacks or misstates"):
+        Generator(engine_copy)
+
+
+@pytest.mark.parametrize("field", ["head_dim", "vocab_size", "num_layers", "key_value_heads"])
+def test_dimensions_that_are_no_numbers_are_refused(engine_copy: Path, field: str) -> None:
+    dims = json.loads(engine_copy.with_suffix(".json").read_text())["dims"]
+    change(engine_copy, dims={**dims, field: str(dims[field])})
+    with pytest.raises(EngineFileError, match=rf"lacks or misstates {field} \('"):
+        Generator(engine_copy)
+
+
 def test_a_description_that_is_not_json_is_refused(engine_copy: Path) -> None:
     engine_copy.with_suffix(".json").write_text("{")
     with pytest.raises(EngineFileError, match="is not valid JSON"):
@@ -368,8 +479,10 @@ def test_a_renamed_engine_is_refused(engine_copy: Path) -> None:
         Generator(engine_copy.with_name("other.onnx"))
 
 
-def test_dimensions_that_are_not_the_graphs_are_refused(engine_copy: Path) -> None:
+@pytest.mark.parametrize("other", [{"num_layers": 3}, {"head_dim": 16}, {"vocab_size": 265}])
+def test_dimensions_that_are_not_the_graphs_are_refused(engine_copy: Path, other: dict[str, int]) -> None:
     dims = json.loads(engine_copy.with_suffix(".json").read_text())["dims"]
-    change(engine_copy, dims={**dims, "num_layers": 3})
+    # Without tables of the vocabulary's size, which would be found first.
+    change(engine_copy, dims={**dims, **other}, correction=None)
     with pytest.raises(EngineFileError, match=r"does not have the graph its engine\.json describes"):
         Generator(engine_copy)

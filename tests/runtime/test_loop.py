@@ -130,10 +130,40 @@ def test_a_prompt_is_run_in_chunks_and_only_its_end_drafts() -> None:
 @given(trees(max_rows=8, vocab_size=8), st.integers(0, 1000))
 def test_acceptance_follows_the_base_models_own_choices(tree: Tree, seed: int) -> None:
     logits = np.random.default_rng(seed).standard_normal((len(tree), 8)).astype(np.float32)
-    accepted, token = verify(tree, logits, greedy)
+    accepted, token, _ = verify(tree, logits, greedy)
     assert accepted[0] == 0
     for parent, child in pairwise(accepted):
         assert tree.parents[child] == parent
         assert tree.tokens[child] == logits[parent].argmax()
     assert token == logits[accepted[-1]].argmax()
     assert tree.child(accepted[-1], token) is None
+
+
+@given(st.lists(st.sampled_from([np.nan, np.inf, -np.inf]), min_size=1, max_size=3), st.integers(0, 2))
+def test_drafts_that_overflowed_are_none(values: list[float], first: int) -> None:
+    class Overflowing(KnownEngine):
+        def run(self, rows: Rows, cache: KeyValueCache) -> Outputs:
+            outputs = super().run(rows, cache)
+            drafts = np.array(outputs.draft_logits)
+            drafts[first :: len(values) + 1] = np.resize(values, VOCAB)
+            return Outputs(outputs.logits, drafts, outputs.key_new, outputs.value_new)
+
+    steps = islice(draft_and_verify(Overflowing([True]), [1, 2, 3], fixed(6, 6, 6, 6), 8), 12)
+    tokens = [token for certain in steps for token in certain]
+    assert tokens == plain([1, 2, 3], len(tokens))
+
+
+@given(st.integers(1, 30), st.integers(0, VOCAB - 1), st.lists(st.booleans(), min_size=1, max_size=7))
+def test_an_answer_ends_where_it_should_and_is_asked_about_each_token_once(
+    count: int, stop: int, right: list[bool]
+) -> None:
+    asked: list[int] = []
+
+    def ends(token: int) -> bool:
+        asked.append(token)
+        return token == stop
+
+    steps = list(draft_and_verify(KnownEngine(right), [1, 2, 3], fixed(6, 6, 6, 6), 8, greedy, count, ends))
+    expected = plain([1, 2, 3], count)
+    expected = expected[: expected.index(stop) + 1] if stop in expected else expected
+    assert [token for certain in steps for token in certain] == asked == expected

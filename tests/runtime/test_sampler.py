@@ -207,7 +207,7 @@ def decode(
     sampler = Sampler(sampling, prompt, VOCAB, stop_tokens)
     drafter = Drafter(FixedSizes(sizes), temperature=sampling.temperature, ngrams=ngrams)
     steps = draft_and_verify(
-        TwoTokenEngine(), prompt, drafter, 4, sampler, max_new_tokens=count, stop_tokens=stop_tokens
+        TwoTokenEngine(), prompt, drafter, 4, sampler, max_new_tokens=count, ends=frozenset(stop_tokens).__contains__
     )
     return list(steps), sampler
 
@@ -472,6 +472,8 @@ def test_logits_that_are_no_numbers_are_not_drawn_from(value: float, temperature
         Sampler(Sampling(temperature=temperature), [1], VOCAB)(row)
     with pytest.raises(InputError, match=f"the engine's logits for new token 0 hold {value}"):
         Sampler(Sampling(banned_tokens=[1]), [1], VOCAB)(row)
+    with pytest.raises(InputError, match=f"the engine's logits for new token 0 hold {value}"):
+        Sampler(Sampling(), [1], VOCAB)(row)
 
 
 def returns(value: Any) -> Callable[[Sequence[int], NDArray[np.float32]], Any]:

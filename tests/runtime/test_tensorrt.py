@@ -162,7 +162,7 @@ def test_what_the_library_compiled_is_kept(plan: Path, tmp_path: Path) -> None:
 def test_more_rows_than_the_plan_was_built_for(plan: Path) -> None:
     generator = Generator(plan)
     with pytest.raises(InputError, match=r"built for up to 12 rows of each kind; .* --max-rows 14"):
-        generator.stream("Hello there", tree=TreeSizes(13, (13, 14, 13)))
+        generator.stream("Hello there", tree=TreeSizes(14, (13, 14, 13)))
     engine = generator.engine
     nothing = (np.empty(0, dtype=np.int64),) * 3
     rows = lay_out(chain([1] * 13), nothing, engine.dims.join_order, 0)

@@ -66,7 +66,11 @@ def test_acceptance_is_by_depth_for_tasks_and_for_other_ways_overall() -> None:
         row("0", "a", speculative=runs(15.0, accepted=[50, 30, 20]), medusa=runs(12.0, accepted=[3, 1])),
         row("1", "b", speculative=runs(15.0, accepted=[4]), medusa=runs(12.0)),
     )
-    lines = text.split("Accepted by depth, given the depth before:\n\n")[1].split("\n\n")[0].splitlines()
+    lines = (
+        text.split("Steps that accepted so many drafted tokens, of those that accepted one less:\n\n")[1]
+        .split("\n\n")[0]
+        .splitlines()
+    )
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["task", "1", "2"]
     assert cells[2:] == [

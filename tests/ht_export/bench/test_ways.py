@@ -51,6 +51,29 @@ def test_a_token_that_the_options_rule_out_is_no_tie(generator: Generator) -> No
     assert plain_gap(generator, sampled, [token + 1], 0) == math.inf
 
 
+def test_where_plain_decoding_had_ended_there_is_no_tie(generator: Generator) -> None:
+    tokens = generator.generate("y" * 240, max_new_tokens=300, speculate=False).tokens
+    assert plain_gap(generator, job("y" * 240), [*tokens, 1, 2], len(tokens)) == math.inf
+
+
+def test_what_is_kept_of_a_distribution_may_differ_by_rounding(generator: Generator) -> None:
+    # A top_p that ends just before or just after the second token: which of the two is a matter of rounding.
+    scores = generator.generate("Hello", max_new_tokens=1, sampling=Sampling(logprobs=2)).log_probabilities
+    assert scores is not None
+    (_, first), (second, _) = scores[0].best
+    edge = math.exp(first)
+    for seed in range(30):
+        sampled = job(temperature=1.0, top_p=edge * (1 - 1e-6), seed=seed)
+        gap = plain_gap(generator, sampled, [second], 0)
+        assert gap < 1
+        if gap == 0:
+            break
+    else:
+        raise AssertionError("no number falls on the second token when it is kept")
+    far = job(temperature=1.0, top_p=edge * 0.9, seed=seed)
+    assert plain_gap(generator, far, [second], 0) == math.inf
+
+
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_what_is_computed_in_float32_must_have_the_text_of_plain_decoding(
     generator: Generator, tiny_engine: Path, settings: BenchSettings, precision: str
