@@ -1,4 +1,4 @@
-"""The tokens that may be drawn, their weights, and the draw.
+"""The tokens that may be drawn, and their weights.
 
 Nothing here sorts or accumulates a whole vocabulary: that takes longer than all else between two passes.
 """
@@ -52,22 +52,6 @@ def largest(logits: Float32Array, count: int) -> IntArray:
     near = np.flatnonzero(logits >= np.partition(maxima, -count)[-count])
     values = logits[near]
     return near[values >= np.partition(values, -count)[-count]]
-
-
-def draw(weights: Float32Array, uniform: float) -> int:
-    """Return the index that `uniform`, from 0 up to but not including 1, falls on when weights [N] lie end to end.
-
-    They lie in the order of the tokens, not by weight. Logits that differ by rounding, as those of passes with more or
-    fewer rows may, then move the boundaries by as little; an order by weight could change, and the token with it.
-    """
-    sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64).cumsum()
-    place = uniform * sums[-1]
-    block = int(sums.searchsorted(place, side="right"))
-    before = sums[block - 1] if block else 0.0
-    within = weights[block * BLOCK : (block + 1) * BLOCK].cumsum(dtype=np.float64)
-    # Sums in another order may be smaller by rounding. Short of the last sum, no weight of 0 is ever found.
-    place = min(place - before, np.nextafter(within[-1], 0.0))
-    return block * BLOCK + int(within.searchsorted(place, side="right"))
 
 
 def _most_probable(logits: Float32Array, weights: Float32Array, top: float, top_p: float) -> IntArray:

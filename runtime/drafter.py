@@ -5,17 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from runtime.calibration import Calibration
-from runtime.drafts import SHORTLIST, AdjustedDrafts, DraftStep, IntArray, TokenCorrection, corrected, tempered
+from runtime.drafts import (
+    SHORTLIST,
+    AdjustedDrafts,
+    DraftStep,
+    IntArray,
+    TokenCorrection,
+    corrected,
+    foreseen,
+    tempered,
+)
 from runtime.ngrams import Continuation, Ngrams
+from runtime.noise import Noise
 from runtime.sizing import Sizing
 from runtime.tree import Tree, best_first_tree, graft, likely_ends
+
+# By draft step, see `foreseen`: of the values tried, those with the most tokens per step in development texts.
+TRUST = (0.6, 0.5, 0.4)
 
 
 class Drafter:
     """Builds the trees of one text.
 
-    `calibration` is for greedy decoding; `temperature` above 0 is that of sampling. `ngrams` None leaves out
-    continuations from the text itself.
+    `calibration` is for greedy decoding; `temperature` above 0 is that of sampling, and `noise` that of its draws.
+    `ngrams` None leaves out continuations from the text itself.
     """
 
     def __init__(
@@ -25,11 +38,14 @@ class Drafter:
         calibration: Calibration | None = None,
         temperature: float = 0.0,
         ngrams: Ngrams | None = None,
+        noise: Noise | None = None,
     ) -> None:
         self.sizing = sizing
         self._correction = correction
         self._calibration = calibration
         self._temperature = temperature
+        self._noise = noise
+        self._context = 0
         self._ngrams = ngrams
         self._continuation = Continuation()
 
@@ -55,7 +71,10 @@ class Drafter:
         `drafted` are the drafts of what follows `token`, none if the pass before made none for it.
         """
         rows = self.sizing.most_rows
-        drafts = AdjustedDrafts(corrected(drafted, self._correction, rows), self._adjusted)
+        self._context = context
+        # Noise may bring any of them to the top.
+        kept = rows if self._noise is None else self.shortlist
+        drafts = AdjustedDrafts(corrected(drafted, self._correction, kept), self._adjusted)
         tree = best_first_tree(token, drafts, rows)
         if self._ngrams is not None:
             self._ngrams.extend([token])
@@ -76,7 +95,12 @@ class Drafter:
     def _adjusted(self, step: int, candidates: DraftStep) -> DraftStep:
         """Return the candidates with the probability that the base model chooses them."""
         if self._temperature > 0.0:
-            return tempered(candidates, self._temperature)
+            found = tempered(candidates, self._temperature)
+            if self._noise is None:
+                return found
+            # The certain token is at the position of the context's length.
+            waits = self._noise.waits(self._context + 1 + step, found.tokens)
+            return foreseen(found, waits, TRUST[min(step, len(TRUST) - 1)], self.sizing.most_rows)
         if self._calibration is None:
             return candidates
         # What was observed of candidates one by one may be more than 1 together, and at most one of them is right.

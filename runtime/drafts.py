@@ -24,6 +24,8 @@ FloatArray = NDArray[np.float64]
 
 # Candidates of a step that a correction may reorder.
 SHORTLIST = 64
+# Of a wait, exponentially distributed: log 2.
+MEDIAN_WAIT = 0.6931
 # exp() of more than this would leave nothing of the draft itself.
 LARGEST_CORRECTION = 30.0
 
@@ -157,6 +159,19 @@ def tempered(step: DraftStep, temperature: float) -> DraftStep:
     rest = max(0.0, 1.0 - float(step.probabilities.sum()))
     total = float(weights.sum()) + (rest * float(weights[-1]) / last if last > 0.0 else 0.0)
     return DraftStep(step.tokens, weights / total)
+
+
+def foreseen(step: DraftStep, waits: FloatArray, trust: float, count: int) -> DraftStep:
+    """Return the `count` candidates that most probably win the race of the base model's draw, with how probably.
+
+    The step's probabilities are at the temperature of sampling; `waits` [N] are the candidates' own (see
+    `runtime.noise`). Were the probabilities the base model's, the least wait / probability would win for sure. As they
+    are off, short waits count as far as `trust`, 0 to 1, says: probability * wait ** -trust.
+    """
+    weights = step.probabilities * waits**-trust
+    rest = max(0.0, 1.0 - float(step.probabilities.sum())) * MEDIAN_WAIT**-trust
+    order = np.argsort(-weights, kind="stable")[:count]
+    return DraftStep(step.tokens[order], weights[order] / max(float(weights.sum()) + rest, np.finfo(float).tiny))
 
 
 def most_probable(logits: NDArray[np.float32], count: int) -> DraftStep:

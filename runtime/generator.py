@@ -21,6 +21,7 @@ from runtime.engines import Engine
 from runtime.errors import EngineFileError, InputError, PromptTooLongError
 from runtime.loop import draft_and_verify
 from runtime.ngrams import Ngrams
+from runtime.noise import Noise
 from runtime.sampler import Sampler
 from runtime.sampling import Sampling, TokenLogProbability
 from runtime.sizing import AdaptiveSizes, FixedSizes, Sizing
@@ -215,12 +216,15 @@ class Generator:
                 "prompt and answer together; shorten the prompt"
             )
         sampler = Sampler(sampling, ids, self.about.dims.vocab_size, self.about.stop_tokens)
-        drafter = self.new_drafter(sizing, sampling.temperature, ngrams=ngrams and speculate)
+        drafter = self.new_drafter(sizing, sampling.temperature, sampler.noise, ngrams=ngrams and speculate)
         return self._run(ids, min(max_new_tokens, room), stop, drafter, sampler)
 
-    def new_drafter(self, sizing: Sizing, temperature: float = 0.0, *, ngrams: bool = True) -> Drafter:
-        """Return what drafts one text with the engine's own statistics."""
-        return Drafter(sizing, self._correction, self._calibration, temperature, Ngrams() if ngrams else None)
+    def new_drafter(
+        self, sizing: Sizing, temperature: float = 0.0, noise: Noise | None = None, *, ngrams: bool = True
+    ) -> Drafter:
+        """Return what drafts one text with the engine's own statistics; parameters as for `Drafter`."""
+        found = Ngrams() if ngrams else None
+        return Drafter(sizing, self._correction, self._calibration, temperature, found, noise)
 
     def _tuning(self, path: Path, cpu: bool, threads: int | None) -> Tuning | None:
         """Return what was measured of the engine on this device; on a CPU it is measured quickly if nothing was."""

@@ -14,8 +14,9 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.candidates import candidates, draw, largest
+from runtime.candidates import candidates, largest
 from runtime.errors import InputError
+from runtime.noise import Noise
 from runtime.sampling import LogitsProcessor, Sampling, TokenLogProbability
 
 # A fresh seed is exact in every JSON reader.
@@ -25,9 +26,9 @@ SEED_BITS = 53
 class Sampler:
     """Chooses the tokens of one answer to a prompt, one for each call.
 
-    `seed` is the one in use, None for greedy decoding; `log_probabilities` has an entry for each token chosen, and is
-    None where `settings` do not ask for them. `stop_tokens` are the model's. Raises `InputError` for `settings` that
-    do not fit the vocabulary or the stop tokens.
+    `seed` is the one in use and `noise` its noise, None for greedy decoding; `log_probabilities` has an entry for each
+    token chosen, and is None where `settings` do not ask for them. `stop_tokens` are the model's. Raises `InputError`
+    for `settings` that do not fit the vocabulary or the stop tokens.
     """
 
     def __init__(
@@ -59,11 +60,13 @@ class Sampler:
         )
         self._logits = np.empty(vocab_size, dtype=np.float32)
         self._weights = np.empty(vocab_size, dtype=np.float32)
+        self._all = np.arange(vocab_size)
         self.log_probabilities: list[TokenLogProbability] | None = [] if settings.logprobs else None
         self.seed: int | None = None
+        self.noise: Noise | None = None
         if settings.temperature:
             self.seed = secrets.randbits(SEED_BITS) if settings.seed is None else settings.seed
-            self._random = PositionedRandom(self.seed, len(self._tokens))
+            self.noise = Noise(self.seed, len(self._tokens))
 
     def __call__(self, logits: NDArray[np.float32]) -> int:
         """Return the next token; logits [V] are the base model's after all tokens before it, and stay as they are.
@@ -119,8 +122,10 @@ class Sampler:
         tokens, weights = candidates(
             logits, top, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p, out=self._weights
         )
-        index = draw(weights, self._random.next())
-        return index if tokens is None else int(tokens[index])
+        assert self.noise is not None
+        if tokens is None:
+            tokens = self._all
+        return int(tokens[self.noise.first(len(self._tokens), tokens, weights)])
 
     def _check_largest(self, logit: float) -> None:
         if logit == -math.inf:
@@ -163,23 +168,6 @@ class TokenCounts:
             self._tokens[self._size] = token
             self._size += 1
         self._counts[token] += 1
-
-
-class PositionedRandom:
-    """Numbers from 0 up to but not including 1 that depend on `seed` and a position alone; from `position` on.
-
-    The generator is Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): its key is the seed,
-    its counter the position.
-    """
-
-    def __init__(self, seed: int, position: int) -> None:
-        self._bits = np.random.Philox(key=seed, counter=position)
-
-    def next(self) -> float:
-        """Return the number of the next position."""
-        # One count of the counter gives four words; the others are left unused.
-        word = int(self._bits.random_raw(4)[0])
-        return (word >> 11) * 2.0**-53
 
 
 def log_probability(

@@ -17,11 +17,11 @@ from runtime.candidates import candidates
 from runtime.engine_file import read_engine_file
 from runtime.errors import InputError, PromptTooLongError
 from runtime.generator import Generator, on_cpu
-from runtime.sampler import PositionedRandom
+from runtime.noise import Noise
 from runtime.sampling import Sampling
 
-# A token whose logit is this near to the largest one, or, when sampling, this near in probability to being drawn, may
-# be chosen instead of it where arithmetic is done in another order.
+# A token whose logit, with its noise when sampling, is this near to the largest one may be chosen instead of it where
+# arithmetic is done in another order.
 TIE = 1e-4
 
 
@@ -159,8 +159,8 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
 def plain_gap(generator: Generator, job: Job, other: Sequence[int], position: int) -> float:
     """Return how near plain decoding was, at new token `position`, to the token that `other` has there.
 
-    Greedy: the largest logit less that token's. Sampling: the least change of the random number, from 0 to 1, that
-    would have drawn it. Infinite where `other` has ended before, or the options rule the token out.
+    Greedy: the largest logit less that token's. Sampling: the same of logits over temperature plus noise, of which the
+    largest is drawn. Infinite where `other` has ended before, or the options rule the token out.
     """
     if position >= len(other):
         return math.inf
@@ -211,8 +211,6 @@ def _gap_within(scaled: NDArray[np.float32], token: int, sampling: Sampling, pla
     found = np.arange(len(scaled)) if tokens is None else tokens
     if token not in found:
         return math.inf
-    ends = weights.cumsum(dtype=np.float64) / weights.sum(dtype=np.float64)
-    index = int(np.flatnonzero(found == token)[0])
-    start = float(ends[index - 1]) if index else 0.0
-    number = PositionedRandom(sampling.seed, place).next()
-    return max(0.0, start - number, number - float(ends[index]))
+    with np.errstate(divide="ignore"):
+        finish = np.log(Noise(sampling.seed, place).waits(place, found)) - np.log(weights.astype(np.float64))
+    return float(finish[found == token][0] - finish.min())

@@ -11,7 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from runtime.candidates import candidates, draw, largest
+from runtime.candidates import candidates, largest
 
 # transformers computes in float32 what lies on the border of a top-p or min-p set.
 ROUNDING = 1e-5
@@ -166,50 +166,3 @@ def test_logits_stay_as_they_are_and_may_be_read_only() -> None:
         for names in combinations(options, count):
             candidates(logits, 3.0, **{name: options[name] for name in names}, out=np.empty_like(logits))
     np.testing.assert_array_equal(logits, np.linspace(-3, 3, 200, dtype=np.float32))
-
-
-weight_rows = (
-    st.lists(st.just(0.0) | st.floats(0.0, 1.0, width=32), min_size=1, max_size=300)
-    .map(lambda row: np.array(row, dtype=np.float32))
-    .filter(lambda row: row.sum() > 0)
-)
-uniforms = st.floats(0.0, 1.0, exclude_max=True) | st.sampled_from([0.0, 1 - 2**-53])
-
-
-@given(weight_rows, uniforms)
-def test_a_draw_is_the_inverse_of_the_cumulative_distribution(weights: np.ndarray, uniform: float) -> None:
-    index = draw(weights, uniform)
-    ends = weights.cumsum(dtype=np.float64)
-    assert weights[index] > 0
-    place = uniform * ends[-1]
-    slack = 1e-12 * ends[-1]
-    assert (ends[index - 1] if index else 0.0) - slack <= place <= ends[index] + slack
-
-
-@given(weight_rows)
-def test_the_ends_of_the_unit_interval_fall_on_the_first_and_last_token_with_weight(weights: np.ndarray) -> None:
-    present = np.flatnonzero(weights)
-    assert draw(weights, 0.0) == present[0]
-    last = draw(weights, 1 - 2**-53)
-    assert weights[last:].sum(dtype=np.float64) >= 2**-53 * weights.sum(dtype=np.float64)
-    assert weights[last + 1 :].sum(dtype=np.float64) <= 1e-12 * weights.sum(dtype=np.float64)
-
-
-def test_the_rounding_of_sums_never_leads_past_the_last_token_with_weight() -> None:
-    for seed in range(300):
-        rng = np.random.default_rng(seed)
-        weights = np.exp(rng.standard_normal(rng.integers(2, 200)) * 10).astype(np.float32)
-        assert draw(weights, 1 - 2**-53) < len(weights)
-        assert draw(np.append(weights, np.zeros(100, dtype=np.float32)), 1 - 2**-53) < len(weights)
-
-
-def test_rounding_of_logits_moves_a_draw_at_the_border_between_two_tokens_only() -> None:
-    rng = np.random.default_rng(0)
-    changed = 0
-    for _ in range(2000):
-        logits = rng.standard_normal(1000).astype(np.float32)
-        other = logits + rng.uniform(-1e-6, 1e-6, 1000).astype(np.float32)
-        uniform = rng.random()
-        drawn = [draw(candidates(row, float(row.max()))[1], uniform) for row in (logits, other)]
-        changed += drawn[0] != drawn[1]
-    assert changed <= 2
