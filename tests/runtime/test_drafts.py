@@ -12,10 +12,12 @@ from runtime.drafts import (
     IndependentDrafts,
     TokenCorrection,
     corrected,
+    foreseen,
     most_probable,
     tempered,
 )
 from runtime.errors import EngineFileError
+from runtime.noise import Noise
 from runtime.tree import best_first_tree
 from tests.strategies import draft_steps
 
@@ -158,3 +160,32 @@ def test_tables_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "c.npy").write_bytes(b"junk")
     with pytest.raises(EngineFileError, match="is not a token correction"):
         TokenCorrection.read(tmp_path / "c.npy", VOCAB, 3)
+
+
+@given(st.integers(0, 1000), st.floats(0.0, 1.0), st.integers(1, VOCAB))
+def test_foreseen_candidates_are_the_best_by_probability_and_wait(seed: int, trust: float, count: int) -> None:
+    step = most_probable(some_logits(seed), VOCAB)
+    waits = np.random.default_rng(seed).exponential(size=VOCAB)
+    found = foreseen(step, waits, trust, count)
+    assert len(set(found.tokens.tolist())) == len(found.tokens) == count
+    assert (np.diff(found.probabilities) <= 0).all()
+    assert found.probabilities.sum() <= 1 + 1e-9
+    worth = dict(zip(step.tokens.tolist(), step.probabilities * waits**-trust, strict=True))
+    kept = [worth[token] for token in found.tokens.tolist()]
+    assert min(kept) >= max((worth[token] for token in worth if token not in found.tokens), default=0.0)
+
+
+@given(st.integers(0, 1000), st.integers(1, VOCAB))
+def test_without_trust_in_the_race_candidates_are_as_probable_as_before(seed: int, count: int) -> None:
+    step = most_probable(some_logits(seed), count)
+    found = foreseen(step, np.random.default_rng(seed).exponential(size=count), 0.0, count)
+    assert found.tokens.tolist() == step.tokens.tolist()
+    np.testing.assert_allclose(found.probabilities, step.probabilities, rtol=1e-6)
+
+
+@given(st.integers(0, 1000), st.integers(0, 10**6))
+def test_right_drafts_foresee_the_draw(seed: int, position: int) -> None:
+    step = most_probable(some_logits(seed), VOCAB)
+    noise = Noise(seed, position)
+    found = foreseen(step, noise.waits(position, step.tokens), 1.0, 1)
+    assert found.tokens[0] == step.tokens[noise.first(position, step.tokens, step.probabilities)]
