@@ -129,12 +129,22 @@ class Generator:
         without a chat template) of the string as it is.
         """
         if isinstance(prompt, str) and (raw or self._chat is None):
-            return list(self._tokenizer.encode(prompt).ids)
+            return self._ids(prompt)
         if raw or self._chat is None:
             reason = "raw=True takes a string" if raw else "this model has no chat template"
             raise InputError(f"cannot encode chat messages: {reason}; give the prompt as one string")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return list(self._tokenizer.encode(self._chat.render(messages), add_special_tokens=False).ids)
+        return self._ids(self._chat.render(messages), add_special_tokens=False)
+
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the prompt has {text[error.start]!r}, which is no character: bytes that are not UTF-8 become so; "
+                "convert it to UTF-8"
+            ) from error
+        return list(self._tokenizer.encode(text, **options).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of `tokens`, without special ones."""

@@ -359,6 +359,19 @@ def test_what_is_no_prompt(generator: Generator, prompt: Any, message: str) -> N
         generator.generate(prompt)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"prompt": "a\udcffb", "raw": True},
+        {"prompt": "a\udcffb"},
+        {"prompt": [{"role": "user", "content": "\ud800"}]},
+    ],
+)
+def test_bytes_that_are_no_text(generator: Generator, arguments: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"the prompt has '\\ud(cff|800)', which is no character"):
+        generator.generate(**arguments)
+
+
 def test_an_empty_raw_prompt(generator: Generator) -> None:
     with pytest.raises(InputError, match="the prompt is empty"):
         generator.generate("", raw=True)
