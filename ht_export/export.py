@@ -42,8 +42,8 @@ MEMORY_PER_WEIGHT = 6.0
 
 # Of the name of the graph lowered for the CPU, in the place of the engine's own suffix.
 CPU_SUFFIX = ".cpu.onnx"
-# The same of other files that not every engine has.
-SOMETIMES = (CPU_SUFFIX, ".correction.npy", ".chat_template.jinja", ".tuning.json")
+# Of files that not every engine has.
+OPTIONAL_SUFFIXES = (CPU_SUFFIX, ".correction.npy", ".chat_template.jinja", ".tuning.json")
 
 DEFAULT_TREE_ROWS = 4
 PLAN_TREE_ROWS = 16
@@ -331,7 +331,7 @@ def _put_in_place(folder: Path, out: Path, description: EngineFile) -> None:
         path = folder / name
         path.chmod(0o644)
         path.replace(out.parent / name)
-    for suffix in SOMETIMES:
+    for suffix in OPTIONAL_SUFFIXES:
         other = out.with_name(f"{out.stem}{suffix}")
         if other.name not in placed:
             other.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 The draft-and-verify loop asks for one choice for each token that it emits, in order, as plain decoding does. A choice
 may therefore depend on everything before it: counts for penalties, the state of the user's processors, the place in
-the stream of random numbers. With the same seed both ways of decoding give the same text.
+the text, which the noise depends on. With the same seed both ways of decoding give the same text.
 """
 
 from __future__ import annotations

@@ -161,6 +161,24 @@ def test_exporting_again_replaces_the_engine(
     assert np.isfinite(read_engine_file(out).parity["largest_relative_difference"])
 
 
+@pytest.mark.usefixtures("traced")
+def test_files_of_an_earlier_export_that_the_new_one_lacks_are_gone(
+    tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "engine.onnx"
+    others = [tmp_path / "other.cpu.onnx", tmp_path / "engine.txt"]
+    stale = [tmp_path / f"engine{suffix}" for suffix in export_module.OPTIONAL_SUFFIXES]
+    for path in (*others, *stale):
+        path.write_text("earlier")
+    run(tiny_checkpoint, tiny_transfer, out)
+    description = out.with_suffix(".json").read_text()
+    for path in stale:
+        assert path.exists() == (f'"{path.name}"' in description)
+        assert not path.exists() or path.read_bytes() != b"earlier"
+    assert not (tmp_path / "engine.tuning.json").exists()
+    assert all(path.read_text() == "earlier" for path in others)
+
+
 def test_the_command_line_says_done_only_with_what_it_checked(
     tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path, traced: ir.Model, capsys: pytest.CaptureFixture[str]
 ) -> None:
