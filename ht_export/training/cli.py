@@ -15,6 +15,8 @@ PLACEMENT_HELP = (
     "as draft steps (default: 3 steps, all at two thirds of the depth)"
 )
 
+DATA_HELP = "folders made by ht-train data; several are trained on together, such as greedy and sampled text"
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `ht-train`."""
@@ -87,7 +89,7 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
         "ends with the same weights. On several GPUs: accelerate launch -m ht_export.training.cli fit ...",
     )
     add_model(fit)
-    fit.add_argument("--data", type=Path, required=True, help="folder made by ht-train data")
+    fit.add_argument("--data", type=Path, nargs="+", required=True, help=DATA_HELP)
     fit.add_argument("--held-out", type=Path, help="another such folder, to measure acceptance on; never trained on")
     fit.add_argument("--out", type=Path, required=True, help="transfer-layers file to write (.safetensors)")
     fit.add_argument("--layers", type=integers, help=PLACEMENT_HELP)
@@ -136,7 +138,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
         "command continues.",
     )
     add_model(sweep)
-    sweep.add_argument("--data", type=Path, required=True, help="folder made by ht-train data")
+    sweep.add_argument("--data", type=Path, nargs="+", required=True, help=DATA_HELP)
     sweep.add_argument("--held-out", type=Path, required=True, help="another such folder, to measure acceptance on")
     sweep.add_argument("--out", type=Path, required=True, help="folder for results and checkpoints")
     sweep.add_argument("--row-cost", type=float, default=0.05, help="cost of one more row in a pass, in plain passes; "

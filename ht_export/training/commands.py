@@ -78,7 +78,7 @@ def run_fit(options: argparse.Namespace) -> None:
             chosen["correction_rank"] = start.correction.rank if start.correction else 0
         chosen["init"] = "file"
     settings = FitSettings(layers=layers, steps=options.steps, patience=options.patience, **chosen)
-    data = read_data(options.data, base, len(layers) + 1)
+    data = _read_all(options.data, base, len(layers) + 1)
     held_out = read_data(options.held_out, base, len(layers) + 1) if options.held_out else []
     _check_apart(data, held_out, options)
     with progress_bar(disable=not main) as progress, _tensorboard(options.log if main else None) as log:
@@ -154,7 +154,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     most_steps = max(map(len, placements))
     settings = SweepSettings(placements, options.steps, options.rungs, options.row_cost)
     fit_settings = FitSettings(layers=placements[0], **_batches_and_loss(options))
-    data = read_data(options.data, base, most_steps + 1)
+    data = _read_all(options.data, base, most_steps + 1)
     held_out = _spread(read_data(options.held_out, base, most_steps + 1), options.evaluate_texts)
     _check_apart(data, held_out, options)
     with progress_bar() as progress:
@@ -205,6 +205,13 @@ def _batches_and_loss(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _read_all(folders: list[Path], base: BaseModel, min_answer_tokens: int) -> list[Sequence]:
+    """Return the sequences of all folders, in order."""
+    if repeated := next((folder for n, folder in enumerate(folders) if folder in folders[:n]), None):
+        raise InputError(f"--data names {repeated} twice; name each folder once")
+    return [sequence for folder in folders for sequence in read_data(folder, base, min_answer_tokens)]
+
+
 def _check_apart(data: list[Sequence], held_out: list[Sequence], options: argparse.Namespace) -> None:
     """Raise `InputError` when prompts are in both: what is measured on them would flatter."""
     trained_on = {tuple(sequence.prompt) for sequence in data}
@@ -212,7 +219,7 @@ def _check_apart(data: list[Sequence], held_out: list[Sequence], options: argpar
     if shared:
         raise InputError(
             f"{shared} of the {len(held_out)} texts of --held-out {options.held_out} answer prompts that are in --data "
-            f"{options.data} too; make that with: ht-train data --exclude HELD_OUT_PROMPTS"
+            f"{' '.join(map(str, options.data))} too; make that with: ht-train data --exclude HELD_OUT_PROMPTS"
         )
 
 

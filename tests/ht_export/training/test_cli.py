@@ -7,6 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ht_export.checkpoint import load_base_model
 from ht_export.training import cli
+from ht_export.training.data import read_data
 from ht_export.transfer import TransferLayers, load_transfer_layers, save_transfer_layers
 
 PNG = b"\x89PNG"
@@ -65,6 +66,24 @@ def test_transfer_layers_are_trained_further(
     assert cli.main([*arguments, "--out", str(out), *still]) == 1
 
 
+def test_several_data_folders_are_trained_on_together(
+    tiny_checkpoint: Path, prompts_file: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    sampled, out = tmp_path / "sampled", tmp_path / "t.safetensors"
+    lengths = ["--max-new-tokens", "12", "--max-prompts", "10"]
+    draws = ["--temperature", "0.8"]
+    made = ["data", str(tiny_checkpoint), "--prompts", str(prompts_file), "--out", str(sampled), *lengths, *draws]
+    assert cli.main(made) == 0
+    short = ["--steps", "2", "--layers", "2", *SHORT]
+    fit = ["fit", str(tiny_checkpoint), "--data", str(data_folder), str(sampled), "--out", str(out), *short]
+    assert cli.main(fit) == 0
+    base = load_base_model(str(tiny_checkpoint))
+    about = load_transfer_layers(out, base.identity())[1]
+    answers = [*read_data(data_folder, base, 2), *read_data(sampled, base, 2)]
+    assert about.recipe["data"]["sequences"] == len(answers) > 10
+    assert about.recipe["data"]["answer_tokens"] == sum(len(one.answer) for one in answers)
+
+
 def test_eval_stores_its_statistics_and_leaves_the_weights(
     tiny_checkpoint: Path, tiny_transfer: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +115,8 @@ def test_eval_stores_its_statistics_and_leaves_the_weights(
         (["data", "MODEL", "--prompts", "PROMPTS", "--out", "PROMPTS/d"], "cannot write"),
         (["data", "MODEL", "--prompts", "PROMPTS", "--out", "OUT", "--device", "cuda"], "torch finds no CUDA GPU"),
         (["fit", "MODEL", "--data", "OUT", "--out", "t"], "is not a data folder"),
+        (["fit", "MODEL", "--data", "DATA", "DATA", "--out", "t"], "twice; name each folder once"),
+        (["fit", "MODEL", "--data", "DATA", "OUT", "--out", "t"], "is not a data folder"),
         (["fit", "MODEL", "--data", "DATA", "--out", "PROMPTS/t"], "cannot write"),
         (["fit", "MODEL", "--data", "DATA", "--out", "t", "--layers", "9"], "transfer layer 9 does not exist"),
         (["fit", "MODEL", "--data", "DATA", "--out", "t", "--steps", "0"], "steps must be more than 0"),
