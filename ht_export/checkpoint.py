@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ht_export.families import check_supported
+from ht_export.families import check_supported, context_limit, fix_frequencies
 from runtime.errors import InputError
 
 FETCH_AGAIN = "it may be damaged or incomplete: fetch it again"
@@ -43,13 +43,17 @@ KNOWN_MODELS = {
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A frozen causal language model with its tokenizer, and what identifies its weights."""
+    """A frozen causal language model with its tokenizer, and what identifies its weights.
+
+    `max_context` is how many tokens prompt and answer may have together.
+    """
 
     source: str
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     weights_sha256: str
+    max_context: int
 
     def stop_tokens(self) -> list[int]:
         """Return the ids that end a text, as `transformers.generate` takes them from the model."""
@@ -77,11 +81,12 @@ class Location:
     gguf_file: str | None = None
 
 
-def load_base_model(source: str, dtype: torch.dtype = torch.float32) -> BaseModel:
+def load_base_model(source: str, dtype: torch.dtype = torch.float32, max_context: int | None = None) -> BaseModel:
     """Load the model and tokenizer that `source` names, ready for inference.
 
     `source` is a known name (`smollm2-135m`), a folder with `config.json` and safetensors weights, a `.gguf` file,
-    or a hub id. Raises `InputError` for a missing, damaged or unsupported checkpoint.
+    or a hub id. `max_context` None takes what the model was made for. Raises `InputError` for a missing, damaged or
+    unsupported checkpoint, or a context that it cannot have.
     """
     location = locate(source)
     transformers_logging.set_verbosity_error()
@@ -96,6 +101,7 @@ def load_base_model(source: str, dtype: torch.dtype = torch.float32) -> BaseMode
             f"cannot read a model configuration from {source}: {_first_line(error)}; {FETCH_AGAIN}"
         ) from error
     check_supported(config, source)
+    context = context_limit(config, source, max_context)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             location.path, dtype="auto", use_safetensors=True, output_loading_info=True, **options
@@ -111,6 +117,7 @@ def load_base_model(source: str, dtype: torch.dtype = torch.float32) -> BaseMode
             "the checkpoint is incomplete, fetch it again"
         )
     model.eval().requires_grad_(False)
+    fix_frequencies(model, context)
     weights_sha256 = hash_weights(model)
     # Not model.to(dtype): that would also round the rotary frequencies, which transformers keeps in float32.
     for parameter in model.parameters():
@@ -121,6 +128,7 @@ def load_base_model(source: str, dtype: torch.dtype = torch.float32) -> BaseMode
         model=model,
         tokenizer=tokenizer,
         weights_sha256=weights_sha256,
+        max_context=context,
     )
 
 

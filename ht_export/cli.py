@@ -29,8 +29,15 @@ def build_parser() -> argparse.ArgumentParser:
         "ht-export smollm2-135m --out engine.plan --precision bf16 --compute-capability 8.9",
     )
     add_model(parser)
-    parser.add_argument(
+    drafts = parser.add_mutually_exclusive_group()
+    drafts.add_argument(
         "--transfer", type=Path, metavar="FILE", help="transfer layers (default: those shipped for a known model)"
+    )
+    drafts.add_argument(
+        "--random-transfer",
+        action="store_true",
+        help="untrained transfer layers, to try a model before any training: the text is the base model's as ever, but "
+        "drafts are hardly ever right, and what speed there is comes from repetitions in the text",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="ENGINE", help="engine file to write (.onnx or .plan)"
@@ -54,6 +61,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="default number of pseudo rows of each draft step (default: T each for a plan, else T, then half as many)",
     )
     parser.add_argument("--chunk", type=int, metavar="N", help="prompt tokens in a pass (default: 256)")
+    parser.add_argument(
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="tokens of prompt and answer together (default: the model's, where that has longrope scaling those before "
+        "it sets in; at most 4096 in a plan)",
+    )
     _add_plan(parser.add_argument_group("TensorRT plans"))
     return parser
 
@@ -79,9 +93,6 @@ def _add_plan(plan: argparse._ArgumentGroup) -> None:
     )
     plan.add_argument("--max-batch", type=int, default=1, metavar="B", help="sequences at once (default: 1)")
     plan.add_argument(
-        "--max-context", type=int, metavar="N", help="tokens of context (default: the model's, at most 4096)"
-    )
-    plan.add_argument(
         "--max-rows", type=int, metavar="T", help="most candidates of a pass (default: 32, or --tree-rows if more)"
     )
     plan.add_argument(
@@ -96,14 +107,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from ht_export.export import ExportSettings, export
+    from ht_export.export import UNTRAINED, ExportSettings, export
     from ht_export.plan.planner import PlanSettings
     from ht_export.progress import stage_display
 
     plan = PlanSettings(
         runtime=options.runtime,
         max_batch=options.max_batch,
-        max_context=options.max_context,
         max_rows=options.max_rows,
         capabilities=tuple(options.capabilities),
         attention=options.attention,
@@ -122,9 +132,11 @@ def _export(options: argparse.Namespace) -> None:
 
         about = export(
             options.model,
-            options.transfer,
+            UNTRAINED if options.random_transfer else options.transfer,
             options.out,
-            ExportSettings(options.tree_rows, options.pseudo_rows, options.chunk, options.precision),
+            ExportSettings(
+                options.tree_rows, options.pseudo_rows, options.chunk, options.precision, options.max_context
+            ),
             stage,
             plan,
         )

@@ -27,7 +27,7 @@ from ht_export.parity import Expected, LoweredEngine, ReferenceEngine, check, di
 from ht_export.plan.planner import DEFAULT_CHUNK, Planner, PlanSettings
 from ht_export.precision import COMPUTED_IN, write_widened
 from ht_export.quantise import BITS, quantise
-from ht_export.transfer import load_transfer_layers
+from ht_export.transfer import TransferFile, TransferLayers, default_layers, load_transfer_layers
 from runtime.bindings import GraphDims
 from runtime.engine_file import EngineFile, FileRecord, PlanFile, engine_file_path
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -48,6 +48,13 @@ OPTIONAL_SUFFIXES = (CPU_SUFFIX, ".correction.npy", ".chat_template.jinja", ".tu
 DEFAULT_TREE_ROWS = 4
 PLAN_TREE_ROWS = 16
 
+
+class Untrained:
+    """Stands for transfer layers that nobody has trained."""
+
+
+UNTRAINED = Untrained()
+
 # Entered around each stage with its description; gives what tells how far the stage is.
 Stage = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 
@@ -55,7 +62,7 @@ Stage = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 @dataclass(frozen=True)
 class ExportSettings:
     """What an export may choose: the engine's default row counts, the prompt tokens of a pass, its precision ("fp32",
-    "fp16" or "bf16", or for ONNX engines "int8" or "int4").
+    "fp16" or "bf16", or for ONNX engines "int8" or "int4"), the tokens of prompt and answer together.
 
     The defaults of ONNX engines had the best measured cost and simulated acceptance of some forty for SmolLM2-135M on
     two CPU cores, where rows are dear; on a GPU they cost little.
@@ -65,6 +72,7 @@ class ExportSettings:
     pseudo_rows: tuple[int, ...] | None = None
     chunk: int | None = None
     precision: str | None = None
+    max_context: int | None = None
 
     def tree(self, num_steps: int, *, plan: bool = False) -> TreeSizes:
         """Return the row counts for K draft steps. Raises `InputError` when they do not fit."""
@@ -94,7 +102,7 @@ class ExportSettings:
 
 def export(
     source: str,
-    transfer_file: Path | None,
+    transfer_file: Path | Untrained | None,
     out: Path,
     settings: ExportSettings,
     stage: Stage,
@@ -103,9 +111,9 @@ def export(
     """Write the engine of `source` with its transfer layers to `out` and the files beside it.
 
     `out` ends in .onnx, or in .plan for a TensorRT plan, to which `plan_settings` apply. `transfer_file` None takes
-    the transfer layers shipped for a known model. `stage` is entered around each stage with its description. Nothing is
-    put in place unless the graph passes `onnx.checker` with shape inference and agrees with the PyTorch reference.
-    Raises `InputError`.
+    the transfer layers shipped for a known model, `UNTRAINED` makes some that begin as the identity. `stage` is
+    entered around each stage with its description. Nothing is put in place unless the graph passes `onnx.checker` with
+    shape inference and agrees with the PyTorch reference. Raises `InputError`.
     """
     check_out(out)
     if settings.chunk is not None and settings.chunk < 1:
@@ -114,19 +122,20 @@ def export(
     planner = Planner(plan_settings or PlanSettings()) if is_plan else None
     precision = settings.precision or ("fp16" if is_plan else "fp32")
     check_precision(precision, is_plan)
-    transfer_path = transfer_file or shipped_transfer(source)
+    transfer_path = shipped_transfer(source) if transfer_file is None else transfer_file
     with stage("loading the base model"):
-        base = load_base_model(source, COMPUTED_IN[precision])
-        transfer, about_transfer = load_transfer_layers(transfer_path, base.identity())
+        base = load_base_model(source, COMPUTED_IN[precision], settings.max_context)
+        transfer, about_transfer = _transfer_layers(transfer_path, base)
     sizes = settings.tree(transfer.num_steps, plan=is_plan)
     _check_space(base, out)
     _check_memory(base)
     model = HiddenTransferModel(base.model, transfer.to(COMPUTED_IN[precision])).eval()
     dims = graph_dims(base.model.config, transfer, str(COMPUTED_IN[precision]).removeprefix("torch."))
-    context = base.model.config.max_position_embeddings
+    context = base.max_context
     chunk = DEFAULT_CHUNK if settings.chunk is None else settings.chunk
     if planner:
-        limits = planner.prepare(dims, sizes, settings.chunk, context, weight_bytes(base), out.parent)
+        asked = settings.chunk, settings.max_context
+        limits = planner.prepare(dims, sizes, asked, context, weight_bytes(base), out.parent)
         context, chunk = limits.max_context, limits.chunk
     with stage("tracing the graph"):
         graph = build_graph(model)
@@ -188,11 +197,7 @@ def export(
             chat_template=template,
             correction=correction,
             base_model=identity,
-            transfer={
-                "sha256": sha256_file(transfer_path),
-                "recipe": about_transfer.recipe,
-                "acceptance": about_transfer.acceptance,
-            },
+            transfer=about_transfer,
             versions=_versions(),
             parity=parity,
             plan=plan,
@@ -267,13 +272,28 @@ def check_out(out: Path) -> None:
         )
 
 
+def _transfer_layers(chosen: Path | Untrained, base: BaseModel) -> tuple[TransferLayers, dict[str, Any]]:
+    """Return transfer layers and what `engine.json` says of them."""
+    if isinstance(chosen, Untrained):
+        config = base.model.config
+        transfer = TransferLayers(default_layers(config.num_hidden_layers), config.hidden_size).requires_grad_(False)
+        about = TransferFile(base.identity(), {"steps": 0, "init": "identity", "layers": transfer.layers})
+        return transfer, {"sha256": transfer.digest(), **_described(about)}
+    transfer, about = load_transfer_layers(chosen, base.identity())
+    return transfer, {"sha256": sha256_file(chosen), **_described(about)}
+
+
+def _described(about: TransferFile) -> dict[str, Any]:
+    return {"recipe": about.recipe, "acceptance": about.acceptance}
+
+
 def shipped_transfer(source: str) -> Path:
     """Return the transfer layers that the package carries for `source`. Raises `InputError` when there are none."""
     known = KNOWN_MODELS.get(source)
     if known is None:
         raise InputError(
             f"no transfer layers are shipped for {source} (only for: {', '.join(KNOWN_MODELS)}); "
-            "train some with ht-train and give them with --transfer"
+            "train some with ht-train and give them with --transfer, or try the model with --random-transfer"
         )
     return PRETRAINED / known.transfer
 

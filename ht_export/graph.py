@@ -16,6 +16,8 @@ from onnxscript.values import Opset
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ht_export.attention import LayerAttention
+from ht_export.families import head_dim
 from ht_export.model import HiddenTransferModel
 from ht_export.rewrites import use_fused_operators
 from ht_export.transfer import TransferLayers
@@ -36,6 +38,7 @@ def TreeAttention(  # noqa: N802 (the operator's name)
     cache_length: INT64,
     tree_mask: BOOL,
     scale: float,
+    softcap: float = 0.0,
 ) -> FLOAT:
     """Body of the local function; what it computes is defined by `plugins.reference.tree_attention`."""
     rows = op.Shape(query, start=2, end=3)
@@ -46,18 +49,45 @@ def TreeAttention(  # noqa: N802 (the operator's name)
     mask = op.Unsqueeze(op.Concat(cache_mask, tree_mask, axis=-1), [1])
     keys = op.Concat(key_cache, key_new, axis=2)
     values = op.Concat(value_cache, value_new, axis=2)
-    output = op.Attention(query, keys, values, mask, scale=scale)
+    output = op.Attention(query, keys, values, mask, scale=scale, softcap=softcap)
     return output  # noqa: RET504 (returned directly, it would be a tuple of the operator's four outputs)
+
+
+@script(Opset(DOMAIN, DOMAIN_VERSION), default_opset=op)  # type: ignore[untyped-decorator]
+def WindowedTreeAttention(  # noqa: N802 (the operator's name)
+    query: FLOAT,
+    key_new: FLOAT,
+    value_new: FLOAT,
+    key_cache: FLOAT,
+    value_cache: FLOAT,
+    cache_length: INT64,
+    tree_mask: BOOL,
+    first_visible: INT64,
+    scale: float,
+    softcap: float = 0.0,
+) -> FLOAT:
+    """`TreeAttention` whose rows see the cache from row `first_visible` [B, R] on."""
+    capacity = op.Shape(key_cache, start=2, end=3)
+    slots = op.Range(op.Constant(value_int=0), op.Squeeze(capacity), op.Constant(value_int=1))
+    valid = op.Unsqueeze(op.Less(op.Unsqueeze(slots, [0]), op.Unsqueeze(cache_length, [1])), [1])
+    cache_mask = op.And(valid, op.GreaterOrEqual(slots, op.Unsqueeze(first_visible, [2])))
+    mask = op.Unsqueeze(op.Concat(cache_mask, tree_mask, axis=-1), [1])
+    keys = op.Concat(key_cache, key_new, axis=2)
+    values = op.Concat(value_cache, value_new, axis=2)
+    output = op.Attention(query, keys, values, mask, scale=scale, softcap=softcap)
+    return output  # noqa: RET504 (as above)
+
+
+FUNCTIONS = {"TreeAttention": TreeAttention, "WindowedTreeAttention": WindowedTreeAttention}
 
 
 def graph_dims(config: PretrainedConfig, transfer: TransferLayers, dtype: str = "float32") -> GraphDims:
     """Return the fixed dimensions of the graph of a base model with transfer layers, in the precision `dtype`."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return GraphDims(
         num_layers=config.num_hidden_layers,
         query_heads=config.num_attention_heads,
         key_value_heads=config.num_key_value_heads,
-        head_dim=head_dim,
+        head_dim=head_dim(config),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         transfer_layers=transfer.layers,
@@ -77,8 +107,10 @@ def build_graph(model: HiddenTransferModel) -> ir.Model:
     optimizer.optimize_ir(onnx_model, inline=False)
     use_fused_operators(onnx_model)
     _name_bindings(onnx_model, dims)
-    function = ir.serde.deserialize_function(TreeAttention.to_function_proto())
-    onnx_model.functions[function.identifier()] = function
+    used = {node.op_type for node in onnx_model.graph if node.domain == DOMAIN}
+    for name in sorted(used):
+        function = ir.serde.deserialize_function(FUNCTIONS[name].to_function_proto())
+        onnx_model.functions[function.identifier()] = function
     onnx_model.opset_imports[DOMAIN] = DOMAIN_VERSION
     onnx_model.graph.name = "hidden_transfer"
     _forget_origin(onnx_model)
@@ -165,12 +197,14 @@ def _symbolic_tree_attention(
     value_cache: Tensor,
     cache_length: Tensor,
     tree_mask: Tensor,
-    scale: float,
+    first_visible: Tensor | None,
+    how: LayerAttention,
 ) -> Tensor:
+    inputs = [query, key_new, value_new, key_cache, value_cache, cache_length, tree_mask]
     return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::TreeAttention",
-        (query, key_new, value_new, key_cache, value_cache, cache_length, tree_mask),
-        attrs={"scale": scale},
+        f"{DOMAIN}::{'TreeAttention' if first_visible is None else 'WindowedTreeAttention'}",
+        inputs if first_visible is None else [*inputs, first_visible],
+        attrs={"scale": how.scale} if how.softcap is None else {"scale": how.scale, "softcap": how.softcap},
         dtype=query.dtype,
         shape=query.shape,
         version=DOMAIN_VERSION,

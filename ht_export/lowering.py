@@ -1,6 +1,6 @@
 """The graph made for ONNX Runtime on the CPU: fewer and larger operators, and a cache that is written in place.
 
-`TreeAttention` becomes `com.microsoft.GroupQueryAttention`, which reads the valid rows of the cache where they are and
+Tree attention becomes `com.microsoft.GroupQueryAttention`, which reads the valid rows of the cache where they are and
 writes the new rows behind them. With one buffer bound as past and as present nothing else is copied. The lowered graph
 has the inputs of the portable one, and the outputs `GraphDims.lowered_outputs`. It is for one sequence: B is 1.
 """
@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ht_export.graph import DOMAIN
 from runtime.bindings import CACHE_LENGTH, GraphDims
 
 CONTRIB = "com.microsoft"
@@ -49,13 +50,13 @@ class _Lowering:
         self.graph = graph
         self.dims = dims
         self.cache_length = next(value for value in graph.inputs if value.name == CACHE_LENGTH)
-        self.visible: dict[ir.Value, _Visible] = {}
+        self.visible: dict[tuple[ir.Value, ir.Value | None], _Visible] = {}
         self.before: ir.Node | None = None
         self.constants: dict[tuple[str, str], ir.Value] = {}
 
     def run(self) -> None:
-        """Replace every `TreeAttention`, and the outputs."""
-        caches = [self.lower(node) for node in list(self.graph) if node.op_type == "TreeAttention"]
+        """Replace every tree attention, and the outputs."""
+        caches = [self.lower(node) for node in list(self.graph) if node.domain == DOMAIN]
         outputs = [*self.graph.outputs[:2], *(key for key, _ in caches), *(value for _, value in caches)]
         self.graph.outputs.clear()
         self.graph.outputs.extend(outputs)
@@ -67,11 +68,12 @@ class _Lowering:
     def lower(self, attention: ir.Node) -> tuple[ir.Value, ir.Value]:
         """Replace one node; return its layer's keys and values, cached and new."""
         self.before = attention
-        query, key, value, key_cache, value_cache, _, mask = attention.inputs
+        query, key, value, key_cache, value_cache, _, mask = attention.inputs[:7]
+        first = attention.inputs[7] if len(attention.inputs) > 7 else None
         assert query is not None and key is not None and value is not None and mask is not None
-        if mask not in self.visible:
-            self.visible[mask] = self.describe(mask)
-        visible = self.visible[mask]
+        if (mask, first) not in self.visible:
+            self.visible[mask, first] = self.describe(mask, first)
+        visible = self.visible[mask, first]
         heads, kv_heads = self.dims.query_heads, self.dims.key_value_heads
         rows = [self.by_row(query, heads), self.by_row(key, kv_heads), self.by_row(value, kv_heads)]
         node = ir.node(
@@ -80,7 +82,7 @@ class _Lowering:
             {
                 "num_heads": heads,
                 "kv_num_heads": kv_heads,
-                "scale": attention.attributes["scale"].as_float(),
+                **{name: attribute.as_float() for name, attribute in attention.attributes.items()},
                 **self.direction(),
             },
             num_outputs=3,
@@ -98,16 +100,23 @@ class _Lowering:
         in_order = list(self.dims.join_order) == sorted(self.dims.join_order)
         return {} if in_order else {"causal": 0}
 
-    def describe(self, mask: ir.Value) -> _Visible:
-        """Return what rows under `mask` [B, R, R] see: all of the cache's valid rows, and each other as it says."""
+    def describe(self, mask: ir.Value, first: ir.Value | None) -> _Visible:
+        """Return what rows under `mask` [B, R, R] see: of the cache's valid rows all, or those from `first` [B, R] on,
+        and each other as it says.
+        """
         one, zero = self.constant([1]), self.constant([0])
         count = self.add("Shape", [mask], {"start": 1, "end": 2})
         total = self.add("Add", [self.cache_length, count])
         lengths = self.add("Cast", [self.add("Sub", [total, one])], {"to": int(ir.DataType.INT32)})
         longest = self.add("Cast", [self.add("Squeeze", [total, zero])], {"to": int(ir.DataType.INT32)})
-        cached = self.add("Concat", [one, count, self.cache_length], {"axis": 0})
-        all_of_it = self.add("ConstantOfShape", [cached], {"value": ir.tensor(np.array([True]))})
-        seen = self.add("Unsqueeze", [self.add("Concat", [all_of_it, mask], {"axis": -1}), one])
+        if first is None:
+            cached = self.add("Concat", [one, count, self.cache_length], {"axis": 0})
+            seen_of_it = self.add("ConstantOfShape", [cached], {"value": ir.tensor(np.array([True]))})
+        else:
+            length = self.add("Squeeze", [self.cache_length, zero])
+            slots = self.add("Range", [self.constant(0), length, self.constant(1)])
+            seen_of_it = self.add("GreaterOrEqual", [slots, self.add("Unsqueeze", [first, self.constant([2])])])
+        seen = self.add("Unsqueeze", [self.add("Concat", [seen_of_it, mask], {"axis": -1}), one])
         visible, hidden = self.constant(0, np.float32), self.constant(np.finfo(np.float32).min, np.float32)
         return _Visible(lengths, longest, self.add("Where", [seen, visible, hidden]))
 

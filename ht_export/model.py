@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ht_export.attention import tree_attention, use_attention_rows
+from ht_export.attention import AttentionRows, LayerAttention, tree_attention, use_attention_rows
 from ht_export.families import decoder_parts
 from ht_export.transfer import TransferLayers
 
-TreeAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+TreeAttention = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, LayerAttention], Tensor
+]
 
 
-class TreeRows:
+class TreeRows(AttentionRows):
     """Rows that see the valid prefix of the cache and, under the tree mask, each other. Keeps new keys and values."""
 
     def __init__(
@@ -29,21 +31,29 @@ class TreeRows:
         value_cache: Sequence[Tensor],
         cache_length: Tensor,
         tree_mask: Tensor,
+        position_ids: Tensor,
         attention: TreeAttention,
     ) -> None:
         self.key_cache = key_cache
         self.value_cache = value_cache
         self.cache_length = cache_length
         self.tree_mask = tree_mask
+        self.position_ids = position_ids
         self.attention = attention
         self.key_new: list[Tensor] = []
         self.value_new: list[Tensor] = []
+        # By window: the tree mask within it, and the first row of the cache that each row sees, [B, R].
+        self._windows: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: LayerAttention) -> Tensor:
         """See `AttentionRows.attend`."""
         rows = query.shape[2]
         self.key_new.append(key)
         self.value_new.append(value)
+        tree_mask, first_visible = self.tree_mask, None
+        if how.window is not None:
+            tree_mask, first = self._window(how.window)
+            first_visible = first[:, :rows]
         return self.attention(
             query,
             key,
@@ -51,14 +61,25 @@ class TreeRows:
             self.key_cache[layer],
             self.value_cache[layer],
             self.cache_length,
-            self.tree_mask[:, :rows, :rows],
-            scale,
+            tree_mask[:, :rows, :rows],
+            first_visible,
+            how,
         )
+
+    def _window(self, window: int) -> tuple[Tensor, Tensor]:
+        if window not in self._windows:
+            positions = self.position_ids
+            near = positions[:, :, None] - positions[:, None, :] < window
+            # A row of the cache lies at its position.
+            self._windows[window] = self.tree_mask & near, positions - (window - 1)
+        return self._windows[window]
 
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """logits [B, M, V]; draft_logits [B, sum R_k, V] in row order; key_new, value_new per layer [B, Hkv, R_l, D]."""
+    """logits [B, M, V]; draft_logits [B, sum R_k, V] in row order, without the family's cap; key_new, value_new of each
+    layer [B, Hkv, R_l, D].
+    """
 
     logits: Tensor
     draft_logits: Tensor
@@ -98,21 +119,22 @@ class HiddenTransferModel(nn.Module):
         parts = decoder_parts(self.base)
         tree_size = input_ids.shape[1]
         hidden = parts.embed(input_ids)
-        cos, sin = parts.rotary(hidden, position_ids)
-        rows = TreeRows(key_cache, value_cache, cache_length, tree_mask, self.attention)
+        position_embeddings = parts.rotary(hidden, position_ids)
+        rows = TreeRows(key_cache, value_cache, cache_length, tree_mask, position_ids, self.attention)
         for index, layer in enumerate(parts.layers):
             hidden = self._join(hidden, index, pseudo_parents)
             alive = hidden.shape[1]
+            cos, sin = position_embeddings[index]
             hidden = layer(
                 hidden,
                 position_embeddings=(cos[:, :alive], sin[:, :alive]),
-                attention_rows=rows,
+                attention_mask=rows,
             )
         hidden = self._join(hidden, len(parts.layers), pseudo_parents)
         wanted = torch.cat([gather_rows(hidden, logit_rows), hidden[:, tree_size:]], dim=1)
         logits = parts.head(parts.norm(wanted))
         count = logit_rows.shape[1]
-        return ForwardOutput(logits[:, :count], logits[:, count:], rows.key_new, rows.value_new)
+        return ForwardOutput(parts.capped(logits[:, :count]), logits[:, count:], rows.key_new, rows.value_new)
 
     def _join(self, hidden: Tensor, layer: int, pseudo_parents: Sequence[Tensor]) -> Tensor:
         joining = [self.transfer(k, gather_rows(hidden, pseudo_parents[k])) for k in self.transfer.joining(layer)]

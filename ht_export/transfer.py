@@ -27,6 +27,7 @@ FORMAT_VERSION = 2
 METADATA_KEY = "hidden_transfer"
 # Far above any model's; a damaged file must not ask for all memory.
 LARGEST_SIZE = 1 << 16
+DEFAULT_STEPS = 3
 
 
 class TransferLayers(nn.Module):
@@ -91,6 +92,11 @@ class TransferLayers(nn.Module):
     def forward(self, step: int, hidden: Tensor) -> Tensor:
         """Return the pseudo hidden states of `step` (0-based) for hidden states [..., d]."""
         return self.linears[step](hidden)
+
+
+def default_layers(num_layers: int, steps: int = DEFAULT_STEPS) -> tuple[int, ...]:
+    """Return where the draft steps of a model join by default: all at two thirds of its depth."""
+    return (round(num_layers * 2 / 3),) * steps
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,28 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120, 121)
 # The copy of accepted rows runs on older ones too, beside TensorRT's own attention.
 COMMIT_ARCHITECTURES = (75, *ARCHITECTURES)
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"HTTA"
 _HEADER = struct.Struct("<4sII")
 
 
 @dataclass(frozen=True)
+class Form:
+    """What a layer's attention is besides softmax: with a window, with a soft cap."""
+
+    windowed: bool = False
+    capped: bool = False
+
+
+@dataclass(frozen=True)
 class Variant:
-    """Which kernel: attention of `block_m` packed rows a program, over a split cache or not; or one of those below."""
+    """Which kernel: attention of a form, of `block_m` packed rows a program, over a split cache or not; or one of those
+    below.
+    """
 
     block_m: int
     split: bool
+    form: Form = Form()
 
 
 def best_architecture(major: int, minor: int, held: Iterable[int]) -> int | None:
@@ -103,7 +114,8 @@ class KernelBinaries:
                 cubin = content[start : start + entry["size"]]
                 start += entry["size"]
                 kernel = Kernel(entry["entry"], entry["threads"], entry["shared_memory"], cubin)
-                kernels.setdefault(entry["sm"], {})[Variant(entry["block_m"], entry["split"])] = kernel
+                variant = Variant(entry["block_m"], entry["split"], Form(**entry["form"]))
+                kernels.setdefault(entry["sm"], {})[variant] = kernel
             if start != len(content):
                 raise ValueError("its kernels are cut short")
             return cls(about["dtype"], about["head_dim"], kernels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,10 +14,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from plugins.binaries import ARCHITECTURES, COMBINE, COMMIT, HEAD_DIMS, Kernel, KernelBinaries, Variant
+from plugins.binaries import ARCHITECTURES, COMBINE, COMMIT, HEAD_DIMS, Form, Kernel, KernelBinaries, Variant
 from plugins.kernel import attention_kernel, combine_kernel, commit_kernel
 from plugins.schedule import BLOCK_M, MAX_SPLITS
 
+PLAIN = Form()
 DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 WARP = 32
 # The oldest version of the language that has an architecture, where that is newer than 8.0. Asked for an older one, the
@@ -26,6 +27,7 @@ PTX_VERSIONS = {100: 86, 103: 88, 120: 87, 121: 88}
 POINTERS = {
     "cache_length": "*i64",
     "tree_mask": "*i8",
+    "first_visible": "*i64",
     "maxima": "*fp32",
     "sums": "*fp32",
     "partial": "*fp32",
@@ -34,16 +36,20 @@ POINTERS = {
     "source_rows": "*i32",
     "accepted": "*i32",
 }
-NUMBERS = {"scale": "fp32", "kv_heads": "i32", "rows": "i32", "packed_rows": "i32", "capacity": "i32", "splits": "i32",
-           "length": "i32"}  # fmt: skip
+NUMBERS = {"scale": "fp32", "cap": "fp32", "kv_heads": "i32", "rows": "i32", "packed_rows": "i32", "capacity": "i32",
+           "splits": "i32", "length": "i32"}  # fmt: skip
 # Their rows start wherever the row count puts them, or they hold single bytes.
 UNALIGNED = ("tree_mask",)
 
 
 def compile_kernels(
-    dtype: str, head_dim: int, architectures: Iterable[int], report: Callable[[int], None] = lambda _: None
+    dtype: str,
+    head_dim: int,
+    architectures: Iterable[int],
+    report: Callable[[int], None] = lambda _: None,
+    forms: Collection[Form] = (PLAIN,),
 ) -> KernelBinaries:
-    """Compile every variant for each architecture (80 for SM 8.0); `report` is told each one that is done.
+    """Compile every variant of `forms` for each architecture (80 for SM 8.0); `report` is told each one that is done.
 
     Raises `ValueError` for a type, head size or architecture that there is no kernel for.
     """
@@ -56,7 +62,8 @@ def compile_kernels(
         if sm not in ARCHITECTURES:
             raise ValueError(f"unknown architecture {sm}; known: {', '.join(map(str, ARCHITECTURES))}")
         variants = {
-            Variant(block_m, split): compile_attention(dtype, head_dim, sm, block_m, split)
+            Variant(block_m, split, form): compile_attention(dtype, head_dim, sm, block_m, split, form)
+            for form in forms
             for block_m in BLOCK_M
             for split in (False, True)
         }
@@ -66,7 +73,7 @@ def compile_kernels(
 
 
 @cache
-def compile_attention(dtype: str, head_dim: int, sm: int, block_m: int, split: bool) -> Kernel:
+def compile_attention(dtype: str, head_dim: int, sm: int, block_m: int, split: bool, form: Form = PLAIN) -> Kernel:
     """Compile one variant of `attention_kernel`: the first of its tunings that keeps everything in registers."""
     element = f"*{DTYPES[dtype]}"
     types = {"output": "*fp32" if split else element}
@@ -78,6 +85,8 @@ def compile_attention(dtype: str, head_dim: int, sm: int, block_m: int, split: b
             "BLOCK_M": block_m,
             "BLOCK_N": tuning.block_n,
             "SPLIT": split,
+            "WINDOWED": form.windowed,
+            "CAPPED": form.capped,
             "UPCAST": False,
         }
         kernel = _compile(attention_kernel, sm, element, types, constants, tuning.warps, tuning.stages)

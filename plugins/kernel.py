@@ -5,7 +5,8 @@ once for the whole group. A program takes BLOCK_M of these rows over a part of t
 a GPU idle unless the cache is split among programs), then over the new rows under the tree mask, with an online softmax
 in float32. Where the cache is split, `combine_kernel` joins the parts.
 
-Only the valid prefix of the cache is ever read: its length is on the device, so one grid serves all lengths.
+Only the valid prefix of the cache is ever read: its length is on the device, so one grid serves all lengths. Where a
+window hides the beginning of the cache from all rows of a program, that is not read either.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import triton.language as tl
 
 
 @triton.jit
-def _attend(q, keys, values, visible, columns, in_columns, d, in_d, row_max, row_sum, acc, scale, D: tl.constexpr,
-            UPCAST: tl.constexpr):  # fmt: skip
+def _attend(q, keys, values, visible, columns, in_columns, d, in_d, row_max, row_sum, acc, scale, cap, D: tl.constexpr,
+            CAPPED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Take the keys and values at `columns` into the running softmax of the rows q."""
     k = tl.load(keys + columns[None, :] * D + d[:, None], mask=in_columns[None, :] & in_d[:, None], other=0.0)
     if UPCAST:
         k = k.to(tl.float32)
-    scores = tl.where(visible, tl.dot(q, k) * scale, -float("inf"))
+    scores = tl.dot(q, k) * scale
+    if CAPPED:
+        # tanh(x) is 1 - 2 / (exp(2 x) + 1); `scale` has what makes x of it, for exp2.
+        scores = cap - 2 * cap / (tl.exp2(scores) + 1)
+    scores = tl.where(visible, scores, -float("inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     # A row that has seen nothing yet has no maximum: any finite number in its place leaves all weights zero.
     finite = tl.where(new_max == -float("inf"), 0.0, new_max)
@@ -43,10 +48,12 @@ def attention_kernel(
     value_cache,
     cache_length,  # int64 [B]
     tree_mask,  # bool [B, R, R]
+    first_visible,  # int64 [B, R], with WINDOWED only
     output,  # as query; with SPLIT float32 [B, Hkv, splits, G * R, D], not yet divided by the sums
     maxima,  # float32 [B, Hkv, splits, G * R], with SPLIT only
     sums,
-    scale,  # of the scores, times log2(e)
+    scale,  # of the scores, times log2(e); with CAPPED times 2 log2(e) over the soft cap
+    cap,  # the soft cap, times log2(e), with CAPPED only
     kv_heads,
     rows,  # R
     packed_rows,  # G * R
@@ -56,6 +63,8 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
     UPCAST: tl.constexpr,  # for Triton's interpreter, whose products of bfloat16 are wrong
 ):
     """Grid: (blocks of packed rows, B * Hkv, splits)."""
@@ -78,9 +87,12 @@ def attention_kernel(
     first = 0
     # Within the cache whatever it says: while a plan is built, TensorRT may run this on any numbers to time it.
     last = tl.minimum(tl.maximum(tl.load(cache_length + batch), 0), capacity).to(tl.int32)
+    if WINDOWED:
+        row_first = tl.load(first_visible + batch * rows + row, mask=in_rows, other=capacity).to(tl.int32)
+        first = tl.minimum(tl.maximum(tl.min(row_first, 0), 0), last)
     if SPLIT:
-        part = tl.cdiv(tl.cdiv(last, tl.num_programs(2)), BLOCK_N) * BLOCK_N
-        first = split * part
+        part = tl.cdiv(tl.cdiv(last - first, tl.num_programs(2)), BLOCK_N) * BLOCK_N
+        first += split * part
         last = tl.minimum(first + part, last)
     keys = key_cache + head * capacity * D
     values = value_cache + head * capacity * D
@@ -88,8 +100,10 @@ def attention_kernel(
         columns = start + tl.arange(0, BLOCK_N)
         in_columns = columns < last
         visible = in_columns[None, :] & in_rows[:, None]
+        if WINDOWED:
+            visible = visible & (columns[None, :] >= row_first[:, None])
         row_max, row_sum, acc = _attend(
-            q, keys, values, visible, columns, in_columns, d, in_d, row_max, row_sum, acc, scale, D, UPCAST
+            q, keys, values, visible, columns, in_columns, d, in_d, row_max, row_sum, acc, scale, cap, D, CAPPED, UPCAST
         )
     if split == 0:
         keys = key_new + head * rows * D
@@ -101,8 +115,9 @@ def attention_kernel(
             within = in_columns[None, :] & in_rows[:, None]
             visible = tl.load(mask + columns[None, :], mask=within, other=0) != 0
             row_max, row_sum, acc = _attend(
-                q, keys, values, visible, columns, in_columns, d, in_d, row_max, row_sum, acc, scale, D, UPCAST
-            )
+                q, keys, values, visible, columns, in_columns, d, in_d, row_max, row_sum, acc, scale, cap, D, CAPPED,
+                UPCAST,
+            )  # fmt: skip
     if SPLIT:
         base = (head * tl.num_programs(2) + split) * packed_rows + packed
         tl.store(maxima + base, row_max, mask=in_rows)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from plugins.binaries import COMBINE, COMMIT, Kernel, KernelBinaries, Variant
+from plugins.binaries import COMBINE, COMMIT, Form, Kernel, KernelBinaries, Variant
 from plugins.schedule import schedule, statistics_count, workspace_bytes
 
 POINTER, NUMBER, FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
@@ -36,7 +36,9 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Device addresses of the inputs and the output, as `plugins.reference.tree_attention` names them."""
+    """Device addresses of the inputs and the output, as `plugins.reference.tree_attention` names them; no
+    `first_visible` where there is no window.
+    """
 
     query: int
     key_new: int
@@ -46,6 +48,7 @@ class Buffers:
     cache_length: int
     tree_mask: int
     output: int
+    first_visible: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,22 @@ class Launch:
     arguments: tuple[Argument, ...]
 
 
-def launches(shapes: Shapes, buffers: Buffers, workspace: int, scale: float, multiprocessors: int) -> list[Launch]:
+@dataclass(frozen=True)
+class Scores:
+    """What becomes of the products of queries and keys: the factor `scale`, and a soft cap where it is not 0."""
+
+    scale: float
+    softcap: float = 0.0
+
+    def factors(self) -> tuple[float, float]:
+        """Return the kernel's `scale` and `cap`, which are for powers of two."""
+        log2e = math.log2(math.e)
+        if not self.softcap:
+            return self.scale * log2e, 0.0
+        return 2 * log2e * self.scale / self.softcap, self.softcap * log2e
+
+
+def launches(shapes: Shapes, buffers: Buffers, workspace: int, scores: Scores, multiprocessors: int) -> list[Launch]:
     """Return the launches of one tree attention; `workspace` is the address of `workspace_size` bytes."""
     packed = shapes.packed_rows
     plan = schedule(shapes.batch, shapes.kv_heads, packed, shapes.capacity, multiprocessors)
@@ -75,17 +93,18 @@ def launches(shapes: Shapes, buffers: Buffers, workspace: int, scale: float, mul
         buffers.value_cache,
         buffers.cache_length,
         buffers.tree_mask,
+        buffers.first_visible,
         partial,
         maxima,
         sums,
     )
     numbers = (shapes.kv_heads, shapes.rows, packed, shapes.capacity)
     attention = Launch(
-        Variant(plan.block_m, split),
+        Variant(plan.block_m, split, Form(bool(buffers.first_visible), bool(scores.softcap))),
         (plan.row_blocks, heads, plan.splits),
         (
             *((pointer, POINTER) for pointer in pointers),
-            (scale * math.log2(math.e), FLOAT),
+            *((factor, FLOAT) for factor in scores.factors()),
             *((number, NUMBER) for number in numbers),
             *SCRATCH,
         ),
@@ -164,9 +183,9 @@ class Launcher:
         self._kernels = LoadedKernels(binaries)
         self.multiprocessors = self._kernels.multiprocessors
 
-    def __call__(self, shapes: Shapes, buffers: Buffers, workspace: int, scale: float, stream: int) -> None:
+    def __call__(self, shapes: Shapes, buffers: Buffers, workspace: int, scores: Scores, stream: int) -> None:
         """Enqueue one tree attention on `stream`."""
-        for launch in launches(shapes, buffers, workspace, scale, self.multiprocessors):
+        for launch in launches(shapes, buffers, workspace, scores, self.multiprocessors):
             self._kernels.enqueue(launch, stream)
 
 

@@ -1,7 +1,8 @@
-"""`TreeAttention` as a TensorRT plugin (`IPluginV3`), for TensorRT and TensorRT for RTX alike.
+"""Tree attention as TensorRT plugins (`IPluginV3`), for TensorRT and TensorRT for RTX alike.
 
-A node `TreeAttention` that carries `plugin_namespace` "ht.llm" becomes this plugin where `register` ran before the
-graph is parsed. The compiled kernels are a serialized field, so that a plan needs no compiler, and no Triton, to run.
+A node `TreeAttention` or `WindowedTreeAttention` that carries `plugin_namespace` "ht.llm" becomes the plugin of that
+name where `register` ran before the graph is parsed. The compiled kernels are a serialized field, so that a plan needs
+no compiler, and no Triton, to run.
 """
 
 from __future__ import annotations
@@ -16,38 +17,41 @@ from typing import Any
 import numpy as np
 
 from plugins.binaries import KernelBinaries
-from plugins.launch import Buffers, Launcher, Shapes
+from plugins.launch import Buffers, Launcher, Scores, Shapes
 from plugins.schedule import workspace_limit
 
-NAME = "TreeAttention"
+# The second has one input more.
+NAME, WINDOWED_NAME = "TreeAttention", "WindowedTreeAttention"
+NAMES = (NAME, WINDOWED_NAME)
 NAMESPACE = "ht.llm"
-VERSION = "1"
-QUERY, KEY_NEW, VALUE_NEW, KEY_CACHE, VALUE_CACHE, CACHE_LENGTH, TREE_MASK, OUTPUT = range(8)
+VERSION = "2"
+QUERY, KEY_NEW, VALUE_NEW, KEY_CACHE, VALUE_CACHE, CACHE_LENGTH, TREE_MASK, FIRST_VISIBLE = range(8)
 
 
-def register(trt: Any, kernels: bytes | None = None) -> Any:
-    """Let `trt`, the module `tensorrt` or `tensorrt_rtx`, know the plugin; return the creator.
+def register(trt: Any, kernels: bytes | None = None) -> list[Any]:
+    """Let `trt`, the module `tensorrt` or `tensorrt_rtx`, know the plugins; return their creators.
 
     `kernels`, of `KernelBinaries.to_bytes`, are what the plugins of a plan that is built now will carry; to run a plan
-    none are needed. A second call replaces the first one's creator.
+    none are needed. A second call replaces the first one's creators.
     """
     _make_findable(trt)
     registry = trt.get_plugin_registry()
     # Not get_creator, which logs an error where there is none.
     for present in registry.all_creators:
-        if (present.name, present.plugin_namespace) == (NAME, NAMESPACE):
+        if present.name in NAMES and present.plugin_namespace == NAMESPACE:
             registry.deregister_creator(present)
-    creator = _classes(trt)(kernels)
-    if not registry.register_creator(creator, NAMESPACE):
-        raise RuntimeError(f"{trt.__name__} {trt.__version__} refused the {NAME} plugin")
-    _kept[trt.__name__] = creator
-    return creator
+    creators = [_classes(trt)(name, kernels) for name in NAMES]
+    for creator in creators:
+        if not registry.register_creator(creator, NAMESPACE):
+            raise RuntimeError(f"{trt.__name__} {trt.__version__} refused the {creator.name} plugin")
+    _kept[trt.__name__] = creators
+    return creators
 
 
 # What kept a plugin from running: the library reports that it failed, and not why.
 failures: list[str] = []
 # The registry holds no reference of its own.
-_kept: dict[str, Any] = {}
+_kept: dict[str, list[Any]] = {}
 
 
 def _make_findable(trt: Any) -> None:
@@ -87,18 +91,18 @@ def _classes(trt: Any) -> type:
     """Return the creator's class; its bases come from `trt`, so that it can be made only once that is imported."""
 
     class TreeAttentionPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
-        """One node: its `scale`, and the kernels."""
+        """One node: what becomes of its scores, and the kernels."""
 
-        def __init__(self, scale: float, kernels: bytes, binaries: KernelBinaries) -> None:
+        def __init__(self, name: str, scores: Scores, kernels: bytes, binaries: KernelBinaries) -> None:
             trt.IPluginV3.__init__(self)
             trt.IPluginV3OneCore.__init__(self)
             trt.IPluginV3OneBuild.__init__(self)
             trt.IPluginV3OneRuntime.__init__(self)
             self.num_outputs = 1
-            self.plugin_name = NAME
+            self.plugin_name = name
             self.plugin_namespace = NAMESPACE
             self.plugin_version = VERSION
-            self.scale = scale
+            self.scores = scores
             self.kernels = kernels
             self.binaries = binaries
             self.launcher: Launcher | None = None
@@ -107,7 +111,7 @@ def _classes(trt: Any) -> type:
             return self
 
         def clone(self) -> Any:
-            copy = TreeAttentionPlugin(self.scale, self.kernels, self.binaries)
+            copy = TreeAttentionPlugin(self.plugin_name, self.scores, self.kernels, self.binaries)
             copy.launcher = self.launcher
             return copy
 
@@ -120,7 +124,10 @@ def _classes(trt: Any) -> type:
         def supports_format_combination(self, position: int, tensors: list[Any], num_inputs: int) -> bool:
             described = tensors[position].desc
             element = trt.float16 if self.binaries.dtype == "float16" else trt.bfloat16
-            wanted = {CACHE_LENGTH: trt.int64, TREE_MASK: trt.bool}.get(position, element)
+            others = {CACHE_LENGTH: trt.int64, TREE_MASK: trt.bool}
+            if num_inputs > FIRST_VISIBLE:
+                others[FIRST_VISIBLE] = trt.int64
+            wanted = others.get(position, element)
             return described.format == trt.TensorFormat.LINEAR and described.type == wanted
 
         def configure_plugin(self, inputs: list[Any], outputs: list[Any]) -> None:
@@ -148,12 +155,14 @@ def _classes(trt: Any) -> type:
 
         def get_fields_to_serialize(self) -> Any:
             kernels = np.frombuffer(self.kernels, dtype=np.int8)
-            scale = np.array([self.scale], dtype=np.float32)
+            scale = np.array([self.scores.scale], dtype=np.float32)
+            softcap = np.array([self.scores.softcap], dtype=np.float32)
             # The library gets their addresses, and reads them after this returns.
-            self.serialized = (scale, kernels)
+            self.serialized = (scale, softcap, kernels)
             return trt.PluginFieldCollection(
                 [
                     trt.PluginField("scale", scale, trt.PluginFieldType.FLOAT32),
+                    trt.PluginField("softcap", softcap, trt.PluginFieldType.FLOAT32),
                     trt.PluginField("kernels", kernels, trt.PluginFieldType.INT8),
                 ]
             )
@@ -170,8 +179,8 @@ def _classes(trt: Any) -> type:
             try:
                 if self.launcher is None:
                     self.launcher = _launcher(self.kernels)
-                buffers = Buffers(*input_addresses, *output_addresses)
-                self.launcher(_shapes(inputs), buffers, workspace, self.scale, stream)
+                buffers = Buffers(*input_addresses[:FIRST_VISIBLE], *output_addresses, *input_addresses[FIRST_VISIBLE:])
+                self.launcher(_shapes(inputs), buffers, workspace, self.scores, stream)
             except Exception as error:
                 failures.append(str(error))
                 raise
@@ -179,13 +188,16 @@ def _classes(trt: Any) -> type:
     class TreeAttentionCreator(trt.IPluginCreatorV3One):
         """Makes plugins of nodes and of plans."""
 
-        def __init__(self, kernels: bytes | None) -> None:
+        def __init__(self, name: str, kernels: bytes | None) -> None:
             trt.IPluginCreatorV3One.__init__(self)
-            self.name = NAME
+            self.name = name
             self.plugin_namespace = NAMESPACE
             self.plugin_version = VERSION
             self.field_names = trt.PluginFieldCollection(
-                [trt.PluginField("scale", np.array([], dtype=np.float32), trt.PluginFieldType.FLOAT32)]
+                [
+                    trt.PluginField(field, np.array([], dtype=np.float32), trt.PluginFieldType.FLOAT32)
+                    for field in ("scale", "softcap")
+                ]
             )
             self.kernels = kernels
 
@@ -194,7 +206,9 @@ def _classes(trt: Any) -> type:
             kernels = data["kernels"].tobytes() if phase == trt.TensorRTPhase.RUNTIME else self.kernels
             if kernels is None:
                 raise ValueError("no kernels to build a plan with were registered")
-            return TreeAttentionPlugin(float(data["scale"].ravel()[0]), kernels, _binaries(kernels))
+            # A node without a soft cap does not name it.
+            scale, softcap = (float(data[field].ravel()[0]) if field in data else 0.0 for field in ("scale", "softcap"))
+            return TreeAttentionPlugin(self.name, Scores(scale, softcap), kernels, _binaries(kernels))
 
     return TreeAttentionCreator
 

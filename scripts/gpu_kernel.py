@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from plugins.binaries import Form
+from plugins.launch import Scores
 from scripts.gpu_parts import Sections, attempt, finite, note
 
 # Of a row's largest output. Rounding alone, emulated on the CPU over these shapes, makes at most 9e-4 and 7e-3; a cache
@@ -25,6 +27,9 @@ GRID = {
     "rows": (1, 5, 16, 33, 256),
     "capacity": (0, 1, 64, 333, 2048, 5000),
     "batch": (1, 3),
+    "windowed": (False, True),
+    # Low enough that scores come near it.
+    "softcap": (0.0, 2.0),
 }
 # Enough to see what is wrong; after an illegal access every further case fails too.
 MOST_FAILURES = 20
@@ -36,7 +41,7 @@ TIMED_MODELS = {"smollm2-135m": (3, 3, 64), "llama-3-8b": (4, 8, 128), "gemma-2-
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes of one call: `heads` are query heads by key/value head, and key/value heads."""
+    """One call: `heads` are query heads by key/value head, and key/value heads."""
 
     dtype: str
     head_dim: int
@@ -44,6 +49,13 @@ class Case:
     rows: int
     capacity: int
     batch: int
+    windowed: bool = False
+    softcap: float = 0.0
+
+    @property
+    def scores(self) -> Scores:
+        """What becomes of its products."""
+        return Scores(self.head_dim**-0.5, self.softcap)
 
 
 def kernel_part(count: int, seed: int) -> Sections:
@@ -89,15 +101,15 @@ class Kernel:
     """The compiled kernels for this GPU, called with torch tensors."""
 
     def __init__(self) -> None:
-        self._launchers: dict[tuple[str, int], Any] = {}
+        self._launchers: dict[tuple[str, int, Form], Any] = {}
 
-    def __call__(self, inputs: dict[str, Any], scale: float) -> Any:
+    def __call__(self, inputs: dict[str, Any], scores: Scores) -> Any:
         """Return the output for the inputs of `make_inputs`."""
-        output, launch = self.prepare(inputs, scale)
+        output, launch = self.prepare(inputs, scores)
         launch()
         return output
 
-    def prepare(self, inputs: dict[str, Any], scale: float) -> tuple[Any, Callable[[], None]]:
+    def prepare(self, inputs: dict[str, Any], scores: Scores) -> tuple[Any, Callable[[], None]]:
         """Return the output, and what computes it from `inputs` as they are then, on torch's stream."""
         import torch
 
@@ -106,7 +118,8 @@ class Kernel:
         query, cache = inputs["query"], inputs["key_cache"]
         batch, query_heads, rows, head_dim = query.shape
         shapes = Shapes(batch, query_heads, cache.shape[1], rows, cache.shape[2], head_dim)
-        launcher = self._launcher(str(query.dtype).removeprefix("torch."), head_dim)
+        form = Form("first_visible" in inputs, bool(scores.softcap))
+        launcher = self._launcher(str(query.dtype).removeprefix("torch."), head_dim, form)
         # Not a number, so that what is not written shows.
         workspace = torch.full((workspace_size(shapes, launcher.multiprocessors) // 4,), torch.nan, device=query.device)
         output = torch.full_like(query, torch.nan)
@@ -114,23 +127,23 @@ class Kernel:
         def launch() -> None:
             addresses = {name: tensor.data_ptr() for name, tensor in inputs.items()}
             buffers = Buffers(**addresses, output=output.data_ptr())
-            launcher(shapes, buffers, workspace.data_ptr(), scale, torch.cuda.current_stream().cuda_stream)
+            launcher(shapes, buffers, workspace.data_ptr(), scores, torch.cuda.current_stream().cuda_stream)
 
         return output, launch
 
-    def _launcher(self, dtype: str, head_dim: int) -> Any:
+    def _launcher(self, dtype: str, head_dim: int, form: Form) -> Any:
         import torch
 
         from plugins.binaries import ARCHITECTURES, KernelBinaries, best_architecture
         from plugins.compile import compile_kernels
         from plugins.launch import Launcher
 
-        key = (dtype, head_dim)
+        key = (dtype, head_dim, form)
         if key not in self._launchers:
-            note(f"compiling the kernels for {dtype}, head size {head_dim}")
+            note(f"compiling the kernels for {dtype}, head size {head_dim}, {form}")
             sm = best_architecture(*torch.cuda.get_device_capability(), ARCHITECTURES)
             assert sm is not None
-            binaries = compile_kernels(dtype, head_dim, [sm])
+            binaries = compile_kernels(dtype, head_dim, [sm], forms=[form])
             self._launchers[key] = Launcher(KernelBinaries.from_bytes(binaries.to_bytes()))
         return self._launchers[key]
 
@@ -155,6 +168,11 @@ def make_inputs(case: Case, generator: Any) -> dict[str, Any]:
     for cache in (keys, values):
         cache.masked_fill_(behind[:, None, :, None], torch.nan)
     mask = torch.rand(case.batch, case.rows, case.rows, generator=generator, device=device) < 0.5
+    window = {}
+    if case.windowed:
+        # Some rows see all of the cache, some a part, some nothing.
+        first = torch.randint(-9, case.capacity + 9, (case.batch, case.rows), generator=generator, device=device)
+        window["first_visible"] = first
     return {
         "query": normal(case.batch, group * kv_heads, case.rows, case.head_dim),
         "key_new": normal(case.batch, kv_heads, case.rows, case.head_dim),
@@ -163,26 +181,36 @@ def make_inputs(case: Case, generator: Any) -> dict[str, Any]:
         "value_cache": values,
         "cache_length": lengths,
         "tree_mask": mask.tril() | torch.eye(case.rows, dtype=torch.bool, device=device),
+        **window,
     }
 
 
-def reference(inputs: dict[str, Any], scale: float) -> Any:
+def reference(inputs: dict[str, Any], scores: Scores) -> Any:
     """Return what `plugins.reference.tree_attention` defines, computed by torch in float64 where the inputs are."""
     import torch
 
     batch, _, rows, _ = inputs["query"].shape
     capacity = inputs["key_cache"].shape[2]
     lengths = inputs["cache_length"]
-    valid = torch.arange(capacity, device=lengths.device) < lengths[:, None]
-    visible = torch.cat([valid[:, None, :].expand(batch, rows, capacity), inputs["tree_mask"]], dim=-1)
+    slots = torch.arange(capacity, device=lengths.device)
+    cached = (slots < lengths[:, None])[:, None, :].expand(batch, rows, capacity)
+    if "first_visible" in inputs:
+        cached = cached & (slots >= inputs["first_visible"][..., None])
+    visible = torch.cat([cached, inputs["tree_mask"]], dim=-1)[:, None]
 
     def joined(cache: str, new: str) -> Any:
         return torch.cat([inputs[cache].double().nan_to_num(), inputs[new].double()], dim=2)
 
     keys, values = joined("key_cache", "key_new"), joined("value_cache", "value_new")
-    return torch.nn.functional.scaled_dot_product_attention(
-        inputs["query"].double(), keys, values, attn_mask=visible[:, None], scale=scale, enable_gqa=True
-    )
+    query = inputs["query"].double()
+    if not scores.softcap:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=visible, scale=scores.scale, enable_gqa=True
+        )
+    group = query.shape[1] // keys.shape[1]
+    capped = query @ keys.repeat_interleave(group, dim=1).transpose(2, 3) * (scores.scale / scores.softcap)
+    weights = (capped.tanh() * scores.softcap).masked_fill(~visible, -torch.inf).softmax(-1)
+    return weights @ values.repeat_interleave(group, dim=1)
 
 
 def cases(count: int, seed: int) -> list[Case]:
@@ -198,7 +226,7 @@ def relative_error(found: Any, expected: Any) -> float:
 
 
 def check_kernel(
-    kernel: Callable[[dict[str, Any], float], Any], count: int, seed: int, device: str = "cuda"
+    kernel: Callable[[dict[str, Any], Scores], Any], count: int, seed: int, device: str = "cuda"
 ) -> dict[str, Any]:
     """Compare the kernel with the reference; return the worst error by type, and every case beyond its tolerance."""
     import torch
@@ -212,12 +240,13 @@ def check_kernel(
         if checked % 200 == 0:
             note(f"checked {checked} of {len(chosen)} cases of the kernel")
         inputs = make_inputs(case, generator)
-        scale = case.head_dim**-0.5
-        expected = reference(inputs, scale)
+        expected = reference(inputs, case.scores)
         if checked % 50 == 1 and case.rows * case.capacity < 40000:
-            assert matches_definition(inputs, scale, expected), f"torch's attention is wrong in float64 for {case}"
+            assert matches_definition(inputs, case.scores, expected), (
+                f"torch's attention is wrong in float64 for {case}"
+            )
         try:
-            error = relative_error(kernel(inputs, scale), expected)
+            error = relative_error(kernel(inputs, case.scores), expected)
         except (RuntimeError, ValueError) as raised:
             failures.append({**asdict(case), "raised": str(raised)[:300]})
         else:
@@ -231,7 +260,7 @@ def check_kernel(
     return {"cases": checked, "worst_error": worst, "tolerance": TOLERANCE, "failures": failures, "faults": faults}
 
 
-def matches_definition(inputs: dict[str, Any], scale: float, expected: Any) -> bool:
+def matches_definition(inputs: dict[str, Any], scores: Scores, expected: Any) -> bool:
     """Return whether the definition in numpy gives `expected`."""
     import numpy as np
 
@@ -239,7 +268,9 @@ def matches_definition(inputs: dict[str, Any], scale: float, expected: Any) -> b
 
     arrays = [inputs[name].double().cpu().numpy() for name in list(inputs)[:5]]
     rest = (inputs["cache_length"].cpu().numpy(), inputs["tree_mask"].cpu().numpy())
-    return bool(np.allclose(tree_attention(*arrays, *rest, scale), expected.cpu().numpy(), rtol=0, atol=1e-9))
+    first = inputs["first_visible"].cpu().numpy() if "first_visible" in inputs else None
+    found = tree_attention(*arrays, *rest, scores.scale, first, scores.softcap)
+    return bool(np.allclose(found, expected.cpu().numpy(), rtol=0, atol=1e-9))
 
 
 def check_graph(kernel: Kernel, seed: int) -> dict[str, Any]:
@@ -249,8 +280,7 @@ def check_graph(kernel: Kernel, seed: int) -> dict[str, Any]:
     generator = torch.Generator("cuda").manual_seed(seed)
     case = Case("float16", 64, (3, 3), 8, 2048, 2)
     inputs = make_inputs(case, generator)
-    scale = case.head_dim**-0.5
-    output, launch = kernel.prepare(inputs, scale)
+    output, launch = kernel.prepare(inputs, case.scores)
     launch()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -260,7 +290,7 @@ def check_graph(kernel: Kernel, seed: int) -> dict[str, Any]:
         inputs[name].copy_(value)
     output.fill_(torch.nan)
     graph.replay()
-    error = relative_error(output, reference(inputs, scale))
+    error = relative_error(output, reference(inputs, case.scores))
     fault = f"a captured launch is wrong by {error:.1e} after its inputs changed"
     return {"worst_error": finite(error), "faults": [] if error <= TOLERANCE[case.dtype] else [fault]}
 
@@ -344,16 +374,16 @@ def time_kernel(kernel: Kernel, bytes_per_second: float) -> list[dict[str, Any]]
     rows = []
     for (name, heads_and_size), context, count in itertools.product(TIMED_MODELS.items(), TIMED_CONTEXTS, TIMED_ROWS):
         group, kv_heads, head_dim = heads_and_size
-        inputs = make_inputs(Case("float16", head_dim, (group, kv_heads), count, context, 1), generator)
+        case = Case("float16", head_dim, (group, kv_heads), count, context, 1)
+        inputs = make_inputs(case, generator)
         # All of the cache is valid, and all of it a number.
         inputs["cache_length"].fill_(context)
         for cache in ("key_cache", "value_cache"):
             inputs[cache].normal_(generator=generator)
-        scale = head_dim**-0.5
-        _, launch = kernel.prepare(inputs, scale)
+        _, launch = kernel.prepare(inputs, case.scores)
         seconds = median_seconds(launch)
         ways = {}
-        for way, work in torch_ways(inputs, scale).items():
+        for way, work in torch_ways(inputs, case.scores.scale).items():
             # A shape that one of torch's kernels refuses, or that takes too much memory repeated.
             with contextlib.suppress(RuntimeError):
                 ways[way] = median_seconds(work) * 1e6

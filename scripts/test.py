@@ -18,7 +18,11 @@ def main() -> None:
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
     for command in (["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"]):
         run([str(programs / command[0]), *command[1:]], cwd=ROOT)
-    run([str(programs / "python"), "-m", "pytest", "-n", "auto", "--dist", "worksteal", *sys.argv[1:]], cwd=ROOT, env=environment)
+    run(
+        [str(programs / "python"), "-m", "pytest", "-n", "auto", "--dist", "worksteal", *sys.argv[1:]],
+        cwd=ROOT,
+        env=environment,
+    )
 
 
 if __name__ == "__main__":

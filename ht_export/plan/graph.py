@@ -8,7 +8,8 @@ import onnx
 from onnx import helper
 
 from ht_export.graph import DOMAIN
-from plugins.tensorrt_plugin import NAME, NAMESPACE, VERSION
+from plugins.binaries import Form
+from plugins.tensorrt_plugin import NAMES, NAMESPACE, VERSION, WINDOWED_NAME
 
 
 def mark_plugin(model: onnx.ModelProto) -> int:
@@ -16,11 +17,21 @@ def mark_plugin(model: onnx.ModelProto) -> int:
 
     Where that is not registered, and in other runtimes, the node stays a call of the graph's local function.
     """
-    nodes = [node for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, NAME)]
+    nodes = _attention_nodes(model)
     for node in nodes:
         node.attribute.append(helper.make_attribute("plugin_namespace", NAMESPACE))
         node.attribute.append(helper.make_attribute("plugin_version", VERSION))
     return len(nodes)
+
+
+def attention_forms(graph: Path) -> list[Form]:
+    """Return the forms of tree attention that there are in the graph at `graph`."""
+    nodes = _attention_nodes(onnx.load(graph, load_external_data=False))
+    found = {
+        Form(node.op_type == WINDOWED_NAME, any(attribute.name == "softcap" for attribute in node.attribute))
+        for node in nodes
+    }
+    return sorted(found, key=lambda form: (form.windowed, form.capped))
 
 
 def make_decomposable(model: onnx.ModelProto) -> None:
@@ -32,6 +43,10 @@ def make_decomposable(model: onnx.ModelProto) -> None:
         for node in function.node:
             if node.op_type == "Attention":
                 node.attribute.append(helper.make_attribute("TRT_decomposable", 1))
+
+
+def _attention_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in NAMES]
 
 
 def write_for_tensorrt(graph: Path, out: Path, *, plugin: bool, decomposable: bool) -> int:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ht_export.plan.build import ATTENTIONS, build_plan, check_resources
-from ht_export.plan.graph import write_for_tensorrt
+from ht_export.plan.graph import attention_forms, write_for_tensorrt
 from ht_export.plan.limits import Profile, cache_bytes, check_limits, profiles
 from ht_export.plan.products import Capability, Product, find_product, show
 from plugins.binaries import ARCHITECTURES, COMMIT_ARCHITECTURES, HEAD_DIMS, PLUGIN_DTYPES, best_architecture
@@ -31,13 +31,12 @@ INSTALL_TRITON = "pip install 'hidden-transfer[plan]'"
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What a plan may choose. `runtime` None takes the product that is installed, `max_context` None the model's own,
-    at most 4,096; no `capabilities` the product's default. `attention` is "plugin", "native" or "auto".
+    """What a plan may choose. `runtime` None takes the product that is installed, no `capabilities` the product's
+    default. `attention` is "plugin", "native" or "auto".
     """
 
     runtime: str | None = None
     max_batch: int = 1
-    max_context: int | None = None
     max_rows: int | None = None
     capabilities: Sequence[Capability] = ()
     attention: str = "auto"
@@ -68,17 +67,17 @@ class Planner:
         self,
         dims: GraphDims,
         tree: TreeSizes,
-        chunk: int | None,
+        asked: tuple[int | None, int | None],
         model_context: int,
         weight_bytes: int,
         folder: Path,
     ) -> Limits:
-        """Check limits, kernels, memory and disk; return the plan's limits, with `chunk` where it is not None.
-
-        Raises `InputError`.
+        """Check limits, kernels, memory and disk; return the plan's limits, with the prompt chunk and the context that
+        were `asked` for where they are not None. Raises `InputError`.
         """
         settings = self.settings
-        context = min(model_context, DEFAULT_CONTEXT) if settings.max_context is None else settings.max_context
+        chunk, max_context = asked
+        context = min(model_context, DEFAULT_CONTEXT) if max_context is None else max_context
         # What the user asked for is taken as it is, or refused.
         max_rows = min(max(DEFAULT_ROWS, tree.tree_rows), context) if settings.max_rows is None else settings.max_rows
         self.dims = dims
@@ -110,7 +109,11 @@ class Planner:
         kernels = None
         if uses_plugin:
             kernels = compile_kernels(
-                dims.dtype, dims.head_dim, architectures(ARCHITECTURES), lambda sm: tell(f"kernels for SM {sm / 10}")
+                dims.dtype,
+                dims.head_dim,
+                architectures(ARCHITECTURES),
+                lambda sm: tell(f"kernels for SM {sm / 10}"),
+                attention_forms(graph),
             ).to_bytes()
         kernels_path = plan.with_name(f"{plan.stem}.kernels.bin")
         commit = compile_commit(dims.dtype, dims.head_dim, architectures(COMMIT_ARCHITECTURES))

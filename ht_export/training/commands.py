@@ -28,12 +28,11 @@ from ht_export.training.fit import FitSettings, MetricLog, fit
 from ht_export.training.generate import DataSettings, generate_data
 from ht_export.training.plots import plot_acceptance, plot_sweep
 from ht_export.training.sweep import SweepSettings, default_placements, recommendation, sweep, table
-from ht_export.transfer import TransferFile, load_transfer_layers, save_transfer_layers
+from ht_export.transfer import TransferFile, default_layers, load_transfer_layers, save_transfer_layers
 from runtime.drafts import SHORTLIST
 from runtime.errors import InputError
 from runtime.files import atomic_path, check_writable, unwritable, write_json
 
-DEFAULT_STEPS = 3
 DEFAULT_CORRECTION_RANK = 128
 
 
@@ -69,7 +68,7 @@ def run_fit(options: argparse.Namespace) -> None:
     base = _load(options, accelerator.device)
     num_layers = base.model.config.num_hidden_layers
     chosen = _batches_and_loss(options)
-    layers = options.layers or (round(num_layers * 2 / 3),) * DEFAULT_STEPS
+    layers = options.layers or default_layers(num_layers)
     start, start_about = None, None
     if options.start:
         start, start_about = load_transfer_layers(options.start, base.identity())

@@ -36,7 +36,7 @@ class RowCosts:
             raise InputError(f"the cost of a row must be between 0 and 1 plain passes, not {row_cost}")
         parts = decoder_parts(base.model)
         layer = sum(parameter.numel() for parameter in parts.layers[0].parameters())
-        head = sum(parameter.numel() for parameter in parts.head.parameters())
+        head = sum(parameter.numel() for parameter in base.model.get_output_embeddings().parameters())
         return cls(row_cost, len(parts.layers), layer, head)
 
     def pseudo_row(self, layer: int) -> float:

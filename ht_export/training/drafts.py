@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from ht_export.attention import use_attention_rows
+from ht_export.attention import AttentionRows, LayerAttention, attention, use_attention_rows
 from ht_export.families import decoder_parts
 from ht_export.model import gather_rows
 from ht_export.transfer import TransferLayers
@@ -33,38 +33,44 @@ class Context:
     values: dict[int, Tensor] = field(default_factory=dict)
 
 
-class _CausalRows:
+class _CausalRows(AttentionRows):
     """Rows of a whole text. Keeps keys and values from `first_layer` on."""
 
     def __init__(self, context: Context, first_layer: int) -> None:
         self.context = context
         self.first_layer = first_layer
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: LayerAttention) -> Tensor:
         if layer >= self.first_layer:
             self.context.keys[layer] = key
             self.context.values[layer] = value
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        if how.window is None and how.softcap is None:
+            return scaled_dot_product_attention(query, key, value, is_causal=True, scale=how.scale, enable_gqa=True)
+        positions = torch.arange(query.shape[2], device=query.device)
+        before = positions[:, None] - positions
+        visible = (before >= 0) & (before < how.window) if how.window else before >= 0
+        return attention(query, key, value, visible[None, None], how)
 
 
-class _AnchorRows:
+class _AnchorRows(AttentionRows):
     """Pseudo rows that see the text up to their anchor, themselves, and their anchor's earlier steps."""
 
-    def __init__(self, context: Context, mask: Tensor, length: int) -> None:
+    def __init__(self, context: Context, mask: Tensor, length: int, positions: Tensor) -> None:
         self.context = context
         self.mask = mask
         self.length = length
+        self.positions = positions
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: LayerAttention) -> Tensor:
         rows = query.shape[2]
-        return scaled_dot_product_attention(
-            query,
-            torch.cat([self.context.keys[layer], key], dim=2),
-            torch.cat([self.context.values[layer], value], dim=2),
-            attn_mask=self.mask[:, None, :rows, : self.length + rows],
-            scale=scale,
-            enable_gqa=True,
-        )
+        visible = self.mask[:, :rows, : self.length + rows]
+        if how.window is not None:
+            own = self.positions[:, :rows]
+            text = torch.arange(self.length, device=own.device).expand(len(own), -1)
+            visible = visible & (own[..., None] - torch.cat([text, own], dim=1)[:, None] < how.window)
+        keys = torch.cat([self.context.keys[layer], key], dim=2)
+        values = torch.cat([self.context.values[layer], value], dim=2)
+        return attention(query, keys, values, visible[:, None], how)
 
 
 @torch.no_grad()
@@ -81,7 +87,7 @@ def run_context(base: PreTrainedModel, layers: Iterable[int], input_ids: Tensor)
     for index, layer in enumerate(parts.layers):
         if index in layers:
             context.hidden[index] = hidden
-        hidden = layer(hidden, position_embeddings=position_embeddings, attention_rows=rows)
+        hidden = layer(hidden, position_embeddings=position_embeddings[index], attention_mask=rows)
     context.hidden[len(parts.layers)] = hidden
     return context
 
@@ -96,9 +102,9 @@ def draft_hidden(base: PreTrainedModel, transfer: TransferLayers, context: Conte
     order = torch.tensor(transfer.join_order, device=anchors.device)
     positions = (anchors[:, None, :] + order[None, :, None] + 1).reshape(batch, -1)
     mask = _anchor_mask(anchors, order, length)
-    rows = _AnchorRows(context, mask, length)
+    rows = _AnchorRows(context, mask, length, positions)
     dtype = context.hidden[num_layers].dtype
-    cos, sin = parts.rotary(context.hidden[num_layers], positions)
+    position_embeddings = parts.rotary(context.hidden[num_layers], positions)
     hidden = context.hidden[num_layers].new_empty(batch, 0, context.hidden[num_layers].shape[-1])
     for index in range(min(transfer.layers), num_layers + 1):
         for step in transfer.joining(index):
@@ -106,8 +112,9 @@ def draft_hidden(base: PreTrainedModel, transfer: TransferLayers, context: Conte
             hidden = torch.cat([hidden, joined.to(dtype)], dim=1)
         if index < num_layers:
             alive = hidden.shape[1]
+            cos, sin = position_embeddings[index]
             hidden = parts.layers[index](
-                hidden, position_embeddings=(cos[:, :alive], sin[:, :alive]), attention_rows=rows
+                hidden, position_embeddings=(cos[:, :alive], sin[:, :alive]), attention_mask=rows
             )
     by_row = hidden.reshape(batch, transfer.num_steps, count, -1)
     # Contiguous: the head's matrix product would otherwise run once for each anchor.

@@ -153,7 +153,7 @@ def _text_predictions(
         rows = slice(start, start + CHUNK_ROWS)
         before_rows = anchors[rows, None] + steps + 1
         targets, index = torch.unique(before_rows, return_inverse=True)
-        wanted = parts.head(parts.norm(states[targets])).float().log_softmax(-1)
+        wanted = parts.capped(parts.head(parts.norm(states[targets]))).float().log_softmax(-1)
         by_step = []
         for k in range(num_steps):
             logs = parts.head(parts.norm(hidden[rows, k])).float().log_softmax(-1)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ht_export.checkpoint import BaseModel
+from ht_export.families import head_dim
 from ht_export.tensors import write_safetensors
 from ht_export.training.batches import AnchorBatch, make_batch
 from ht_export.training.data import Sequence, fingerprint
@@ -53,7 +54,7 @@ class FeatureLayout:
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
             key_value_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            head_dim=head_dim(config),
         )
 
     def covers(self, other: FeatureLayout) -> bool:

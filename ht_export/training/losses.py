@@ -80,7 +80,9 @@ def draft_losses(
         rows = slice(start, start + CHUNK_ROWS)
         # Neighbouring anchors share target positions: the base model's head runs once for each.
         positions, index = torch.unique(targets[rows], return_inverse=True)
-        wanted, negative_entropy = _base_distribution(parts.head(parts.norm(states[positions])), objective)
+        wanted, negative_entropy = _base_distribution(
+            parts.capped(parts.head(parts.norm(states[positions]))), objective
+        )
         for k in range(num_steps):
             leaves = [drafts[rows, k].detach().requires_grad_()]
             with torch.enable_grad():

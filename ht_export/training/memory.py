@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from ht_export.checkpoint import BaseModel
+from ht_export.families import head_dim
 from ht_export.training.losses import CHUNK_ROWS
 from ht_export.transfer import TransferLayers
 from runtime.errors import InputError
@@ -52,8 +53,7 @@ def estimate(base: BaseModel, transfer: TransferLayers, sequences: int, anchors:
     config = base.model.config
     size = base.model.dtype.itemsize
     heads, num_steps = config.num_attention_heads, transfer.num_steps
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_value = 2 * config.num_key_value_heads * head_dim
+    key_value = 2 * config.num_key_value_heads * head_dim(config)
     passed = config.num_hidden_layers - min(transfer.layers)
     kept_states = len(set(transfer.layers)) + 1
     working = 6 * config.hidden_size + 3 * config.intermediate_size
@@ -61,7 +61,7 @@ def estimate(base: BaseModel, transfer: TransferLayers, sequences: int, anchors:
     rows = sequences * anchors * num_steps
     seen = longest + anchors * num_steps
     # What backward keeps of a layer for each row: its inputs, norms, projections, MLP parts and attention output.
-    per_layer = 10 * config.hidden_size + 4 * config.intermediate_size + 4 * heads * head_dim
+    per_layer = 10 * config.hidden_size + 4 * config.intermediate_size + 4 * heads * head_dim(config)
     # Keys and values of the text are kept again beside those of the pseudo rows, and the mask once for all layers.
     drafts = size * passed * (rows * per_layer + 2 * sequences * seen * key_value)
     drafts += rows * seen * (1 + size) + 2 * rows * config.hidden_size * 4

@@ -7,6 +7,7 @@ import torch
 from ht_export.checkpoint import KNOWN_MODELS, KnownModel, load_base_model
 from runtime.errors import InputError
 from tests.conftest import byte_tokenizer, save_checkpoint, tiny_llama
+from tests.families import tiny_model
 
 
 def test_a_folder_gives_model_tokenizer_and_identity(tiny_checkpoint: Path) -> None:
@@ -119,10 +120,57 @@ def test_an_unsupported_architecture_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unsupported_rope_scaling_is_named(tmp_path: Path) -> None:
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    folder = save_checkpoint(tmp_path, tiny_llama(rope_parameters=rope))
-    with pytest.raises(InputError, match="RoPE scaling of type 'dynamic'"):
+    folder = save_checkpoint(tmp_path, tiny_llama())
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "proportional", "rope_theta": 10000.0, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"RoPE scaling of type 'proportional'.*supported: default, linear, dynamic"):
         load_base_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        ({"model_type": "mixtral", "num_local_experts": 8}, "'mixtral', a mixture of experts, which is not supported"),
+        ({"model_type": "qwen3_moe", "num_experts": 8}, "'qwen3_moe', a mixture of experts"),
+        ({"model_type": "gemma3"}, "'gemma3', a multimodal model"),
+        ({"model_type": "mamba", "state_size": 16}, "'mamba', a state-space or recurrent model"),
+        ({"model_type": "t5"}, "'t5', an encoder with a decoder"),
+    ],
+)
+def test_other_kinds_of_models_are_named(tmp_path: Path, config: dict, kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=kind):
+        load_base_model(str(tmp_path))
+
+
+def test_a_model_that_sees_later_tokens(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, tiny_model("gemma3"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "use_bidirectional_attention": True}))
+    with pytest.raises(InputError, match="attends to later tokens too"):
+        load_base_model(str(folder))
+
+
+@pytest.mark.parametrize("context", [0, 257])
+def test_a_context_that_the_model_cannot_have(tiny_checkpoint: Path, context: int) -> None:
+    with pytest.raises(InputError, match=rf"--max-context {context}: .* has contexts of 1 to 256 tokens"):
+        load_base_model(str(tiny_checkpoint), max_context=context)
+
+
+@pytest.mark.parametrize(("asked", "context"), [(None, 64), (64, 64), (65, 65), (256, 256)])
+def test_longrope_has_the_frequencies_of_the_context(tmp_path: Path, asked: int | None, context: int) -> None:
+    folder = save_checkpoint(tmp_path, tiny_model("phi3, longrope"))
+    base = load_base_model(str(folder), max_context=asked)
+    assert base.max_context == context
+    theirs = tiny_model("phi3, longrope")
+    ids = torch.randint(3, 264, (1, 80), generator=torch.Generator().manual_seed(0))
+    # Theirs changes over at the original length of 64.
+    length = 80 if context > 64 else 64
+    expected = theirs(ids[:, :length]).logits
+    torch.testing.assert_close(base.model(ids[:, :length]).logits, expected)
+    assert not torch.allclose(base.model(ids[:, : 144 - length]).logits, theirs(ids[:, : 144 - length]).logits)
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(40), b"PK\x03\x04something"])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from plugins.compile import tunings
 from plugins.kernel import attention_kernel, combine_kernel, commit_kernel
-from plugins.launch import POINTER, Buffers, Launch, Shapes, launches, workspace_size
+from plugins.launch import POINTER, Buffers, Launch, Scores, Shapes, launches, workspace_size
 from plugins.reference import tree_attention
 from runtime.tree import Tree, lay_out
 from tests.strategies import trees
@@ -36,11 +36,13 @@ def run(launch: Launch, shapes: Shapes, tensors: dict[int, torch.Tensor], upcast
         BLOCK_M=block_m,
         BLOCK_N=tunings(shapes.head_dim, block_m)[0].block_n,
         SPLIT=launch.variant.split,
+        WINDOWED=launch.variant.form.windowed,
+        CAPPED=launch.variant.form.capped,
         UPCAST=upcast,
     )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=40)
 @given(
     trees(max_rows=12),
     st.integers(1, 3),
@@ -49,6 +51,8 @@ def run(launch: Launch, shapes: Shapes, tensors: dict[int, torch.Tensor], upcast
     st.sampled_from([0, 1, 63, 64, 65, 300, 520]),
     st.sampled_from(list(TOLERANCE)),
     st.sampled_from([1, 108]),
+    st.booleans(),
+    st.sampled_from([0.0, 0.7]),
     st.integers(0, 2**31),
 )
 def test_the_kernel_computes_its_definition(
@@ -59,6 +63,8 @@ def test_the_kernel_computes_its_definition(
     capacity: int,
     dtype: torch.dtype,
     multiprocessors: int,
+    windowed: bool,
+    softcap: float,
     seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -79,6 +85,9 @@ def test_the_kernel_computes_its_definition(
         "cache_length": lengths,
         "tree_mask": torch.from_numpy(np.stack([lay_out(tree, (), (), 0).tree_mask] * batch)),
     }
+    if windowed:
+        # Some rows see all of the cache, some a part, some nothing.
+        inputs["first_visible"] = torch.from_numpy(rng.integers(-9, capacity + 9, (batch, rows)))
     for b, length in enumerate(lengths.tolist()):
         # What lies behind the valid rows must not be read.
         inputs["key_cache"][b, :, length:] = float("nan")
@@ -92,14 +101,15 @@ def test_the_kernel_computes_its_definition(
     tensors = {addresses[name]: tensor for name, tensor in named.items()}
     tensors[addresses["tree_mask"]] = inputs["tree_mask"].view(torch.int8)
     tensors[0] = workspace
-    scale = 1 / math.sqrt(head_dim)
-    for launch in launches(shapes, Buffers(**addresses), base, scale, multiprocessors):
+    scores = Scores(1 / math.sqrt(head_dim), softcap)
+    for launch in launches(shapes, Buffers(**addresses), base, scores, multiprocessors):
         for value, kind in launch.arguments[:-2]:
             if kind is POINTER and value >= base:
                 tensors[value] = workspace[(value - base) // 4 :]
         run(launch, shapes, tensors, upcast=dtype != torch.float32)
     arrays = [tensor.float().numpy() for tensor in list(inputs.values())[:5]]
-    expected = tree_attention(*arrays, lengths.numpy(), inputs["tree_mask"].numpy(), scale)
+    first = inputs["first_visible"].numpy() if windowed else None
+    expected = tree_attention(*arrays, lengths.numpy(), inputs["tree_mask"].numpy(), scores.scale, first, softcap)
     np.testing.assert_allclose(output.float().numpy(), expected, atol=TOLERANCE[dtype])
 
 

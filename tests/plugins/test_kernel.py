@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton")
 
 from plugins import compile as compile_module  # noqa: E402
-from plugins.binaries import COMBINE, Kernel, KernelBinaries, Variant  # noqa: E402
+from plugins.binaries import COMBINE, Form, Kernel, KernelBinaries, Variant  # noqa: E402
 from plugins.compile import (  # noqa: E402
     ARCHITECTURES,
     Tuning,
@@ -21,7 +21,7 @@ from plugins.compile import (  # noqa: E402
     compile_kernels,
     spilled_bytes,
 )
-from plugins.launch import Buffers, Shapes, launches, workspace_size  # noqa: E402
+from plugins.launch import Buffers, Scores, Shapes, launches, workspace_size  # noqa: E402
 from plugins.schedule import BLOCK_M, MAX_SPLITS, schedule, workspace_bytes, workspace_limit  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -76,12 +76,14 @@ def test_a_tuning_that_spills_is_passed_over(tmp_path: Path, monkeypatch: pytest
     compile_attention.cache_clear()
 
 
-def test_the_launcher_passes_the_parameters_that_a_kernel_takes() -> None:
+@pytest.mark.parametrize("form", [Form(), Form(windowed=True), Form(capped=True), Form(windowed=True, capped=True)])
+def test_the_launcher_passes_the_parameters_that_a_kernel_takes(form: Form) -> None:
     sizes = {"c_void_p": 8, "c_int": 4, "c_float": 4}
     shapes = Shapes(1, 4, 2, 4, 4096, 64)
-    found = launches(shapes, Buffers(*range(8)), 1 << 20, 0.5, 108)
-    assert [launch.variant for launch in found] == [Variant(16, True), COMBINE]
-    kernels = (compile_attention("float16", 64, 80, 16, True), compile_combine("float16", 64, 80))
+    buffers = Buffers(*range(8), first_visible=8 if form.windowed else 0)
+    found = launches(shapes, buffers, 1 << 20, Scores(0.5, 30.0 if form.capped else 0.0), 108)
+    assert [launch.variant for launch in found] == [Variant(16, True, form), COMBINE]
+    kernels = (compile_attention("float16", 64, 80, 16, True, form), compile_combine("float16", 64, 80))
     for launch, kernel in zip(found, kernels, strict=True):
         passed = [sizes[kind.__name__] for _, kind in launch.arguments]
         assert passed == parameters(kernel)
@@ -98,11 +100,13 @@ def parameters(kernel: Kernel) -> list[int]:
 
 
 def test_kernels_come_back_from_their_bytes() -> None:
-    binaries = compile_kernels("float16", 64, (80, 89))
+    forms = (Form(), Form(windowed=True))
+    binaries = compile_kernels("float16", 64, (80, 89), forms=forms)
     assert KernelBinaries.from_bytes(binaries.to_bytes()) == binaries
-    assert set(binaries.kernels[80]) == {Variant(m, split) for m in BLOCK_M for split in (False, True)} | {COMBINE}
+    attention = {Variant(m, split, form) for m in BLOCK_M for split in (False, True) for form in forms}
+    assert set(binaries.kernels[80]) == attention | {COMBINE}
     data = binaries.to_bytes()
-    for damaged in (b"", data[:20], data[:-9], b"junk" + data[4:], data[:4] + b"\x09" + data[5:]):
+    for damaged in (b"", data[:20], data[:-9], b"junk" + data[4:], data[:4] + b"\x01" + data[5:]):
         with pytest.raises(ValueError, match=r"kernels|no kernels"):
             KernelBinaries.from_bytes(damaged)
 

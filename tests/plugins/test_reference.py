@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ht_export.attention import LayerAttention
 from ht_export.attention import tree_attention as torch_tree_attention
 from plugins.reference import tree_attention
 from runtime.tree import Tree, lay_out
@@ -10,9 +11,16 @@ from tests.strategies import trees
 
 
 @settings(deadline=None)
-@given(trees(), st.integers(0, 9), st.sampled_from([(1, 1), (2, 1), (3, 2), (1, 4)]), st.integers(0, 1000))
+@given(
+    trees(),
+    st.integers(0, 9),
+    st.sampled_from([(1, 1), (2, 1), (3, 2), (1, 4)]),
+    st.booleans(),
+    st.sampled_from([None, 0.5]),
+    st.integers(0, 1000),
+)
 def test_the_pytorch_attention_is_the_numpy_definition(
-    tree: Tree, capacity: int, heads: tuple[int, int], seed: int
+    tree: Tree, capacity: int, heads: tuple[int, int], windowed: bool, softcap: float | None, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     group, kv_heads = heads
@@ -31,5 +39,10 @@ def test_the_pytorch_attention_is_the_numpy_definition(
         rng.integers(0, capacity + 1, 2),
         mask,
     )
-    found = torch_tree_attention(*(torch.from_numpy(array) for array in inputs), 0.7)
-    np.testing.assert_allclose(found.numpy(), tree_attention(*inputs, 0.7), atol=1e-5)
+    first = rng.integers(-2, capacity + 2, (2, rows)) if windowed else None
+    found = torch_tree_attention(
+        *(torch.from_numpy(array) for array in inputs),
+        None if first is None else torch.from_numpy(first),
+        LayerAttention(0.7, softcap=softcap),
+    )
+    np.testing.assert_allclose(found.numpy(), tree_attention(*inputs, 0.7, first, softcap or 0.0), atol=1e-5)

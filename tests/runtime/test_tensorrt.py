@@ -229,14 +229,14 @@ def test_another_version(plan: Path) -> None:
 
 def test_another_plugin(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rewrite(plan, attention="plugin", plugin_version="0")
-    with pytest.raises(EngineFileError, match="has tree attention of version 0, and this release runs version 1"):
+    with pytest.raises(EngineFileError, match="has tree attention of version 0, and this release runs version 2"):
         Generator(plan)
 
     def refuse(trt: Any) -> None:
         raise RuntimeError("it needs a link")
 
     monkeypatch.setattr(tensorrt, "register", refuse)
-    rewrite(plan, plugin_version="1")
+    rewrite(plan, plugin_version="2")
     with pytest.raises(InputError, match=r"the plugin of .*engine\.plan cannot be registered: it needs a link"):
         Generator(plan)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from plugins.launch import Scores
 from runtime.engine_file import engine_file_path, read_engine_file
 from runtime.engines import Outputs
 from runtime.engines.tensorrt import TensorRTEngine
@@ -234,20 +235,28 @@ def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_kernel, "GRID", {**gpu_kernel.GRID, **small})
 
 
-def rounded(inputs: dict[str, Any], scale: float) -> Any:
-    return gpu_kernel.reference(inputs, scale).to(inputs["query"].dtype)
+def rounded(inputs: dict[str, Any], scores: Scores) -> Any:
+    return gpu_kernel.reference(inputs, scores).to(inputs["query"].dtype)
 
 
-def one_row_short(inputs: dict[str, Any], scale: float) -> Any:
-    return rounded({**inputs, "cache_length": (inputs["cache_length"] - 1).clamp(min=0)}, scale)
+def one_row_short(inputs: dict[str, Any], scores: Scores) -> Any:
+    return rounded({**inputs, "cache_length": (inputs["cache_length"] - 1).clamp(min=0)}, scores)
 
 
-def reads_too_far(inputs: dict[str, Any], scale: float) -> Any:
-    return rounded(inputs, scale) + inputs["key_cache"].float().sum().to(inputs["query"].dtype)
+def reads_too_far(inputs: dict[str, Any], scores: Scores) -> Any:
+    return rounded(inputs, scores) + inputs["key_cache"].float().sum().to(inputs["query"].dtype)
 
 
-def refuses(inputs: dict[str, Any], scale: float) -> Any:
+def refuses(inputs: dict[str, Any], scores: Scores) -> Any:
     raise RuntimeError("the CUDA driver says CUDA_ERROR_INVALID_VALUE")
+
+
+def forgets_the_window(inputs: dict[str, Any], scores: Scores) -> Any:
+    return rounded({name: value for name, value in inputs.items() if name != "first_visible"}, scores)
+
+
+def forgets_the_cap(inputs: dict[str, Any], scores: Scores) -> Any:
+    return rounded(inputs, Scores(scores.scale))
 
 
 @pytest.mark.usefixtures("small_grid")
@@ -259,7 +268,7 @@ def test_a_right_kernel_passes() -> None:
 
 
 @pytest.mark.usefixtures("small_grid")
-@pytest.mark.parametrize("kernel", [one_row_short, reads_too_far, refuses])
+@pytest.mark.parametrize("kernel", [one_row_short, reads_too_far, refuses, forgets_the_window, forgets_the_cap])
 def test_a_wrong_kernel_fails(kernel: Callable) -> None:
     found = gpu_kernel.check_kernel(kernel, 48, 0, device="cpu")
     assert len(found["failures"]) > 8
@@ -283,7 +292,7 @@ def test_torch_is_timed_at_the_same_work(heads: tuple[int, int]) -> None:
     inputs = gpu_kernel.make_inputs(gpu_kernel.Case("float16", 16, heads, 5, 37, 2), generator)
     inputs["cache_length"].fill_(37)
     inputs = {name: x.float().nan_to_num(1.0) if x.is_floating_point() else x for name, x in inputs.items()}
-    expected = gpu_kernel.reference(inputs, 0.25)
+    expected = gpu_kernel.reference(inputs, Scores(0.25))
     for way, work in gpu_kernel.torch_ways(inputs, 0.25).items():
         found = work().reshape(expected.shape).double()
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=lambda text, way=way: f"{way}: {text}")

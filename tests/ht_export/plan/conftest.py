@@ -19,7 +19,7 @@ from runtime.engine_file import read_engine_file
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from tests.conftest import random_transfer, save_checkpoint, tiny_llama
 
-PLAN = PlanSettings(runtime="tensorrt-rtx", max_context=128, max_rows=8, capabilities=((8, 0),))
+PLAN = PlanSettings(runtime="tensorrt-rtx", max_rows=8, capabilities=((8, 0),))
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def wide_transfer(tmp_path_factory: pytest.TempPathFactory, wide_checkpoint: Pat
 
 def build(checkpoint: Path, transfer: Path, out: Path, plan: PlanSettings = PLAN, precision: str = "fp16") -> None:
     """Export a plan of the tiny model."""
-    settings = ExportSettings(tree_rows=4, chunk=16, precision=precision)
+    settings = ExportSettings(tree_rows=4, chunk=16, precision=precision, max_context=128)
     export(str(checkpoint), transfer, out, settings, lambda _: nullcontext(lambda _: None), plan)
 
 

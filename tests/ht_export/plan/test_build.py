@@ -106,8 +106,8 @@ def planner_for(attention: str = "auto", capabilities: tuple = ((8, 0),), **dims
     return planner
 
 
-def prepare(planner: Planner, folder: Path) -> str:
-    planner.prepare(planner.dims, TreeSizes(4, (4,)), 16, 128, 1 << 20, folder)
+def prepare(planner: Planner, folder: Path, context: int | None = None) -> str:
+    planner.prepare(planner.dims, TreeSizes(4, (4,)), (16, context), 128, 1 << 20, folder)
     return planner.attention
 
 
@@ -138,6 +138,7 @@ def test_models_that_a_plan_cannot_compute(
     ("limits", "message"),
     [
         ({"max_context": 0}, "--max-context must be at least 1, not 0"),
+        ({"max_context": 129}, "--max-context 129: the model's own context is 128 tokens"),
         ({"max_rows": 0}, "--max-rows must be at least 1, not 0"),
         ({"max_rows": 2000}, "--max-rows 2000 is more than --max-context 128"),
         ({"max_context": 3, "max_rows": None}, "--max-context 3 is less than the default tree's 4 rows"),
@@ -145,15 +146,16 @@ def test_models_that_a_plan_cannot_compute(
 )
 def test_what_was_asked_for_is_never_changed(limits: dict, message: str, tmp_path: Path) -> None:
     planner = planner_for()
+    context = limits.pop("max_context", None)
     planner.settings = replace(planner.settings, **limits)
     with pytest.raises(InputError, match=message):
-        prepare(planner, tmp_path)
+        prepare(planner, tmp_path, context)
 
 
 def test_defaults_fit_the_context() -> None:
     planner = planner_for()
     planner.settings = PlanSettings(runtime="tensorrt-rtx")
-    limits = planner.prepare(planner.dims, TreeSizes(4, (4,)), None, 20, 1 << 20, Path())
+    limits = planner.prepare(planner.dims, TreeSizes(4, (4,)), (None, None), 20, 1 << 20, Path())
     assert limits == Limits(max_batch=1, max_context=20, max_rows=20, chunk=20)
 
 

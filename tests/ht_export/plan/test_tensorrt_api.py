@@ -19,7 +19,8 @@ from ht_export.plan import worker
 from ht_export.plan.products import Product
 from ht_export.plan.worker import BuildError, Request, Result
 from plugins.binaries import Kernel, KernelBinaries, Variant
-from plugins.tensorrt_plugin import NAME, NAMESPACE, register
+from plugins.launch import Scores
+from plugins.tensorrt_plugin import NAME, NAMES, NAMESPACE, VERSION, WINDOWED_NAME, register
 from tests.ht_export.plan.tensorrt_api import Double, describe, signature
 
 ROOT = Path(__file__).parents[3]
@@ -29,7 +30,6 @@ PLAN = b"a plan"
 KERNELS = KernelBinaries("float16", 64, {80: {Variant(16, False): Kernel("k", 128, 0, b"cubin")}}).to_bytes()
 # Of query, new keys and values, cached ones, cache length, mask, output.
 SHAPES = [(1, 4, 8, 64), *[(1, 2, 8, 64)] * 2, *[(1, 2, 128, 64)] * 2, (1,), (1, 8, 8), (1, 4, 8, 64)]
-INPUTS = len(SHAPES) - 1
 GRAPH = """<ir_version: 10, opset_import: ["": 20]>
 g (float[2] x) => (float[2] y) <float[2] w = {1, 2}> { y = Add(x, w) }"""
 PROFILES = [{"input_ids": ((1, 1), (1, 4), (1, 8))}, {"input_ids": ((1, 1), (1, 16), (1, 16))}]
@@ -75,10 +75,21 @@ class Library:
             ctypes.string_at(address, size)
         trt = self.trt
         fields = [trt.PluginField("scale", np.array([0.125], np.float32), trt.PluginFieldType.FLOAT32)]
-        found = [creator for creator in self.creators if (creator.name, creator.plugin_namespace) == (NAME, NAMESPACE)]
-        for creator in found:
-            self.plugins = [creator.create_plugin("node", fields, trt.TensorRTPhase.BUILD) for _ in range(self.layers)]
+        softcap = trt.PluginField("softcap", np.array([30.0], np.float32), trt.PluginFieldType.FLOAT32)
+        build = trt.TensorRTPhase.BUILD
+        if any(creator.name in NAMES for creator in self.creators):
+            # The first layer has a window and a soft cap.
+            self.plugins = [
+                self._creator(NAME if layer else WINDOWED_NAME).create_plugin(
+                    "node", fields if layer else [*fields, softcap], build
+                )
+                for layer in range(self.layers)
+            ]
         return self.parses
+
+    def _creator(self, name: str) -> Any:
+        (found,) = (one for one in self.creators if (one.name, one.plugin_namespace) == (name, NAMESPACE))
+        return found
 
     def _load(self, _: Any, name: str, data: int, size: int) -> bool:
         self.initializers[name] = (data, size)
@@ -118,22 +129,30 @@ class Library:
     def _ask(self, plugin: Any) -> None:
         trt, kinds = self.trt, self.trt.PluginCapabilityType
         elements = [trt.float16] * 5 + [trt.int64, trt.bool, trt.float16]
-        tensors = [self._tensor(shape, element) for shape, element in zip(SHAPES, elements, strict=True)]
-        inputs, outputs = tensors[:INPUTS], tensors[INPUTS:]
+        described = list(zip(SHAPES, elements, strict=True))
+        if plugin.plugin_name == WINDOWED_NAME:
+            described.insert(-1, ((1, 8), trt.int64))
+        tensors = [self._tensor(shape, element) for shape, element in described]
+        inputs, outputs = tensors[:-1], tensors[-1:]
+        elements = [tensor.desc.type for tensor in tensors]
+        count = len(inputs)
         plugin = plugin.clone()
         core, build, runtime = (
             plugin.get_capability_interface(kind) for kind in (kinds.CORE, kinds.BUILD, kinds.RUNTIME)
         )
         assert isinstance(core, trt.IPluginV3OneCore)
-        assert (core.plugin_name, core.plugin_version, core.plugin_namespace) == (NAME, "1", NAMESPACE)
+        assert (core.plugin_version, core.plugin_namespace) == (VERSION, NAMESPACE)
         assert isinstance(build, trt.IPluginV3OneBuild)
         assert build.num_outputs == len(outputs)
-        assert build.get_output_data_types(elements[:INPUTS]) == [trt.float16]
+        assert build.get_output_data_types(elements[:-1]) == [trt.float16]
         shapes = build.get_output_shapes([trt.DimsExprs() for _ in inputs], [], trt.IExprBuilder())
         assert [type(shape) for shape in shapes] == [trt.DimsExprs]
-        assert all(build.supports_format_combination(i, tensors, INPUTS) for i in range(len(tensors)))
+        assert all(build.supports_format_combination(i, tensors, count) for i in range(len(tensors)))
         tensors[0].desc.type = trt.bfloat16
-        assert not build.supports_format_combination(0, tensors, INPUTS)
+        assert not build.supports_format_combination(0, tensors, count)
+        tensors[0].desc.type = trt.float16
+        tensors[-2].desc.type = trt.int32
+        assert not build.supports_format_combination(count - 1, tensors, count)
         build.configure_plugin(inputs, outputs)
         assert build.get_workspace_size(inputs, outputs) >= 0
         assert isinstance(runtime, trt.IPluginV3OneRuntime)
@@ -141,7 +160,7 @@ class Library:
             runtime.set_tactic(tactic)
         runtime.on_shape_change([tensor.desc for tensor in inputs], [tensor.desc for tensor in outputs])
         fields = runtime.get_fields_to_serialize()
-        again = self.creators[-1].create_plugin("node", list(fields), trt.TensorRTPhase.RUNTIME)
+        again = self._creator(core.plugin_name).create_plugin("node", list(fields), trt.TensorRTPhase.RUNTIME)
         self.restored.append(again.attach_to_context(None))
 
     def _tensor(self, shape: tuple[int, ...], element: Any) -> Any:
@@ -215,8 +234,9 @@ def test_a_build_with_the_plugin(library: Library, tmp_path: Path) -> None:
     for _ in range(2):
         result = build(library, tmp_path, plugin_layers=2)
     assert result.network_layers == {"PLUGIN_V3": 2, "CAST": 1}
-    assert [creator.name for creator in library.creators] == ["Other", NAME]
-    assert [(plugin.scale, plugin.kernels) for plugin in library.restored] == [(0.125, KERNELS)] * 4
+    assert [creator.name for creator in library.creators] == ["Other", *NAMES]
+    restored = [(plugin.plugin_name, plugin.scores, plugin.kernels) for plugin in library.restored]
+    assert restored == [(WINDOWED_NAME, Scores(0.125, 30.0), KERNELS), (NAME, Scores(0.125), KERNELS)] * 2
     bases = {"IPluginV3", "IPluginV3OneCore", "IPluginV3OneBuild", "IPluginV3OneRuntime", "IPluginCreatorV3One"}
     assert bases <= {name.removesuffix(".__init__") for name, _ in library.trt.calls}
     check_overrides(library.trt, {"Log", "Monitor", "TreeAttentionPlugin", "TreeAttentionCreator"})
