@@ -23,7 +23,7 @@ from ht_export.correction import correction_tables
 from ht_export.graph import OPSET, build_graph, graph_dims
 from ht_export.lowering import can_be_lowered, lower_for_cpu
 from ht_export.model import HiddenTransferModel
-from ht_export.parity import Expected, LoweredEngine, ReferenceEngine, check, difference, record
+from ht_export.parity.passes import Expected, LoweredEngine, ReferenceEngine, check, difference, record
 from ht_export.plan.planner import DEFAULT_CHUNK, Planner, PlanSettings
 from ht_export.precision import COMPUTED_IN, write_widened
 from ht_export.quantise import BITS, quantise
@@ -125,7 +125,7 @@ def export(
     transfer_path = shipped_transfer(source) if transfer_file is None else transfer_file
     with stage("loading the base model"):
         base = load_base_model(source, COMPUTED_IN[precision], settings.max_context)
-        transfer, about_transfer = _transfer_layers(transfer_path, base)
+        transfer, about_transfer = transfer_layers(transfer_path, base)
     sizes = settings.tree(transfer.num_steps, plan=is_plan)
     _check_space(base, out)
     _check_memory(base)
@@ -272,7 +272,7 @@ def check_out(out: Path) -> None:
         )
 
 
-def _transfer_layers(chosen: Path | Untrained, base: BaseModel) -> tuple[TransferLayers, dict[str, Any]]:
+def transfer_layers(chosen: Path | Untrained, base: BaseModel) -> tuple[TransferLayers, dict[str, Any]]:
     """Return transfer layers and what `engine.json` says of them."""
     if isinstance(chosen, Untrained):
         config = base.model.config

@@ -38,7 +38,7 @@ def TreeAttention(  # noqa: N802 (the operator's name)
     cache_length: INT64,
     tree_mask: BOOL,
     scale: float,
-    softcap: float = 0.0,
+    softcap: float,
 ) -> FLOAT:
     """Body of the local function; what it computes is defined by `plugins.reference.tree_attention`."""
     rows = op.Shape(query, start=2, end=3)
@@ -64,7 +64,7 @@ def WindowedTreeAttention(  # noqa: N802 (the operator's name)
     tree_mask: BOOL,
     first_visible: INT64,
     scale: float,
-    softcap: float = 0.0,
+    softcap: float,
 ) -> FLOAT:
     """`TreeAttention` whose rows see the cache from row `first_visible` [B, R] on."""
     capacity = op.Shape(key_cache, start=2, end=3)
@@ -204,7 +204,8 @@ def _symbolic_tree_attention(
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::{'TreeAttention' if first_visible is None else 'WindowedTreeAttention'}",
         inputs if first_visible is None else [*inputs, first_visible],
-        attrs={"scale": how.scale} if how.softcap is None else {"scale": how.scale, "softcap": how.softcap},
+        # 0 for none: not every runtime knows default values of a function's attributes.
+        attrs={"scale": how.scale, "softcap": how.softcap or 0.0},
         dtype=query.dtype,
         shape=query.shape,
         version=DOMAIN_VERSION,

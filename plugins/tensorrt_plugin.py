@@ -206,8 +206,7 @@ def _classes(trt: Any) -> type:
             kernels = data["kernels"].tobytes() if phase == trt.TensorRTPhase.RUNTIME else self.kernels
             if kernels is None:
                 raise ValueError("no kernels to build a plan with were registered")
-            # A node without a soft cap does not name it.
-            scale, softcap = (float(data[field].ravel()[0]) if field in data else 0.0 for field in ("scale", "softcap"))
+            scale, softcap = (float(data[field].ravel()[0]) for field in ("scale", "softcap"))
             return TreeAttentionPlugin(self.name, Scores(scale, softcap), kernels, _binaries(kernels))
 
     return TreeAttentionCreator

@@ -120,6 +120,11 @@ class EngineFile:
     plan: PlanFile | None = None
 
     @property
+    def computed_in(self) -> str:
+        """What the graph computes in besides products with quantised weights, as `--precision` names it."""
+        return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[self.dims.dtype]
+
+    @property
     def identity(self) -> str:
         """A SHA-256 of all that decides how fast the engine is and how good its drafts are: graph, weights, transfer
         layers, default sizes.

@@ -28,7 +28,7 @@ def attention_forms(graph: Path) -> list[Form]:
     """Return the forms of tree attention that there are in the graph at `graph`."""
     nodes = _attention_nodes(onnx.load(graph, load_external_data=False))
     found = {
-        Form(node.op_type == WINDOWED_NAME, any(attribute.name == "softcap" for attribute in node.attribute))
+        Form(node.op_type == WINDOWED_NAME, any(one.name == "softcap" and one.f != 0 for one in node.attribute))
         for node in nodes
     }
     return sorted(found, key=lambda form: (form.windowed, form.capped))

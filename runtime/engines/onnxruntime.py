@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtime import bindings
 from runtime.bindings import Binding, GraphDims
@@ -36,21 +37,26 @@ class OnnxRuntimeEngine:
 
     def run(self, rows: Rows, cache: KeyValueCache) -> Outputs:
         """See `Engine.run`."""
-        feed = {
-            bindings.INPUT_IDS: rows.input_ids[None],
-            bindings.POSITION_IDS: rows.position_ids[None],
-            bindings.TREE_MASK: rows.tree_mask[None],
-            bindings.LOGIT_ROWS: rows.logit_rows[None],
-            bindings.CACHE_LENGTH: np.array([cache.length], dtype=np.int64),
-        }
-        for step, parents in enumerate(rows.pseudo_parents, start=1):
-            feed[bindings.pseudo_parent(step)] = parents[None]
-        for layer in range(self.dims.num_layers):
-            feed[bindings.key_cache(layer)] = cache.keys[layer]
-            feed[bindings.value_cache(layer)] = cache.values[layer]
-        logits, draft_logits, *new = self._session.run(self._outputs, feed)
+        logits, draft_logits, *new = self._session.run(self._outputs, graph_inputs(rows, cache, self.dims))
         layers = self.dims.num_layers
         return Outputs(logits[0], draft_logits[0], new[:layers], new[layers:])
+
+
+def graph_inputs(rows: Rows, cache: KeyValueCache, dims: GraphDims) -> dict[str, NDArray]:
+    """Return the inputs of the graph for a pass of `rows` over `cache`, by name."""
+    feed = {
+        bindings.INPUT_IDS: rows.input_ids[None],
+        bindings.POSITION_IDS: rows.position_ids[None],
+        bindings.TREE_MASK: rows.tree_mask[None],
+        bindings.LOGIT_ROWS: rows.logit_rows[None],
+        bindings.CACHE_LENGTH: np.array([cache.length], dtype=np.int64),
+    }
+    for step, parents in enumerate(rows.pseudo_parents, start=1):
+        feed[bindings.pseudo_parent(step)] = parents[None]
+    for layer in range(dims.num_layers):
+        feed[bindings.key_cache(layer)] = cache.keys[layer]
+        feed[bindings.value_cache(layer)] = cache.values[layer]
+    return feed
 
 
 def open_session(

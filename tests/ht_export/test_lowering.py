@@ -18,7 +18,7 @@ from onnxscript import opset23 as op
 from ht_export.graph import TreeAttention, build_graph, graph_dims
 from ht_export.lowering import can_be_lowered, lower_for_cpu
 from ht_export.model import HiddenTransferModel
-from ht_export.parity import LoweredEngine, difference, record
+from ht_export.parity.passes import LoweredEngine, difference, record
 from runtime.bindings import Binding, GraphDims
 from runtime.cache import KeyValueCache
 from runtime.engine_file import read_engine_file

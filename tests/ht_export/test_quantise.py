@@ -20,7 +20,7 @@ from ht_export import cli
 from ht_export import export as export_module
 from ht_export.export import ExportSettings, export
 from ht_export.lowering import lower_for_cpu
-from ht_export.parity import LoweredEngine, compare, difference, record
+from ht_export.parity.passes import LoweredEngine, compare, difference, record
 from ht_export.quantise import BITS, BLOCK, blockwise, quantise
 from runtime import Generator, Sampling
 from runtime.engine_file import read_engine_file

@@ -11,7 +11,7 @@ import pytest
 
 from ht_export.checkpoint import load_base_model
 from ht_export.export import ExportSettings, export
-from ht_export.parity import record
+from ht_export.parity.passes import record
 from ht_export.plan.graph import write_for_tensorrt
 from ht_export.plan.planner import PlanSettings
 from ht_export.transfer import TransferFile, save_transfer_layers

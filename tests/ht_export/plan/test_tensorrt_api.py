@@ -74,14 +74,16 @@ class Library:
         for address, size in self.initializers.values():
             ctypes.string_at(address, size)
         trt = self.trt
-        fields = [trt.PluginField("scale", np.array([0.125], np.float32), trt.PluginFieldType.FLOAT32)]
-        softcap = trt.PluginField("softcap", np.array([30.0], np.float32), trt.PluginFieldType.FLOAT32)
+        single = trt.PluginFieldType.FLOAT32
+        scale = trt.PluginField("scale", np.array([0.125], np.float32), single)
         build = trt.TensorRTPhase.BUILD
         if any(creator.name in NAMES for creator in self.creators):
             # The first layer has a window and a soft cap.
             self.plugins = [
                 self._creator(NAME if layer else WINDOWED_NAME).create_plugin(
-                    "node", fields if layer else [*fields, softcap], build
+                    "node",
+                    [scale, trt.PluginField("softcap", np.array([0.0 if layer else 30.0], np.float32), single)],
+                    build,
                 )
                 for layer in range(self.layers)
             ]

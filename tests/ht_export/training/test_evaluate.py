@@ -7,7 +7,7 @@ from ht_export.checkpoint import BaseModel
 from ht_export.correction import correction_tables
 from ht_export.export import ExportSettings
 from ht_export.model import HiddenTransferModel
-from ht_export.parity import ReferenceEngine
+from ht_export.parity.passes import ReferenceEngine
 from ht_export.training.cost import RowCosts, best_choice
 from ht_export.training.data import Sequence
 from ht_export.training.evaluate import evaluate, predict, statistics

@@ -22,6 +22,8 @@ from runtime.tree import Rows, Tree, chain, lay_out
 
 # Relative to the largest value of the output compared: float32 sums of a few thousand terms in another order.
 TOLERANCE = 1e-4
+# Tokens of a prompt, and those of its last pass.
+PROMPT_TOKENS, PROMPT_END = 24, 5
 
 
 class ReferenceEngine:
@@ -98,21 +100,26 @@ class Expected:
     rows: Rows
     cache: KeyValueCache
     outputs: Outputs
+    accepted: Sequence[int]
 
 
-def record(reference: Engine, seed: int = 0) -> list[Expected]:
-    """Run the reference over a prompt, random trees with and without pseudo rows, and a plain step.
+def record(reference: Engine, seed: int = 0, tokens: Sequence[int] = ()) -> list[Expected]:
+    """Run the reference over a prompt, `tokens` or random ones, random trees with and without pseudo rows, and a plain
+    step.
 
     What it computed is kept, so that it need not be in memory together with what it is compared with.
     """
     passes = []
     rng = np.random.default_rng(seed)
     cache = reference.new_cache()
-    for case, chained, tree_rows, pseudo_rows in _cases(reference.dims.num_steps):
+    for case, chained, tree_rows, pseudo_rows in _cases(reference.dims.num_steps, len(tokens) or PROMPT_TOKENS):
         rows = _random_rows(reference.dims, rng, cache.length, tree_rows, pseudo_rows, chained)
+        given = tokens[cache.length : cache.length + tree_rows]
+        rows.input_ids[: len(given)] = given
         outputs = reference.run(rows, cache)
-        passes.append(Expected(case, rows, copy.deepcopy(cache), outputs))
-        cache.commit(outputs, range(tree_rows) if chained else [0])
+        accepted = range(tree_rows) if chained else [0]
+        passes.append(Expected(case, rows, copy.deepcopy(cache), outputs, accepted))
+        cache.commit(outputs, accepted)
     return passes
 
 
@@ -125,8 +132,8 @@ def compare(engine: Engine, expected: Sequence[Expected]) -> list[Difference]:
         for name in ("key_new", "value_new"):
             pairs[name] = list(zip(getattr(found, name), getattr(one.outputs, name), strict=True))
         for name, arrays in pairs.items():
-            relative, of_norm = (max(measure(*both) for both in arrays) for measure in (_relative, _of_norm))
-            differences.append(Difference(one.case, name, relative, of_norm))
+            largest, of_norm = (max(measure(*both) for both in arrays) for measure in (relative, _of_norm))
+            differences.append(Difference(one.case, name, largest, of_norm))
     return differences
 
 
@@ -157,11 +164,11 @@ def check(engine: Engine, expected: Sequence[Expected]) -> float:
     return worst.relative
 
 
-def _cases(num_steps: int) -> list[tuple[str, bool, int, tuple[int, ...]]]:
+def _cases(num_steps: int, prompt_tokens: int) -> list[tuple[str, bool, int, tuple[int, ...]]]:
     """Return each case's name, whether it is a chain, its tree rows and its pseudo rows; the cache begins empty."""
     return [
-        ("prompt", True, 19, (0,) * num_steps),
-        ("prompt's end", True, 5, (1,) * num_steps),
+        ("prompt", True, prompt_tokens - PROMPT_END, (0,) * num_steps),
+        ("prompt's end", True, PROMPT_END, (1,) * num_steps),
         ("tree", False, 9, tuple(max(1, 6 - 2 * k) for k in range(num_steps))),
         ("tree, first step only", False, 4, (4, *(0,) * (num_steps - 1))),
         ("plain", False, 1, (0,) * num_steps),
@@ -191,9 +198,10 @@ def _of_norm(found: np.ndarray, expected: np.ndarray) -> float:
     return math.inf if math.isnan(of_norm) else of_norm
 
 
-def _relative(found: np.ndarray, expected: np.ndarray) -> float:
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference, relative to the largest value expected; infinite where there is no number."""
     if not expected.size:
         return 0.0
-    relative = float(np.abs(found - expected).max() / max(1e-6, float(np.abs(expected).max())))
+    found_one = float(np.abs(found - expected).max() / max(1e-6, float(np.abs(expected).max())))
     # `max` would pass over what is not a number.
-    return math.inf if math.isnan(relative) else relative
+    return math.inf if math.isnan(found_one) else found_one

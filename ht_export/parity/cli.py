@@ -1,0 +1,116 @@
+"""`ht-parity`: whether an engine computes what its base model does."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime import command_line
+from runtime.errors import InputError
+from runtime.files import atomic_path, check_writable, write_json
+
+if TYPE_CHECKING:
+    from ht_export.parity.report import Report
+    from ht_export.parity.run import ParitySettings
+
+REPORT_SUFFIXES = (".md", ".html")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `ht-parity`."""
+    parser = argparse.ArgumentParser(
+        prog="ht-parity",
+        description="Compare an engine with its base model stage by stage: transformers, the PyTorch reference, ONNX's "
+        "reference evaluator, ONNX Runtime (and the graph lowered for the CPU), or TensorRT. Names the layer where the "
+        "first difference beyond rounding is. Then answers prompts greedily and says where texts part, and whether "
+        "rounding explains it. Exits with 1 when something does not hold.",
+        epilog="example: ht-parity smollm2-135m engine.onnx --prompts prompts.jsonl --count 10 --report parity.html",
+    )
+    command_line.add_model(parser)
+    parser.add_argument("engine", type=Path, help="engine file made by ht-export (.onnx or .plan)")
+    parser.add_argument(
+        "--transfer", type=Path, metavar="FILE", help="transfer layers of the engine (default: as ht-export takes them)"
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="JSONL file as ht-train reads it (default: three prompts of ours)"
+    )
+    parser.add_argument("--count", type=int, metavar="N", help="so many prompts, evenly from the file (default: 10)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="of each answer (default: 64); 0 answers none"
+    )
+    parser.add_argument("--per-layer", action="store_true", help="show every layer's differences")
+    parser.add_argument(
+        "--no-evaluator", action="store_true", help="leave out ONNX's reference evaluator, which is slow"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="of the engine on the CPU (default: all cores)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report here (.md or .html)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `ht-parity` and return its exit status: 0 where parity holds, else 1; 1 with one line for a mistake."""
+    options = build_parser().parse_args(arguments)
+    statuses: list[int] = []
+    mistake = command_line.run(
+        "ht-parity", lambda: statuses.append(_run(options)), interrupted="interrupted; nothing was written"
+    )
+    return mistake or sum(statuses)
+
+
+def _run(options: argparse.Namespace) -> int:
+    for path in (options.report, options.json):
+        if path:
+            check_writable(path)
+    if options.report and options.report.suffix not in REPORT_SUFFIXES:
+        raise InputError(f"--report {options.report}: its name must end in {' or '.join(REPORT_SUFFIXES)}")
+    from ht_export.parity.report import to_markdown
+    from ht_export.parity.run import ParitySettings, run
+
+    settings = ParitySettings(
+        options.model,
+        options.engine,
+        options.transfer,
+        options.prompts,
+        options.count,
+        options.max_new_tokens,
+        not options.no_evaluator,
+        options.threads,
+    )
+    report = _with_progress(run, settings)
+    print(to_markdown(report, options.per_layer), end="")
+    _write(report, options)
+    return 1 if report.faults else 0
+
+
+def _with_progress(run: Callable[..., Report], settings: ParitySettings) -> Report:
+    from ht_export.progress import stage_display
+
+    with stage_display() as display:
+
+        @contextmanager
+        def stage(description: str) -> Iterator[None]:
+            task = display.add_task(description, total=1)
+            yield
+            display.update(task, completed=1)
+
+        return run(settings, stage)
+
+
+def _write(report: Report, options: argparse.Namespace) -> None:
+    from ht_export.parity.report import to_html, to_markdown
+
+    if options.report:
+        text = (to_html if options.report.suffix == ".html" else to_markdown)(report, options.per_layer)
+        with atomic_path(options.report) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    if options.json:
+        write_json(options.json, report.to_dict(options.per_layer))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

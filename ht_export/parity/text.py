@@ -1,0 +1,156 @@
+"""The text of an engine against that of `transformers.generate`, and against itself under other shapes of a pass.
+
+Where two texts part, their tokens' logits are looked at: two tokens as good as each other may change places by rounding
+alone. How much rounding there is, is measured: the logits of the same tokens, one row a pass and several.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from runtime.generator import Generator
+from runtime.tree import chain, lay_out
+
+# Rows of a pass that are compared with one row a pass.
+ROWS = 8
+# How far apart logits of the same token may be of two engines, for a pair of tokens: each of two may be off by as much.
+BOTH_SIDES = 2.0
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where two texts part: at new token `position`; `gap` is the largest logit there less that of the other text's
+    token, `explained` whether rounding makes as much.
+    """
+
+    position: int
+    gap: float
+    explained: bool
+
+
+@dataclass(frozen=True)
+class TextParity:
+    """One prompt. `tokens` are those of plain decoding in the engine; the divergences are plain decoding's from
+    `transformers`, and speculative from plain decoding's.
+
+    The logits of the same tokens differ by at most `logit_error` from those of `transformers`, and by `self_error`
+    between passes of one row and of several; `flips` of the tokens would then be others.
+    """
+
+    prompt: str
+    tokens: int
+    from_transformers: Divergence | None
+    from_plain: Divergence | None
+    logit_error: float
+    self_error: float
+    flips: int
+
+
+@dataclass(frozen=True)
+class TextSummary:
+    """All prompts: how many texts are the same, and how many of the tokens come before texts part."""
+
+    prompts: list[TextParity] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> list[TextParity]:
+        """The texts that rounding does not explain."""
+        return [
+            one
+            for one in self.prompts
+            if any(found and not found.explained for found in (one.from_transformers, one.from_plain))
+        ]
+
+    def same(self, which: str) -> int:
+        """Return how many texts do not part."""
+        return sum(getattr(one, which) is None for one in self.prompts)
+
+    def agreement(self, which: str) -> float:
+        """Return the share of tokens before texts part."""
+        agreed = [getattr(one, which).position if getattr(one, which) else one.tokens for one in self.prompts]
+        return sum(agreed) / max(1, sum(one.tokens for one in self.prompts))
+
+
+@torch.inference_mode()
+def transformers_text(base: Any, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+    """Return the new tokens of `generate`, greedily."""
+    given = torch.tensor([ids], device=base.device)
+    output = base.generate(
+        given, attention_mask=torch.ones_like(given), max_new_tokens=max_new_tokens, do_sample=False,
+        repetition_penalty=1.0,
+    )  # fmt: skip
+    return output[0, len(ids) :].tolist()
+
+
+@torch.inference_mode()
+def compare_text(
+    generator: Generator, base: Any, name: str, prompt: str, max_new_tokens: int, tolerance: float
+) -> TextParity:
+    """Answer one prompt in every way and compare. A logit may be off by `tolerance` of the largest one."""
+    ids = generator.encode(prompt)
+    length = min(max_new_tokens, generator.about.max_context - len(ids))
+    theirs = transformers_text(base, ids, length)
+    plain = generator.generate(prompt, max_new_tokens=length, speculate=False).tokens
+    found = generator.generate(prompt, max_new_tokens=length).tokens
+    text = [*ids, *plain[:-1]]
+    # [n, V]: at the end of the prompt, and after each token but the last.
+    own = logits_of(generator, text, len(ids), 1)
+    wide = logits_of(generator, text, len(ids), ROWS)
+    reference = base(torch.tensor([text], device=base.device)).logits[0, len(ids) - 1 :].float().cpu().numpy()
+    self_error = float(np.abs(own - wide).max())
+    allowed = BOTH_SIDES * tolerance * float(np.abs(reference).max())
+    return TextParity(
+        prompt=name,
+        tokens=len(plain),
+        from_transformers=_divergence(plain, theirs, reference, allowed),
+        from_plain=_divergence(found, plain, own, BOTH_SIDES * self_error),
+        logit_error=float(np.abs(own - reference).max()),
+        self_error=self_error,
+        flips=int((own.argmax(-1) != wide.argmax(-1)).sum()),
+    )
+
+
+def logits_of(generator: Generator, text: Sequence[int], prompt_tokens: int, rows: int) -> NDArray[np.float32]:
+    """Return the engine's logits at the prompt's last token and at each token after it, `rows` of them a pass."""
+    engine, dims = generator.engine, generator.engine.dims
+    plan = generator.about.plan
+    rows = min(rows, plan.limits.max_rows) if plan else rows
+    cache = engine.new_cache()
+    nothing = (np.empty(0, dtype=np.int64),) * dims.num_steps
+    start, kept = 0, []
+    while start < len(text):
+        in_prompt = start < prompt_tokens - 1
+        end = (
+            min(prompt_tokens - 1, start + generator.about.prompt_chunk) if in_prompt else min(len(text), start + rows)
+        )
+        tree = chain(text[start:end])
+        wanted = np.array([len(tree) - 1]) if in_prompt else np.arange(len(tree))
+        outputs = engine.run(lay_out(tree, nothing, dims.join_order, start, logit_rows=wanted), cache)
+        if not in_prompt:
+            kept.append(np.array(outputs.logits))
+        cache.commit(outputs, range(len(tree)))
+        start = end
+    return np.concatenate(kept)
+
+
+def _divergence(
+    text: Sequence[int], other: Sequence[int], logits: NDArray[np.float32], allowed: float
+) -> Divergence | None:
+    """Return where `text` parts from `other`, by logits [n, V] that hold for what they have in common."""
+    if list(text) == list(other):
+        return None
+    pairs = list(zip(text, other, strict=False))
+    position = next((index for index, (mine, its) in enumerate(pairs) if mine != its), len(pairs))
+    if position == len(pairs):
+        # One is longer.
+        return Divergence(position, math.inf, False)
+    one, two = pairs[position]
+    gap = float(abs(logits[position, one] - logits[position, two]))
+    return Divergence(position, gap, gap <= allowed)
