@@ -18,6 +18,9 @@ from transformers.utils import logging as transformers_logging
 from ht_export.families import check_supported, context_limit, fix_frequencies
 from runtime.errors import InputError
 
+# Values that are widened together.
+HASHED_AT_ONCE = 1 << 22
+
 FETCH_AGAIN = "it may be damaged or incomplete: fetch it again"
 
 
@@ -81,11 +84,14 @@ class Location:
     gguf_file: str | None = None
 
 
-def load_base_model(source: str, dtype: torch.dtype = torch.float32, max_context: int | None = None) -> BaseModel:
+def load_base_model(
+    source: str, dtype: torch.dtype | None = torch.float32, max_context: int | None = None
+) -> BaseModel:
     """Load the model and tokenizer that `source` names, ready for inference.
 
     `source` is a known name (`smollm2-135m`), a folder with `config.json` and safetensors weights, a `.gguf` file,
-    or a hub id. `max_context` None takes what the model was made for. Raises `InputError` for a missing, damaged or
+    or a hub id. `dtype` None keeps the precision that the weights are stored in, and `max_context` None takes what the
+    model was made for. Raises `InputError` for a missing, damaged or
     unsupported checkpoint, or a context that it cannot have.
     """
     location = locate(source)
@@ -120,7 +126,7 @@ def load_base_model(source: str, dtype: torch.dtype = torch.float32, max_context
     fix_frequencies(model, context)
     weights_sha256 = hash_weights(model)
     # Not model.to(dtype): that would also round the rotary frequencies, which transformers keeps in float32.
-    for parameter in model.parameters():
+    for parameter in model.parameters() if dtype else ():
         parameter.data = parameter.data.to(dtype)
     return BaseModel(
         source=source,
@@ -171,8 +177,10 @@ def hash_weights(model: PreTrainedModel) -> str:
 
     def digest(item: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = item
-        header = f"{name} {list(tensor.shape)} ".encode()
-        return hashlib.sha256(header + tensor.detach().to(torch.float32).contiguous().numpy().tobytes()).digest()
+        found = hashlib.sha256(f"{name} {list(tensor.shape)} ".encode())
+        for part in tensor.detach().flatten().split(HASHED_AT_ONCE):
+            found.update(part.to(torch.float32).numpy().data)
+        return found.digest()
 
     named = sorted(model.named_parameters(), key=lambda item: item[0])
     with ThreadPoolExecutor(max_workers=2) as pool:

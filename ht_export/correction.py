@@ -11,6 +11,7 @@ from torch.nn.functional import rms_norm, silu
 from transformers import PreTrainedModel
 
 from ht_export.families import decoder_parts
+from ht_export.weights import computing_in_float32
 from runtime.drafts import TokenCorrection
 
 CHUNK_TOKENS = 4096
@@ -47,9 +48,10 @@ def correction_tables(base: PreTrainedModel, network: CorrectionNetwork) -> Toke
     """Return the tables that give the runtime what `network` adds to each logit."""
     parts = decoder_parts(base)
     ids = torch.arange(base.config.vocab_size, device=base.device)
-    contexts = torch.cat([network.contexts(parts.embed(chunk)) for chunk in ids.split(CHUNK_TOKENS)])
-    # [r, d] through the head, so that this holds for any linear head.
-    candidates = parts.head(network.candidates.weight.T.to(base.dtype)).to(torch.float32).T
+    with computing_in_float32(base, base.dtype):
+        contexts = torch.cat([network.contexts(parts.embed(chunk)) for chunk in ids.split(CHUNK_TOKENS)])
+        # [r, d] through the head, so that this holds for any linear head.
+        candidates = parts.head(network.candidates.weight.T.to(torch.float32)).T
     # A softmax does not see what all candidates have in common. Without it, tokens off the shortlist need none.
     candidates = candidates - candidates.mean(0)
     return TokenCorrection(candidates.cpu().numpy(), contexts.cpu().numpy(), network.scales.detach().cpu().numpy())

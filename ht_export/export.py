@@ -28,6 +28,7 @@ from ht_export.plan.planner import DEFAULT_CHUNK, Planner, PlanSettings
 from ht_export.precision import COMPUTED_IN, write_widened
 from ht_export.quantise import BITS, quantise
 from ht_export.transfer import TransferFile, TransferLayers, default_layers, load_transfer_layers
+from ht_export.weights import computing_in_float32
 from runtime.bindings import GraphDims
 from runtime.engine_file import EngineFile, FileRecord, PlanFile, engine_file_path
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -37,8 +38,13 @@ from runtime.tree import TreeSizes
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
-# Bytes, seen in exports of 0.1 and 1.2 billion weights in half precision: what is not mapped from files.
-MEMORY_PER_WEIGHT = 6.0
+# Bytes that an export needs besides the loaded model: for each value of the largest matrix, which is converted as a
+# whole, and for everything else.
+MEMORY_PER_VALUE = 12
+MEMORY_CONSTANT = 1 << 30
+# Of the disk, in weights and besides them.
+SPACE_FACTOR = 1.05
+SPACE_CONSTANT = 64 << 20
 
 # Of the name of the graph lowered for the CPU, in the place of the engine's own suffix.
 CPU_SUFFIX = ".cpu.onnx"
@@ -124,21 +130,23 @@ def export(
     check_precision(precision, is_plan)
     transfer_path = shipped_transfer(source) if transfer_file is None else transfer_file
     with stage("loading the base model"):
-        base = load_base_model(source, COMPUTED_IN[precision], settings.max_context)
+        base = load_base_model(source, None, settings.max_context)
         transfer, about_transfer = transfer_layers(transfer_path, base)
     sizes = settings.tree(transfer.num_steps, plan=is_plan)
-    _check_space(base, out)
+    dtype = COMPUTED_IN[precision]
+    weight_bytes = base.model.num_parameters() * dtype.itemsize
+    _check_space(weight_bytes, out)
     _check_memory(base)
-    model = HiddenTransferModel(base.model, transfer.to(COMPUTED_IN[precision])).eval()
-    dims = graph_dims(base.model.config, transfer, str(COMPUTED_IN[precision]).removeprefix("torch."))
+    model = HiddenTransferModel(base.model, transfer).eval()
+    dims = graph_dims(base.model.config, transfer, str(dtype).removeprefix("torch."))
     context = base.max_context
     chunk = DEFAULT_CHUNK if settings.chunk is None else settings.chunk
     if planner:
         asked = settings.chunk, settings.max_context
-        limits = planner.prepare(dims, sizes, asked, context, weight_bytes(base), out.parent)
+        limits = planner.prepare(dims, sizes, asked, context, weight_bytes, out.parent)
         context, chunk = limits.max_context, limits.chunk
     with stage("tracing the graph"):
-        graph = build_graph(model)
+        graph = build_graph(model, dtype)
     with _staging_folder(out) as folder:
         staged = folder / f"{out.stem}.onnx"
         weights = folder / f"{staged.name}.data"
@@ -147,10 +155,7 @@ def export(
             del graph
         with stage("checking the graph"):
             onnx.checker.check_model(str(staged), full_check=True)
-        with stage("running the PyTorch reference"):
-            # Rounded already: in float32 the weights are those of half precision.
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(torch.float32)
+        with stage("running the PyTorch reference"), computing_in_float32(model, dtype):
             expected = record(ReferenceEngine(model))
         correction = _write_correction(model, folder, out.stem)
         tokenizer, template = _write_tokenizer(base, folder, out.stem)
@@ -166,7 +171,7 @@ def export(
         if not planner and can_be_lowered(dims):
             with stage("lowering the graph for the CPU"):
                 lowered = _lower(staged, dims)
-                parity["of_the_cpu_graph"] = check(LoweredEngine(lowered, dims), expected)
+                parity["of_the_cpu_graph"] = check(LoweredEngine(lowered, dims, small=True), expected)
         if precision in BITS:
             with stage("quantising the weights"):
                 _quantise(staged, precision)
@@ -210,14 +215,13 @@ def export(
 def _compare(graph: Path, dims: GraphDims, expected: Sequence[Expected]) -> float:
     """Return the largest relative difference between the graph and the reference, both computed in float32."""
     if dims.dtype == "float32":
-        return check(OnnxRuntimeEngine(graph, dims), expected)
+        return check(OnnxRuntimeEngine(graph, dims, small=True), expected)
     widened = graph.with_name(f"{graph.stem}.widened.onnx")
     try:
         write_widened(graph, widened)
-        return check(OnnxRuntimeEngine(widened, replace(dims, dtype="float32")), expected)
+        return check(OnnxRuntimeEngine(widened, replace(dims, dtype="float32"), small=True), expected)
     finally:
-        for path in (widened, widened.with_name(f"{widened.name}.data")):
-            path.unlink(missing_ok=True)
+        widened.unlink(missing_ok=True)
 
 
 def _quantise(staged: Path, precision: str) -> None:
@@ -298,12 +302,9 @@ def shipped_transfer(source: str) -> Path:
     return PRETRAINED / known.transfer
 
 
-def _check_space(base: BaseModel, out: Path) -> None:
+def _check_space(weight_bytes: int, out: Path) -> None:
     # The graph, the tokenizer and tables besides the weights.
-    needed = int(1.3 * weight_bytes(base))
-    if base.model.dtype != torch.float32:
-        # A copy in float32 is compared with the reference, and deleted.
-        needed *= 3
+    needed = int(SPACE_FACTOR * weight_bytes) + SPACE_CONSTANT
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise InputError(
@@ -313,20 +314,14 @@ def _check_space(base: BaseModel, out: Path) -> None:
 
 
 def _check_memory(base: BaseModel) -> None:
-    # Weights in float32, as the reference and then the graph compute in, and what both need besides.
-    values = sum(parameter.numel() for parameter in base.model.parameters())
-    needed = int(MEMORY_PER_WEIGHT * values)
+    largest = max(parameter.numel() for parameter in base.model.parameters())
+    needed = MEMORY_PER_VALUE * largest + MEMORY_CONSTANT
     free = psutil.virtual_memory().available
     if free < needed:
         raise InputError(
             f"the export needs about {needed >> 20} MiB of memory besides the model, and {free >> 20} MiB are free; "
             "close other programs, or export on a larger machine"
         )
-
-
-def weight_bytes(base: BaseModel) -> int:
-    """Return the bytes of a model's weights."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from ht_export.families import head_dim
 from ht_export.model import HiddenTransferModel
 from ht_export.rewrites import use_fused_operators
 from ht_export.transfer import TransferLayers
+from ht_export.weights import hollow, transposed, written_as
 from runtime.bindings import GraphDims
 
 OPSET = 23
@@ -95,14 +96,20 @@ def graph_dims(config: PretrainedConfig, transfer: TransferLayers, dtype: str = 
     )
 
 
-def build_graph(model: HiddenTransferModel) -> ir.Model:
-    """Trace `model` and return the ONNX model whose inputs and outputs are those of `runtime.bindings`."""
-    dims = graph_dims(model.base.config, model.transfer, str(model.base.dtype).removeprefix("torch."))
+def build_graph(model: HiddenTransferModel, dtype: torch.dtype | None = None) -> ir.Model:
+    """Trace `model` and return the ONNX model whose inputs and outputs are those of `runtime.bindings`.
+
+    `dtype` None takes the precision that the weights are in. They are read, and converted, when the model is saved.
+    """
+    dtype = dtype or model.base.dtype
+    dims = graph_dims(model.base.config, model.transfer, str(dtype).removeprefix("torch."))
     attention, model.attention = model.attention, _symbolic_tree_attention
     try:
-        onnx_model = _trace(model, dims)
+        with hollow(model, dtype) as weights:
+            onnx_model = _trace(model, dims)
     finally:
         model.attention = attention
+    _use_weights(onnx_model.graph, weights, dtype)
     # Not inlined: the optimizer sees TreeAttention as an opaque node, and its function is added afterwards.
     optimizer.optimize_ir(onnx_model, inline=False)
     use_fused_operators(onnx_model)
@@ -187,6 +194,21 @@ def _trace(model: HiddenTransferModel, dims: GraphDims) -> ir.Model:
         traced = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     assert traced is not None
     return traced.model
+
+
+def _use_weights(graph: ir.Graph, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Let the graph's initializers be the real weights, and those that are used transposed only be so."""
+    for name, value in graph.initializers.items():
+        # As `_Flat` has them.
+        real = weights.get(name.removeprefix("model."))
+        if real is not None:
+            value.const_value = written_as(real, dtype, name)
+            uses = list(value.uses())
+            if len(uses) == 1 and uses[0].node.op_type == "Transpose" and len(real.shape) == 2:
+                value.const_value = transposed(value.const_value)
+                value.shape = value.const_value.shape
+                ir.convenience.replace_all_uses_with(uses[0].node.outputs[0], value)
+                graph.remove(uses[0].node, safe=True)
 
 
 def _symbolic_tree_attention(

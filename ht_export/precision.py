@@ -16,15 +16,14 @@ HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def write_widened(graph: Path, out: Path) -> None:
-    """Write the graph at `graph` with float32 in the place of every half-precision type, and the same weights.
+    """Write the graph at `graph`, beside it, with float32 in the place of every half-precision type; its weights are
+    those of `graph`, in the same file, and are cast where they are used.
 
     It computes what the graph does but for the rounding of each operation, on any runtime, and so tells a wrong graph
     from a rough one: in half precision no tolerance does.
     """
     model = ir.load(graph)
-    for value in model.graph.initializers.values():
-        if value.const_value is not None and value.const_value.dtype in HALVES:
-            value.const_value = _widened(value.const_value)
+    weights = [value for value in model.graph.initializers.values() if value.dtype in HALVES]
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         for name, attribute in list(node.attributes.items()):
             if name == "to" and attribute.value in [int(half) for half in HALVES]:
@@ -33,17 +32,21 @@ def write_widened(graph: Path, out: Path) -> None:
                 node.attributes[name] = ir.AttrTensor(name, _widened(attribute.value))
         for value in node.outputs:
             _widen(value)
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+    for value in model.graph.inputs:
         _widen(value)
-    ir.save(model, out, external_data=f"{out.name}.data")
+    first = model.graph[0]
+    for value in weights:
+        cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
+        cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.FLOAT, value.shape
+        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+        # That use too was replaced.
+        cast.replace_input_with(0, value)
+        model.graph.insert_before(first, [cast])
+    ir.save(model, out)
 
 
 def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    stored = tensor.numpy()
-    # Widened when it is written, and not before: all weights at once would be twice the model.
-    return ir.LazyTensor(
-        lambda: ir.tensor(stored.astype(np.float32)), ir.DataType.FLOAT, ir.Shape(stored.shape), name=tensor.name
-    )
+    return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
 
 def _widen(value: ir.Value) -> None:

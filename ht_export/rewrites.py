@@ -9,6 +9,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 from onnxscript.rewriter import MatchResult, RewritePass, RewriteRuleClassBase, RewriteRuleSet, onnx_fusions
 
+from ht_export.weights import joined
+
 
 def use_fused_operators(model: ir.Model) -> None:
     """Put `RMSNormalization` and `RotaryEmbedding` (opset 23) in the place of what the tracer writes out for them, and
@@ -63,12 +65,13 @@ def _merge_projections(graph: ir.Graph) -> None:
             by_input.setdefault(node.inputs[0], []).append(node)
     for rows, nodes in by_input.items():
         weights = [weight for node in nodes if (weight := _weight(node)) is not None]
-        if len(nodes) == 1 or len({(weight.shape[0], weight.dtype) for weight in weights}) > 1:
+        if len(nodes) == 1 or len({(weight.shape.numpy()[0], weight.dtype) for weight in weights}) > 1:
             continue
         old = [node.inputs[1] for node in nodes]
         name = "+".join(str(value.name) for value in old if value is not None)
-        merged = _initializer(graph, name, np.concatenate(weights, axis=1))
-        sizes = _initializer(graph, f"{name}.sizes", np.array([weight.shape[1] for weight in weights], dtype=np.int64))
+        merged = _register(graph, name, joined(weights, name))
+        columns = np.array([weight.shape.numpy()[1] for weight in weights], dtype=np.int64)
+        sizes = _initializer(graph, f"{name}.sizes", columns)
         product = ir.node("MatMul", [rows, merged])
         split = ir.node("Split", [product.outputs[0], sizes], {"axis": -1}, num_outputs=len(nodes))
         graph.insert_before(nodes[0], [product, split])
@@ -107,17 +110,20 @@ def _state_reshapes(graph: ir.Graph) -> None:
         node.attributes.pop("allowzero", None)
 
 
-def _weight(node: ir.Node) -> np.ndarray | None:
+def _weight(node: ir.Node) -> ir.TensorProtocol | None:
     """Return the second factor of a product when it is a matrix of weights."""
     value = node.inputs[1]
     if value is None or not value.is_initializer() or value.const_value is None:
         return None
-    array = value.const_value.numpy()
-    return array if array.ndim == 2 else None
+    return value.const_value if len(value.const_value.shape) == 2 else None
 
 
 def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
+    return _register(graph, name, ir.tensor(np.ascontiguousarray(array), name=name))
+
+
+def _register(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.val(name, const_value=tensor)
     graph.register_initializer(value)
     return value
 

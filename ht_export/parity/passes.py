@@ -61,9 +61,9 @@ class ReferenceEngine:
 class LoweredEngine:
     """The graph lowered for the CPU, over the portable graph's cache and with its outputs."""
 
-    def __init__(self, path: Path, dims: GraphDims) -> None:
+    def __init__(self, path: Path, dims: GraphDims, *, small: bool = False) -> None:
         self.dims = dims
-        self._engine = OnnxRuntimeCpuEngine(path, dims)
+        self._engine = OnnxRuntimeCpuEngine(path, dims, small=small)
 
     def new_cache(self) -> KeyValueCache:
         """See `Engine.new_cache`."""

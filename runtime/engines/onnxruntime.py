@@ -24,10 +24,14 @@ Provider = str | tuple[str, dict[str, str]]
 
 
 class OnnxRuntimeEngine:
-    """An ONNX Runtime session on the CPU. `threads` None lets ONNX Runtime use all physical cores."""
+    """An ONNX Runtime session on the CPU. `threads` None lets ONNX Runtime use all physical cores; a `small` one takes
+    as little memory as it can, and more time.
+    """
 
-    def __init__(self, path: Path, dims: GraphDims, threads: int | None = None) -> None:
-        self._session = open_session(path, dims.inputs(), dims.outputs(), ["CPUExecutionProvider"], threads)
+    def __init__(self, path: Path, dims: GraphDims, threads: int | None = None, *, small: bool = False) -> None:
+        self._session = open_session(
+            path, dims.inputs(), dims.outputs(), ["CPUExecutionProvider"], threads, small=small
+        )
         self.dims = dims
         self._outputs = [binding.name for binding in dims.outputs()]
 
@@ -65,8 +69,10 @@ def open_session(
     outputs: Sequence[Binding],
     providers: Sequence[Provider],
     threads: int | None = None,
+    *,
+    small: bool = False,
 ) -> Any:
-    """Return a session of the graph at `path`, which must have these inputs and outputs.
+    """Return a session of the graph at `path`, which must have these inputs and outputs; see `OnnxRuntimeEngine`.
 
     Raises `InputError` without ONNX Runtime, `EngineFileError` when it cannot load the graph or that is another.
     """
@@ -80,8 +86,14 @@ def open_session(
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = whole("threads", threads, 1, MOST_THREADS)
+    if small:
+        # Weights stay where the file is mapped: neither cast nor arranged beforehand.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=list(providers))
+        session = onnxruntime.InferenceSession(
+            path, options, providers=list(providers), disabled_optimizers=["ConstantFolding"] if small else None
+        )
     except Exception as error:
         raise EngineFileError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}; update onnxruntime, or export the "

@@ -59,10 +59,12 @@ class InPlaceCache:
 
 
 class OnnxRuntimeCpuEngine:
-    """An ONNX Runtime session of a lowered graph. `threads` None lets ONNX Runtime use all physical cores."""
+    """An ONNX Runtime session of a lowered graph; `threads` and `small` as for `OnnxRuntimeEngine`."""
 
-    def __init__(self, path: Path, dims: GraphDims, threads: int | None = None) -> None:
-        self._session = open_session(path, dims.inputs(), dims.lowered_outputs(), ["CPUExecutionProvider"], threads)
+    def __init__(self, path: Path, dims: GraphDims, threads: int | None = None, *, small: bool = False) -> None:
+        self._session = open_session(
+            path, dims.inputs(), dims.lowered_outputs(), ["CPUExecutionProvider"], threads, small=small
+        )
         self.dims = dims
         self._binding = self._session.io_binding()
         self._bound: weakref.ref[NDArray] | None = None

@@ -233,7 +233,9 @@ def heads_apart(
     key_cache_0: FLOAT[1, 2, "S", 8],  # noqa: F821
     value_cache_0: FLOAT[1, 2, "S", 8],  # noqa: F821
 ):
-    attended = TreeAttention(query, key, value, key_cache_0, value_cache_0, cache_length, tree_mask, scale=0.3)
+    attended = TreeAttention(
+        query, key, value, key_cache_0, value_cache_0, cache_length, tree_mask, scale=0.3, softcap=0.0
+    )
     logits = op.Mul(attended, attended)
     draft_logits = op.Neg(attended)
     return logits, draft_logits, op.Identity(key), op.Identity(value)

@@ -1,0 +1,100 @@
+"""Weights that are converted one at a time: none of what an export does has all of them in another precision at once.
+
+A model is traced with parameters that have shape and precision but no memory of their own; the graph's initializers
+read the real ones when they are written. The PyTorch reference computes in float32 by widening each module's parameters
+while that module runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor, nn
+
+IR_TYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
+
+
+@contextlib.contextmanager
+def hollow(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    """Put parameters of `dtype` that take no memory in the place of the model's; yield the real ones by name."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    real = {name: parameter.data for name, parameter in named}
+    try:
+        for _, parameter in named:
+            parameter.data = torch.zeros((), dtype=dtype).expand(parameter.shape)
+        yield real
+    finally:
+        for name, parameter in named:
+            parameter.data = real[name]
+
+
+def written_as(tensor: Tensor, dtype: torch.dtype, name: str) -> ir.LazyTensor:
+    """Return the tensor for a graph, converted to `dtype` when it is written and not kept so."""
+    return lazy(lambda: tensor.to(dtype), IR_TYPES[dtype], tuple(tensor.shape), name)
+
+
+def transposed(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    """Return a matrix transposed when it is written."""
+    rows, columns = tensor.shape.numpy()
+    return lazy(lambda: tensor.numpy().T, tensor.dtype, (columns, rows), tensor.name)
+
+
+def joined(tensors: Sequence[ir.TensorProtocol], name: str) -> ir.LazyTensor:
+    """Return matrices [K, N_i] beside each other, [K, sum N_i], when they are written."""
+    rows = tensors[0].shape.numpy()[0]
+    columns = sum(tensor.shape.numpy()[1] for tensor in tensors)
+    return lazy(lambda: np.concatenate([t.numpy() for t in tensors], axis=1), tensors[0].dtype, (rows, columns), name)
+
+
+def lazy(make: Callable[[], Any], dtype: ir.DataType, shape: tuple[int, ...], name: str | None) -> ir.LazyTensor:
+    """Return a tensor that is made, as numpy's or torch's, every time that it is asked for."""
+
+    def evaluate() -> ir.TensorProtocol:
+        made = make()
+        if isinstance(made, Tensor):
+            return TorchTensor(made.contiguous(), name=name)
+        return ir.Tensor(np.ascontiguousarray(made), dtype=dtype, name=name)
+
+    return ir.LazyTensor(evaluate, dtype, ir.Shape(shape), name=name)
+
+
+@contextlib.contextmanager
+def computing_in_float32(model: nn.Module, rounded_to: torch.dtype) -> Iterator[None]:
+    """Let `model` compute in float32 with its weights rounded to `rounded_to`, whatever they are stored in.
+
+    Only the parameters of the module that runs are widened.
+    """
+    handles = []
+    stored: dict[nn.Parameter, Tensor] = {}
+
+    def widen(module: nn.Module, _: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            stored[parameter] = parameter.data
+            parameter.data = parameter.data.to(rounded_to).to(torch.float32)
+
+    def restore(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = stored.pop(parameter)
+
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if any(parameter.dtype != torch.float32 or rounded_to != torch.float32 for parameter in own):
+            handles += [
+                module.register_forward_pre_hook(widen),
+                module.register_forward_hook(restore, always_call=True),
+            ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
