@@ -19,6 +19,7 @@ def use_fused_operators(model: ir.Model) -> None:
     onnx_fusions.fuse(model)
     RewritePass(RewriteRuleSet([RotaryFusion.rule()]))(model)
     CommonSubexpressionEliminationPass()(model)
+    _normalise_in_one_precision(model.graph)
     _merge_projections(model.graph)
     _state_reshapes(model.graph)
     RemoveUnusedNodesPass()(model)
@@ -52,6 +53,28 @@ class RotaryFusion(RewriteRuleClassBase):
         zero, half, last = (op.Constant(value_ints=[n]) for n in (0, _constant(middle)[0], 2))
         halves = [op.Slice(op.Squeeze(value, op.Constant(value_ints=[1])), zero, half, last) for value in (cos, sin)]
         return op.RotaryEmbedding(x, *halves, interleaved=0)
+
+
+def _normalise_in_one_precision(graph: ir.Graph) -> None:
+    """Where weights of a normalisation are in float32 and rows in half precision, normalise in float32.
+
+    The operator gives what it computes the type of its weights, and few runtimes have it for two types. The fusion
+    takes some of the casts around it away.
+    """
+    for node in list(graph):
+        rows, weights = (node.inputs[0], node.inputs[1]) if node.op_type == "RMSNormalization" else (None, None)
+        if rows is None or weights is None or weights.dtype is None or rows.dtype == weights.dtype:
+            continue
+        output = node.outputs[0]
+        wanted = output.dtype or weights.dtype
+        widened = ir.node("Cast", [rows], {"to": int(weights.dtype)})
+        normed = ir.node("RMSNormalization", [widened.outputs[0], weights], dict(node.attributes))
+        narrowed = ir.node("Cast", [normed.outputs[0]], {"to": int(wanted)})
+        for made, dtype in ((widened, weights.dtype), (normed, weights.dtype), (narrowed, wanted)):
+            made.outputs[0].dtype, made.outputs[0].shape = dtype, output.shape
+        graph.insert_before(node, [widened, normed, narrowed])
+        ir.convenience.replace_all_uses_with(output, narrowed.outputs[0])
+        graph.remove(node, safe=True)
 
 
 def _merge_projections(graph: ir.Graph) -> None:

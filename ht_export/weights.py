@@ -75,20 +75,19 @@ def computing_in_float32(model: nn.Module, rounded_to: torch.dtype) -> Iterator[
     Only the parameters of the module that runs are widened.
     """
     handles = []
-    stored: dict[nn.Parameter, Tensor] = {}
+    stored: dict[Tensor, Tensor] = {}
 
     def widen(module: nn.Module, _: Any) -> None:
-        for parameter in module.parameters(recurse=False):
-            stored[parameter] = parameter.data
-            parameter.data = parameter.data.to(rounded_to).to(torch.float32)
+        for tensor in _values(module):
+            stored[tensor] = tensor.data
+            tensor.data = tensor.data.to(rounded_to).to(torch.float32)
 
     def restore(module: nn.Module, *_: Any) -> None:
-        for parameter in module.parameters(recurse=False):
-            parameter.data = stored.pop(parameter)
+        for tensor in _values(module):
+            tensor.data = stored.pop(tensor)
 
     for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        if any(parameter.dtype != torch.float32 or rounded_to != torch.float32 for parameter in own):
+        if any(tensor.dtype != torch.float32 or rounded_to != torch.float32 for tensor in _values(module)):
             handles += [
                 module.register_forward_pre_hook(widen),
                 module.register_forward_hook(restore, always_call=True),
@@ -98,3 +97,9 @@ def computing_in_float32(model: nn.Module, rounded_to: torch.dtype) -> Iterator[
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _values(module: nn.Module) -> list[Tensor]:
+    """Return a module's own parameters, and buffers of one number: factors, which layers apply in their precision."""
+    factors = [buffer for buffer in module.buffers(recurse=False) if buffer.is_floating_point() and buffer.ndim == 0]
+    return [*module.parameters(recurse=False), *factors]

@@ -38,6 +38,10 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-families", action="store_true", help="build plans of every tiny model, not of a few")
+
+
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     """Return a small random Llama."""
     torch.manual_seed(seed)

@@ -152,11 +152,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """Return the tiny random model of that name."""
+def tiny_model(name: str, seed: int = 0, **more: object) -> PreTrainedModel:
+    """Return the tiny random model of that name, with `more` in its configuration."""
     model_type, changes = MODELS[name]
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**COMMON, **changes})
+    config = AutoConfig.for_model(model_type, **{**COMMON, **changes, **more})
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     # What models begin with as ones or zeros would hide that it is left out.
     generator = torch.Generator().manual_seed(seed)

@@ -119,7 +119,7 @@ class Planner:
         commit = compile_commit(dims.dtype, dims.head_dim, architectures(COMMIT_ARCHITECTURES))
         kernels_path.write_bytes(commit.to_bytes())
         marked = graph.with_name(f"{graph.stem}.tensorrt.onnx")
-        count = write_for_tensorrt(graph, marked, plugin=uses_plugin, decomposable=True)
+        count = write_for_tensorrt(graph, marked, dims, plugin=uses_plugin, decomposable=True)
         result = build_plan(
             self.product,
             marked,

@@ -47,7 +47,8 @@ def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A folder with an exported graph, engine.onnx, and that graph with its plugin marked, tensorrt.onnx."""
     folder = tmp_path_factory.mktemp("graphs")
     shutil.copytree(request.getfixturevalue(request.param).parent, folder, dirs_exist_ok=True)
-    write_for_tensorrt(folder / "engine.onnx", folder / "tensorrt.onnx", plugin=True, decomposable=False)
+    dims = read_engine_file(folder / "engine.onnx").dims
+    write_for_tensorrt(folder / "engine.onnx", folder / "tensorrt.onnx", dims, plugin=True, decomposable=False)
     return folder
 
 

@@ -40,8 +40,10 @@ def test_every_tree_attention_names_the_plugin_and_nothing_else_is_changed(graph
 
 
 def test_the_number_of_plugin_nodes_is_returned(graphs: Path, tmp_path: Path) -> None:
+    source = graphs / "engine.onnx"
+    dims = read_engine_file(source).dims
     for plugin, count in ((True, 4), (False, 0)):
-        assert write_for_tensorrt(graphs / "engine.onnx", tmp_path / "t", plugin=plugin, decomposable=False) == count
+        assert write_for_tensorrt(source, tmp_path / "t", dims, plugin=plugin, decomposable=False) == count
     assert load(tmp_path / "t") == load(graphs / "engine.onnx")
 
 
@@ -66,7 +68,8 @@ def test_other_runtimes_compute_the_same_bits_from_the_marked_graph(
 
 def test_attention_that_may_be_written_out_is_for_tensorrt_only(graphs: Path) -> None:
     path = graphs / "decomposable.onnx"
-    assert write_for_tensorrt(graphs / "engine.onnx", path, plugin=True, decomposable=True) == 4
+    dims = read_engine_file(graphs / "engine.onnx").dims
+    assert write_for_tensorrt(graphs / "engine.onnx", path, dims, plugin=True, decomposable=True) == 4
     with pytest.raises(onnx.checker.ValidationError, match="Unrecognized attribute: TRT_decomposable"):
         onnx.checker.check_model(str(path))
     model = load(path)

@@ -72,7 +72,8 @@ def test_lint_finds_nothing(folder: Path, graph: str) -> None:
 
 
 def test_lint_finds_an_attribute_that_only_tensorrt_knows(folder: Path) -> None:
-    write_for_tensorrt(folder / "engine.onnx", folder / "decomposable.onnx", plugin=True, decomposable=True)
+    dims = read_engine_file(folder / "engine.onnx").dims
+    write_for_tensorrt(folder / "engine.onnx", folder / "decomposable.onnx", dims, plugin=True, decomposable=True)
     status, findings, _ = lint(folder, "decomposable.onnx")
     assert status == 1
     assert {finding["source"] for finding in findings} == {"onnx_checker", "onnxruntime"}
