@@ -96,7 +96,7 @@ def run(settings: ParitySettings, stage: Stages) -> Report:
         with stage(f"running {name}"):
             stages.append(compare())
     text = None
-    if settings.max_new_tokens and isinstance(generator, Generator):
+    if settings.max_new_tokens and not isinstance(generator, str):
         text = TextSummary([])
         for number, (name, prompt) in enumerate(prompts, start=1):
             with stage(f"answering prompt {number} of {len(prompts)}"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +15,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from ht_export.checkpoint import load_base_model
+from ht_export.export import UNTRAINED, ExportSettings, export
+from ht_export.parity import run as run_module
 from ht_export.parity.cli import main
-from runtime.engine_file import FileRecord, engine_file_path, read_engine_file
+from ht_export.transfer import TransferFile, save_transfer_layers
+from runtime.engine_file import FileRecord, Limits, PlanFile, engine_file_path, read_engine_file
+from runtime.errors import InputError
+from tests.conftest import random_transfer, save_checkpoint, tiny_llama
+from tests.families import tiny_model
 
 Break = Callable[[onnx.ModelProto], None]
 
@@ -154,3 +163,94 @@ def test_a_broken_graph_is_caught_and_the_layer_named(
     assert by_name["PyTorch reference"]["wrong"] is None
     assert by_name["ONNX reference evaluator"]["skipped"] == "--no-evaluator was given"
     assert f"WRONG: ONNX Runtime parts from PyTorch reference at {place}: " in printed
+
+
+def test_a_graph_in_half_precision_is_within_what_rounding_makes(half_engine: Path, run: Callable) -> None:
+    status, _, report = run(half_engine)
+    assert status == 0
+    assert report["conditions"]["precision"] == "float16"
+    (stage,) = (stage for stage in report["stages"] if stage["name"] == "ONNX Runtime")
+    assert 1e-5 < max(one["relative"] for one in stage["outputs"]) < stage["tolerance"] == 2e-2
+
+
+def test_windows_and_soft_caps_hold_stage_by_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = save_checkpoint(tmp_path / "model", tiny_model("gemma2"))
+    out = tmp_path / "engine.onnx"
+    export(str(checkpoint), UNTRAINED, out, ExportSettings(chunk=16), lambda _: nullcontext(lambda _: None))
+    assert main([str(checkpoint), str(out), "--max-new-tokens", "8", "--threads", "1"]) == 0
+    assert "Parity holds." in capsys.readouterr().out
+
+
+def test_a_report_without_text(tiny_engine: Path, run: Callable, tmp_path: Path) -> None:
+    status, printed, report = run(
+        tiny_engine, "--max-new-tokens", "0", "--no-evaluator", "--report", str(tmp_path / "r.md")
+    )
+    assert status == 0
+    assert report["text"] is None
+    assert (tmp_path / "r.md").read_text() == printed
+    assert "## Text" not in printed
+
+
+def test_a_plan_without_a_gpu_is_said_not_to_run(
+    tiny_engine: Path, tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise InputError("no NVIDIA GPU can be used here")
+
+    copy = tmp_path / "plan"
+    shutil.copytree(tiny_engine.parent, copy)
+    about = read_engine_file(copy / "engine.onnx")
+    limits = Limits(max_batch=1, max_context=64, max_rows=8, chunk=16)
+    plan = PlanFile("tensorrt-rtx", "1.7", ((8, 0),), "native", None, limits, {}, about.graph, {})
+    replace(about, plan=plan, weights=None, cpu_graph=None).write(copy / "engine.json")
+    monkeypatch.setattr(run_module, "Generator", refuse)
+    status, printed, report = run(copy / "engine.onnx")
+    assert status == 0
+    assert [stage["skipped"] for stage in report["stages"]] == [None, "no NVIDIA GPU can be used here"]
+    assert "TensorRT (tensorrt-rtx 1.7): not run, no NVIDIA GPU can be used here" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--count", "2"], "--count is of a file of prompts"),
+        (["--max-new-tokens", "-1"], "--max-new-tokens must be"),
+        (["--threads", "0"], "--threads must be"),
+        (["--report", "r.pdf"], r"--report r\.pdf: its name must end in \.md or \.html"),
+        (["--report", "PLAIN/r.md"], "cannot write"),
+        (["--json", "PLAIN/r.json"], "cannot write"),
+        (["--prompts", "nowhere.jsonl"], "no prompts file at nowhere.jsonl"),
+        (["--transfer", "nowhere"], "no transfer layers at nowhere"),
+        (["--transfer", "OTHER"], "was made with other transfer layers; give them with --transfer"),
+    ],
+)
+def test_a_users_mistake_is_one_line(
+    tiny_checkpoint: Path,
+    tiny_transfer: Path,
+    tiny_engine: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "file").write_text("")
+    other = tmp_path / "other.safetensors"
+    base = load_base_model(str(tiny_checkpoint))
+    save_transfer_layers(other, random_transfer((3, 1, 3), seed=7), TransferFile(base.identity()))
+    places = {"PLAIN": str(tmp_path / "file"), "OTHER": str(other)}
+    for name, place in places.items():
+        options = [option.replace(name, place) for option in options]
+    given = [] if "--transfer" in options else ["--transfer", str(tiny_transfer)]
+    assert main([str(tiny_checkpoint), str(tiny_engine), *given, *options]) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("ht-parity: error: "))
+    assert re.search(message, line)
+
+
+def test_an_engine_of_another_model(tiny_engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = save_checkpoint(tmp_path / "other", tiny_llama(seed=5))
+    assert main([str(other), str(tiny_engine)]) == 1
+    assert "no transfer layers are shipped" in capsys.readouterr().err
+    transfer = tmp_path / "t.safetensors"
+    save_transfer_layers(transfer, random_transfer((1,)), TransferFile(load_base_model(str(other)).identity()))
+    assert main([str(other), str(tiny_engine), "--transfer", str(transfer)]) == 1
+    assert "has other weights" in capsys.readouterr().err
