@@ -45,8 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision",
         choices=("fp32", "fp16", "bf16", "int8", "int4"),
-        help="of the engine (default: fp16 for a plan, else fp32); int8 and int4 quantise the weights of an .onnx "
-        "engine, which changes the text a little (int8) or more (int4), and speculative text is not quite plain text",
+        help="of the engine (default: fp16 for a plan, else fp32); bf16 runs on GPUs only; int8 and int4 quantise the "
+        "weights of an .onnx engine, which changes the text a little (int8) or more (int4), and speculative text is "
+        "not quite plain text",
     )
     parser.add_argument(
         "--tree-rows",

@@ -248,10 +248,6 @@ def check_precision(precision: str, is_plan: bool) -> None:
         raise InputError(
             f"--precision {precision}: plans are in fp32, fp16 or bf16; or give an --out that ends in .onnx"
         )
-    if precision == "bf16" and not is_plan:
-        raise InputError(
-            "--precision bf16: ONNX Runtime computes in fp32 or fp16 only; or give an --out that ends in .plan"
-        )
 
 
 def check_out(out: Path) -> None:

@@ -373,6 +373,11 @@ def _load_engine(path: Path, about: EngineFile, device: str | None, threads: int
         if device == "cpu":
             raise InputError(f"{path} is a TensorRT plan, which runs on a GPU only; export an .onnx engine for the CPU")
         return _load_plan(path, about, about.plan)
+    if about.dims.dtype == "bfloat16" and not on_gpu:
+        raise InputError(
+            f"{path} is in bfloat16, in which ONNX Runtime computes on a GPU only; use device cuda, or export it with "
+            "--precision fp32 for the CPU"
+        )
     if on_gpu:
         from runtime.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 

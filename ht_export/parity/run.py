@@ -139,6 +139,9 @@ def _engine_stages(
         yield skipped(name, "the model is too large for it")
     else:
         yield graph(name, settings.engine, evaluator=True)
+    if about.dims.dtype == "bfloat16":
+        yield skipped("ONNX Runtime", "on a CPU it does not compute in bfloat16")
+        return
     yield graph("ONNX Runtime", settings.engine)
     if about.cpu_graph is not None:
         yield graph("ONNX Runtime, lowered for the CPU", folder / about.cpu_graph.name)
@@ -177,7 +180,7 @@ def _generator(settings: ParitySettings, about: EngineFile) -> Generator | str:
     try:
         return Generator(settings.engine, threads=settings.threads, adapt=False)
     except InputError as error:
-        if about.plan is None:
+        if about.plan is None and about.dims.dtype != "bfloat16":
             raise
         return str(error)
 

@@ -21,6 +21,8 @@ from runtime.errors import InputError
 from runtime.tree import Rows, TreeSizes
 
 PROVIDER = "CUDAExecutionProvider"
+# Of `onnx.TensorProto`.
+BFLOAT16 = 16
 # There are buffers for trees of this many rows, or of the engine's own if those are more.
 MAX_ROWS = 64
 
@@ -76,10 +78,10 @@ class OnnxRuntimeCudaEngine:
         addresses = self._buffers.addresses(cache)
         binding = self._session.io_binding()
         for value in self.dims.inputs():
-            where = (self.device, 0, np.dtype(value.dtype), value.sizes(values), addresses[value.name])
+            where = (self.device, 0, _element(value.dtype), value.sizes(values), addresses[value.name])
             binding.bind_input(value.name, *where)
         for value in self.dims.outputs():
-            where = (self.device, 0, np.dtype(value.dtype), value.sizes(values), addresses[value.name])
+            where = (self.device, 0, _element(value.dtype), value.sizes(values), addresses[value.name])
             binding.bind_output(value.name, *where)
         self._session.run_with_iobinding(binding)
         self._buffers.download_logits(len(rows.logit_rows))
@@ -120,6 +122,11 @@ def _provider() -> str:
         # CUDA and cuDNN as pip packages are on no search path.
         onnxruntime.preload_dlls()
     return PROVIDER
+
+
+def _element(dtype: str) -> np.dtype | int:
+    """Return a binding's type; of bfloat16, which numpy does not know, the number that ONNX has for it."""
+    return BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
 
 
 def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
