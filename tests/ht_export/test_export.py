@@ -15,6 +15,7 @@ from ht_export import export as export_module
 from ht_export.checkpoint import load_base_model
 from ht_export.export import ExportSettings, export
 from ht_export.transfer import TransferFile, save_transfer_layers
+from runtime import Generator
 from runtime.engine_file import read_engine_file
 from runtime.errors import InputError
 from runtime.files import sha256_file
@@ -58,6 +59,30 @@ def test_an_engine_holds_no_paths_of_the_machine_that_made_it(tiny_engine: Path)
     assert not model.metadata_props
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
     assert b"site-packages" not in tiny_engine.read_bytes()
+
+
+def test_a_graph_in_bfloat16_is_for_gpus(tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path) -> None:
+    run(tiny_checkpoint, tiny_transfer, tmp_path / "engine.onnx", ExportSettings(precision="bf16"))
+    about = read_engine_file(tmp_path / "engine.onnx")
+    assert (about.precision, about.cpu_graph) == ("bfloat16", None)
+    assert about.parity["largest_relative_difference"] < 1e-4
+    model = onnx.load(tmp_path / "engine.onnx", load_external_data=False)
+    types = {value.data_type for value in model.graph.initializer if len(value.dims) == 2}
+    assert types == {onnx.TensorProto.BFLOAT16}
+    with pytest.raises(InputError, match="computes on a GPU only; use device cuda"):
+        Generator(tmp_path / "engine.onnx")
+
+
+def test_untrained_transfer_layers_leave_the_text_as_it_is(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "engine.onnx"
+    assert cli.main([str(tiny_checkpoint), "--random-transfer", "--max-context", "100", "--out", str(out)]) == 0
+    about = read_engine_file(out)
+    assert about.dims.transfer_layers == (3, 3, 3)
+    assert about.transfer["recipe"] == {"steps": 0, "init": "identity", "layers": [3, 3, 3]}
+    assert about.max_context == 100
+    generator = Generator(out, threads=1, adapt=False)
+    plain = generator.generate("Tell me about tea.", max_new_tokens=30, speculate=False)
+    assert generator.generate("Tell me about tea.", max_new_tokens=30).tokens == plain.tokens
 
 
 def test_another_suffix_is_refused(tmp_path: Path) -> None:
