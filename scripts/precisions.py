@@ -1,10 +1,11 @@
-"""Compare engines of one model in different precisions: size, speed, perplexity, agreement with the first, tokens per step.
+"""Compare engines of one model in different precisions: size, speed, perplexity, agreement with the first.
 
-python scripts/precisions.py --prompts prompts.jsonl --count 20 --threads 2 --json out.json fp32.onnx int8.onnx int4.onnx
+python scripts/precisions.py --prompts prompts.jsonl --threads 2 --json out.json fp32.onnx int8.onnx int4.onnx
 
-The first engine is what the others are compared with. Perplexity is that of the prompts' own text, which people wrote, under
-the engine (raw, in passes of many rows). Agreement is the share of positions in the first engine's greedy answers where an
-engine would choose the same token after the same text, and the share of tokens before its own answer parts from it.
+The first engine is what the others are compared with. Perplexity is that of the prompts' own text, which people wrote,
+under the engine (raw, in passes of many rows). Agreement is the share of positions in the first engine's greedy answers
+where an engine would choose the same token after the same text, and the share of tokens before its own answer parts
+from it.
 """
 
 from __future__ import annotations
