@@ -50,6 +50,13 @@ def build_parser() -> argparse.ArgumentParser:
         "not quite plain text",
     )
     parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="PROMPTS",
+        help="calibrate int8 or int4 weights (GPTQ) on this JSONL file of prompts, as ht-train reads it; without, they "
+        "are rounded to the nearest",
+    )
+    parser.add_argument(
         "--tree-rows",
         type=int,
         metavar="T",
@@ -136,7 +143,12 @@ def _export(options: argparse.Namespace) -> None:
             UNTRAINED if options.random_transfer else options.transfer,
             options.out,
             ExportSettings(
-                options.tree_rows, options.pseudo_rows, options.chunk, options.precision, options.max_context
+                options.tree_rows,
+                options.pseudo_rows,
+                options.chunk,
+                options.precision,
+                options.max_context,
+                options.calibrate,
             ),
             stage,
             plan,

@@ -18,6 +18,8 @@ import onnx_ir as ir
 import psutil
 import torch
 
+from ht_export.bench.settings import evenly
+from ht_export.calibration import second_moments
 from ht_export.checkpoint import KNOWN_MODELS, BaseModel, load_base_model
 from ht_export.correction import correction_tables
 from ht_export.graph import OPSET, build_graph, graph_dims
@@ -27,6 +29,7 @@ from ht_export.parity.passes import Expected, LoweredEngine, ReferenceEngine, ch
 from ht_export.plan.planner import DEFAULT_CHUNK, Planner, PlanSettings
 from ht_export.precision import COMPUTED_IN, write_widened
 from ht_export.quantise import BITS, quantise
+from ht_export.training.prompts import encode_chat, read_conversations
 from ht_export.transfer import TransferFile, TransferLayers, default_layers, load_transfer_layers
 from ht_export.weights import computing_in_float32
 from runtime.bindings import GraphDims
@@ -61,6 +64,10 @@ class Untrained:
 
 UNTRAINED = Untrained()
 
+# Texts that quantisation is calibrated on, and tokens of each.
+CALIBRATION_TEXTS = 64
+CALIBRATION_TOKENS = 256
+
 # Entered around each stage with its description; gives what tells how far the stage is.
 Stage = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 
@@ -68,7 +75,8 @@ Stage = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 @dataclass(frozen=True)
 class ExportSettings:
     """What an export may choose: the engine's default row counts, the prompt tokens of a pass, its precision ("fp32",
-    "fp16" or "bf16", or for ONNX engines "int8" or "int4"), the tokens of prompt and answer together.
+    "fp16" or "bf16", or for ONNX engines "int8" or "int4"), the tokens of prompt and answer together, and a file of
+    prompts to calibrate quantisation on.
 
     The defaults of ONNX engines had the best measured cost and simulated acceptance of some forty for SmolLM2-135M on
     two CPU cores, where rows are dear; on a GPU they cost little.
@@ -79,6 +87,7 @@ class ExportSettings:
     chunk: int | None = None
     precision: str | None = None
     max_context: int | None = None
+    calibration: Path | None = None
 
     def tree(self, num_steps: int, *, plan: bool = False) -> TreeSizes:
         """Return the row counts for K draft steps. Raises `InputError` when they do not fit."""
@@ -128,6 +137,7 @@ def export(
     planner = Planner(plan_settings or PlanSettings()) if is_plan else None
     precision = settings.precision or ("fp16" if is_plan else "fp32")
     check_precision(precision, is_plan)
+    prompts = _calibration_prompts(settings.calibration, precision)
     transfer_path = shipped_transfer(source) if transfer_file is None else transfer_file
     with stage("loading the base model"):
         base = load_base_model(source, None, settings.max_context)
@@ -159,6 +169,7 @@ def export(
             expected = record(ReferenceEngine(model))
         correction = _write_correction(model, folder, out.stem)
         tokenizer, template = _write_tokenizer(base, folder, out.stem)
+        texts = [encode_chat(base.tokenizer, [prompt])[: min(CALIBRATION_TOKENS, context)] for prompt in prompts]
         stop_tokens, special_tokens, identity = tuple(base.stop_tokens()), _special_tokens(base), base.identity()
         # What follows needs the memory, and the tracer holds on to parameters.
         for parameter in model.parameters():
@@ -173,8 +184,9 @@ def export(
                 lowered = _lower(staged, dims)
                 parity["of_the_cpu_graph"] = check(LoweredEngine(lowered, dims, small=True), expected)
         if precision in BITS:
-            with stage("quantising the weights"):
-                _quantise(staged, precision)
+            with stage("quantising the weights") as tell:
+                _quantise(staged, precision, dims, texts, tell)
+                parity["quantisation"] = {"method": "GPTQ" if texts else "round to nearest", "texts": len(texts)}
                 onnx.checker.check_model(str(staged))
                 parity["of_quantised_weights"] = difference(OnnxRuntimeEngine(staged, dims), expected)
                 if lowered:
@@ -224,11 +236,26 @@ def _compare(graph: Path, dims: GraphDims, expected: Sequence[Expected]) -> floa
         widened.unlink(missing_ok=True)
 
 
-def _quantise(staged: Path, precision: str) -> None:
-    """Quantise the weights of the graph at `staged`, in its place."""
+def _quantise(
+    staged: Path, precision: str, dims: GraphDims, texts: Sequence[Sequence[int]], tell: Callable[[str], None]
+) -> None:
+    """Quantise the weights of the graph at `staged`, in its place, calibrated on `texts` if there are any."""
     whole = staged.rename(staged.with_name(f"{staged.stem}.whole.onnx"))
-    quantise(whole, staged, precision)
+    if texts:
+        moments = second_moments(whole, dims, texts, lambda done, total: tell(f"text {done} of {total}"))
+        quantise(whole, staged, precision, moments)
+    else:
+        quantise(whole, staged, precision)
     whole.unlink()
+
+
+def _calibration_prompts(path: Path | None, precision: str) -> list[str]:
+    """Return prompts to calibrate on, evenly from the file. Raises `InputError`."""
+    if path is None:
+        return []
+    if precision not in BITS:
+        raise InputError(f"--calibrate: nothing is quantised in {precision}; use --precision int4, or leave it out")
+    return [one.turns[0] for one in evenly(read_conversations(path), CALIBRATION_TEXTS)]
 
 
 def _lower(staged: Path, dims: GraphDims) -> Path:

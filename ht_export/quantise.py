@@ -1,12 +1,13 @@
 """Weight-only quantisation of a graph for ONNX Runtime: `com.microsoft.MatMulNBits` in the place of matrix products.
 
 Weights are stored in blocks of 32 along the input dimension, each with a scale and a zero point, and rounded to the
-nearest. Products are computed in int8 with the rows' own scales, block by block. The embedding stays as it is: a pass
-reads a few rows of it only.
+nearest, or as `ht_export.calibration` rounds them. Products are computed in int8 with the rows' own scales, block by
+block. The embedding stays as it is: a pass reads a few rows of it only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +15,33 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ht_export.blocks import BLOCK, blockwise
+from ht_export.calibration import round_calibrated
 from ht_export.lowering import CONTRIB
 
+# Second moments of rows [K, K], by the name of the value that has them.
+Moments = dict[str, NDArray[np.float64]]
+
 BITS = {"int8": 8, "int4": 4}
-BLOCK = 32
 # Of `MatMulNBits`: products in int8.
 COMPUTE_INT8 = 4
 
 
-def quantise(graph: Path, out: Path, precision: str) -> None:
-    """Write the float32 graph at `graph` to `out`, weights quantised as BITS[precision] says.
+def quantise(graph: Path, out: Path, precision: str, moments: Iterable[Moments] = ({},)) -> None:
+    """Write the float32 graph at `graph` to `out`, weights quantised as BITS[precision] says; those for which there
+    are second `moments` of the rows that they meet calibrated, all others rounded to the nearest.
 
     Its own weights may be at the place where those of `out` will be.
     """
     model = ir.load(graph)
-    for node in list(model.graph):
-        if node.op_type == "MatMul" and (weights := _weights(node)) is not None:
-            _replace(model.graph, node, weights, BITS[precision])
+    # All others when the last ones have come.
+    for found, last in _with_last(moments):
+        for node in list(model.graph):
+            if node.op_type == "MatMul" and (weights := _weights(node)) is not None:
+                rows = node.inputs[0]
+                assert rows is not None
+                if rows.name in found or last:
+                    _replace(model.graph, node, weights, BITS[precision], found.get(rows.name or ""))
     model.opset_imports[CONTRIB] = 1
     RemoveUnusedNodesPass()(model)
     # What is left, and gone from the disk before more is written.
@@ -40,36 +51,14 @@ def quantise(graph: Path, out: Path, precision: str) -> None:
     ir.save(model, out, external_data=weights_file.name)
 
 
-def blockwise(weights: NDArray[np.float32], bits: int) -> tuple[NDArray, NDArray, NDArray]:
-    """Return weights [N, K] as `MatMulNBits` has them, with C blocks of 32, the last filled up with zeros.
-
-    These are bytes [N, C, 32 bits / 8], scales [N, C] and zero points [N, C bits / 8], of 4 bits two in a byte.
-    """
-    rows, columns = weights.shape
-    blocks = -(-columns // BLOCK)
-    values = np.zeros((rows, blocks * BLOCK), dtype=np.float32)
-    values[:, :columns] = weights
-    values = values.reshape(rows, blocks, BLOCK)
-    low, high = values.min(axis=-1).clip(max=0), values.max(axis=-1).clip(min=0)
-    highest = 2**bits - 1
-    scales = (high - low) / np.float32(highest)
-    usable = scales > np.finfo(np.float32).tiny
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=usable)
-    zero_points = np.rint(-low * inverse)
-    # In place, for the head of a large model is large.
-    values *= inverse[..., None]
-    values += zero_points[..., None]
-    np.rint(values, out=values).clip(0, highest, out=values)
-    return _packed(values.astype(np.uint8), bits), scales, _packed(zero_points.astype(np.uint8), bits)
-
-
-def _packed(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Return values of 4 bits two in a byte, the first of them in its lower half."""
-    if bits == 8:
-        return values
-    odd = values.shape[-1] % 2
-    even = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, odd)]) if odd else values
-    return even[..., ::2] | even[..., 1::2] << np.uint8(4)
+def _with_last(found: Iterable[Moments]) -> Iterator[tuple[Moments, bool]]:
+    """Yield each with whether it is the last one."""
+    found = iter(found)
+    held = next(found, {})
+    for one in found:
+        yield held, False
+        held = one
+    yield held, True
 
 
 def _weights(product: ir.Node) -> ir.Value | None:
@@ -84,12 +73,16 @@ def _weights(product: ir.Node) -> ir.Value | None:
     return value if value.is_initializer() and is_matrix else None
 
 
-def _replace(graph: ir.Graph, product: ir.Node, weights: ir.Value, bits: int) -> None:
+def _replace(
+    graph: ir.Graph, product: ir.Node, weights: ir.Value, bits: int, moments: NDArray[np.float64] | None
+) -> None:
     assert weights.const_value is not None
-    array = weights.const_value.numpy()
+    array, ends = weights.const_value.numpy(), None
     if weights is product.inputs[1]:
         array = array.T
-    parts = zip(("quantised", "scales", "zero_points"), blockwise(array, bits), strict=True)
+    if moments is not None:
+        array, ends = round_calibrated(array, moments, bits)
+    parts = zip(("quantised", "scales", "zero_points"), blockwise(array, bits, ends), strict=True)
     quantised = ir.node(
         "MatMulNBits",
         [product.inputs[0], *(_initializer(graph, f"{weights.name}.{part}", values) for part, values in parts)],

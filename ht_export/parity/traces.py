@@ -79,10 +79,8 @@ class GraphTracer:
         self._names = [output.name for output in model.graph.output]
         self._lowered = bindings.key_new(0) not in self._names
         taps = attention_outputs(model)
-        for name in taps:
-            model.graph.output.append(onnx.helper.make_tensor_value_info(name, _element(dims), None))
         self._names += taps
-        self._compute = _evaluator(path, model) if reference else _session(path, model)
+        self._compute = _evaluator(path, model, taps) if reference else tapped_session(path, taps, _element(dims))
 
     def run(self, rows: Rows, cache: KeyValueCache) -> Trace:
         """See `Tracer.run`."""
@@ -141,18 +139,25 @@ def attention_outputs(model: onnx.ModelProto) -> list[str]:
 Compute = Callable[[list[str], dict[str, NDArray]], list[Any]]
 
 
-def _session(path: Path, model: onnx.ModelProto) -> Compute:
+def tapped_session(path: Path, names: Sequence[str], element: int = onnx.TensorProto.FLOAT) -> Compute:
+    """Return what runs the graph at `path` in ONNX Runtime, with the values of these `names` as outputs too."""
     import onnxruntime
 
+    model = onnx.load(path, load_external_data=False)
+    for name in names:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, element, None))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run
 
 
-def _evaluator(path: Path, model: onnx.ModelProto) -> Compute:
+def _evaluator(path: Path, model: onnx.ModelProto, taps: Sequence[str]) -> Compute:
     from onnx.reference import ReferenceEvaluator
 
+    for name in taps:
+        # It asks for no type.
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     onnx.load_external_data_for_model(model, str(path.parent))
     return ReferenceEvaluator(model).run
 

@@ -18,10 +18,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ht_export import cli
 from ht_export import export as export_module
+from ht_export.blocks import BLOCK, blockwise
 from ht_export.export import ExportSettings, export
 from ht_export.lowering import lower_for_cpu
 from ht_export.parity.passes import LoweredEngine, compare, difference, record
-from ht_export.quantise import BITS, BLOCK, blockwise, quantise
+from ht_export.quantise import BITS, quantise
 from runtime import Generator, Sampling
 from runtime.engine_file import read_engine_file
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
