@@ -228,7 +228,7 @@ def test_logging_is_left_as_it_was(tiny_engine: Path, tmp_path: Path, capfd: pyt
 def traced(monkeypatch: pytest.MonkeyPatch, tiny_engine: Path) -> None:
     """Spare a test the tracing: the graph of the tiny engine, with its weights in memory."""
 
-    def graph(_: object) -> ir.Model:
+    def graph(*_: object) -> ir.Model:
         return ir.external_data.load_to_model(ir.load(tiny_engine))
 
     monkeypatch.setattr(export_module, "build_graph", graph)

@@ -216,9 +216,9 @@ def test_a_build_that_dies_is_an_error_and_leaves_nothing(
 def test_a_plan_that_does_not_fit_the_disk_is_an_error(
     wide_checkpoint: Path, wide_transfer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def to_full_disk(graph: Path, out: Path, **options: bool) -> int:
+    def to_full_disk(graph: Path, out: Path, dims: GraphDims, **options: bool) -> int:
         (out.parent / "e.plan").symlink_to("/dev/full")
-        return mark(graph, out, plugin=options["plugin"], decomposable=options["decomposable"])
+        return mark(graph, out, dims, plugin=options["plugin"], decomposable=options["decomposable"])
 
     mark = planner_module.write_for_tensorrt
     monkeypatch.setattr(planner_module, "write_for_tensorrt", to_full_disk)
@@ -269,7 +269,7 @@ def test_a_timing_cache_is_kept_and_used_again(wide_checkpoint: Path, wide_trans
 def test_what_the_library_refuses_is_told_in_its_words(
     wide_checkpoint: Path, wide_transfer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planner_module, "write_for_tensorrt", lambda graph, out, **_: out.write_bytes(b"junk"))
+    monkeypatch.setattr(planner_module, "write_for_tensorrt", lambda graph, out, dims, **_: out.write_bytes(b"junk"))
     with pytest.raises(InputError, match="tensorrt-rtx cannot read the graph"):
         build(wide_checkpoint, wide_transfer, tmp_path / "e.plan", replace(PLAN, attention="native"))
     assert not list(tmp_path.iterdir())
@@ -281,8 +281,8 @@ def test_a_plugin_that_is_not_registered_fails_the_build(
     # Without its namespace the node is inlined, silently.
     mark = planner_module.write_for_tensorrt
 
-    def unmarked(graph: Path, out: Path, *, plugin: bool, decomposable: bool) -> int:
-        return mark(graph, out, plugin=False, decomposable=decomposable) + 4
+    def unmarked(graph: Path, out: Path, dims: GraphDims, *, plugin: bool, decomposable: bool) -> int:
+        return mark(graph, out, dims, plugin=False, decomposable=decomposable) + 4
 
     monkeypatch.setattr(planner_module, "write_for_tensorrt", unmarked)
     with pytest.raises(InputError, match="0 attention layers became the plugin, and 4 should have"):

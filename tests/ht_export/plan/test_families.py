@@ -47,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.parametrize("attention", ["plugin", "native"])
 def test_a_plan_of_every_family_is_built(name: str, attention: str, tmp_path: Path) -> None:
-    checkpoint = save_checkpoint(tmp_path / "model", tiny_model(name, head_dim=64))
+    checkpoint = save_checkpoint(tmp_path / "model", tiny_model(name, hidden_size=256, head_dim=64))
     out = tmp_path / "engine.plan"
     settings = ExportSettings(tree_rows=4, chunk=16, precision="fp16", max_context=64)
     plan = replace(PLAN, attention=attention)
