@@ -110,7 +110,7 @@ def load_base_model(
     context = context_limit(config, source, max_context)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            location.path, dtype="auto", use_safetensors=True, output_loading_info=True, **options
+            location.path, config=config, dtype="auto", use_safetensors=True, output_loading_info=True, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(location.path, **options)
     except Exception as error:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 import torch
-from onnxscript import BOOL, FLOAT, INT64, optimizer, script
+from onnxscript import BOOL, FLOAT, INT64, script
 from onnxscript import opset23 as op
 from onnxscript.values import Opset
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from ht_export.attention import LayerAttention
 from ht_export.families import head_dim
 from ht_export.model import HiddenTransferModel
-from ht_export.rewrites import use_fused_operators
+from ht_export.rewrites import simplify, use_fused_operators
 from ht_export.transfer import TransferLayers
 from ht_export.weights import hollow, transposed, written_as
 from runtime.bindings import GraphDims
@@ -27,8 +27,6 @@ from runtime.bindings import GraphDims
 OPSET = 23
 DOMAIN = "ht.llm"
 DOMAIN_VERSION = 1
-# Of numbers that are added, what the optimizer may take for 0.
-SMALL = 1e-6
 
 
 @script(Opset(DOMAIN, DOMAIN_VERSION), default_opset=op)  # type: ignore[untyped-decorator]
@@ -112,9 +110,8 @@ def build_graph(model: HiddenTransferModel, dtype: torch.dtype | None = None) ->
     finally:
         model.attention = attention
     _use_weights(onnx_model.graph, weights, dtype)
-    # Not inlined: the optimizer sees TreeAttention as an opaque node, and its function is added afterwards.
-    with _small_numbers_hidden(onnx_model.graph):
-        optimizer.optimize_ir(onnx_model, inline=False)
+    # TreeAttention is an opaque node to these, and its function is added afterwards.
+    simplify(onnx_model)
     use_fused_operators(onnx_model)
     _name_bindings(onnx_model, dims)
     used = {node.op_type for node in onnx_model.graph if node.domain == DOMAIN}
@@ -212,28 +209,6 @@ def _use_weights(graph: ir.Graph, weights: dict[str, Tensor], dtype: torch.dtype
                 value.shape = value.const_value.shape
                 ir.convenience.replace_all_uses_with(uses[0].node.outputs[0], value)
                 graph.remove(uses[0].node, safe=True)
-
-
-@contextlib.contextmanager
-def _small_numbers_hidden(graph: ir.Graph) -> Iterator[None]:
-    """Keep numbers that are added, and are not far from 0, from the optimizer, as inputs of the graph.
-
-    It takes 1e-8 for nothing, and a norm without its epsilon gives no numbers for a row of zeros.
-    """
-    hidden: list[tuple[ir.Value, ir.TensorProtocol]] = []
-    for node in graph:
-        for index, value in enumerate(node.inputs if node.op_type == "Add" else ()):
-            tensor = None if value is None else ir.convenience.get_const_tensor(value)
-            if tensor is not None and tensor.size == 1 and 0 < abs(float(tensor.numpy().reshape(-1)[0])) < SMALL:
-                stand_in = ir.val(f"small_{len(hidden)}", tensor.dtype, list(tensor.shape.numpy()))
-                graph.inputs.append(stand_in)
-                node.replace_input_with(index, stand_in)
-                hidden.append((stand_in, tensor))
-    yield
-    for stand_in, tensor in hidden:
-        graph.inputs.remove(stand_in)
-        stand_in.const_value = tensor
-        graph.register_initializer(stand_in)
 
 
 def _symbolic_tree_attention(
