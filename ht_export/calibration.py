@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from ht_export.blocks import BLOCK, grids
+from ht_export.blocks import Grid
 from ht_export.parity.traces import tapped_session
 from runtime.bindings import GraphDims
 from runtime.cache import KeyValueCache
@@ -26,8 +26,8 @@ GATHERED_AT_ONCE = 2 << 30
 
 # Of the mean of the second moments' diagonal, what is added to it: as in the paper.
 DAMPING = 0.01
-# Columns whose errors reach those after them together. Whole blocks.
-TOGETHER = 4 * BLOCK
+# Columns whose errors reach those after them together: whole blocks, where these are smaller.
+TOGETHER = 128
 
 # Told the texts done and to do.
 Progress = Callable[[int, int], None]
@@ -53,25 +53,26 @@ def second_moments(
 
 
 def round_calibrated(
-    weights: NDArray[np.float32], moments: NDArray[np.float64], bits: int
+    weights: NDArray[np.float32], moments: NDArray[np.float64], grid: Grid
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return weights [N, K] rounded for rows with these second moments [K, K]; and weights of the same shape whose
-    least and largest values in each block are the ends of the grid that they were rounded to.
+    """Return weights [N, K] rounded to the grid for rows with these second moments [K, K]; and weights of the same
+    shape whose least and largest values in each block decided what its grid is.
     """
     left = weights.copy()
     rounded, ends = np.empty_like(left), np.empty_like(left)
     # Row i says how the columns after i make up for an error in column i.
     factors = _factors(moments).astype(np.float32)
     columns = left.shape[1]
+    width = grid.block or columns
     for start in range(0, columns, TOGETHER):
         end = min(start + TOGETHER, columns)
         errors = np.empty((len(left), end - start), dtype=np.float32)
         for column in range(start, end):
-            if column % BLOCK == 0:
-                block = slice(column, min(column + BLOCK, end))
+            if column % width == 0:
+                block = slice(column, min(column + width, columns))
                 ends[:, block] = left[:, block]
-                scales, inverse, zero_points = grids(left[:, block], bits)
-            whole = np.rint(left[:, column] * inverse + zero_points).clip(0, 2**bits - 1)
+                scales, inverse, zero_points = grid.fit(left[:, block])
+            whole = np.rint(left[:, column] * inverse + zero_points).clip(*grid.ends)
             rounded[:, column] = (whole - zero_points) * scales
             error = (left[:, column] - rounded[:, column]) / factors[column, column]
             errors[:, column - start] = error
@@ -91,17 +92,14 @@ def _factors(moments: NDArray[np.float64]) -> NDArray:
 
 def _groups(model: onnx.ModelProto) -> Iterator[list[str]]:
     """Yield names of values that are multiplied by weights, in groups."""
-    shapes = {weights.name: list(weights.dims) for weights in model.graph.initializer}
-    transposed = {
-        node.output[0]: shapes[node.input[0]][::-1]
-        for node in model.graph.node
-        if node.op_type == "Transpose" and node.input[0] in shapes
-    }
-    sizes = {
-        node.input[0]: (shapes | transposed)[node.input[1]][0]
-        for node in model.graph.node
-        if node.op_type == "MatMul" and node.input[1] in shapes | transposed
-    }
+    weights = {one.name: list(one.dims) for one in model.graph.initializer}
+    sizes: dict[str, int] = {}
+    for node in model.graph.node:
+        if node.op_type in ("Transpose", "Cast") and node.input[0] in weights:
+            shape = weights[node.input[0]]
+            weights[node.output[0]] = shape[::-1] if node.op_type == "Transpose" else shape
+        elif node.op_type == "MatMul" and node.input[1] in weights:
+            sizes[node.input[0]] = weights[node.input[1]][0]
     group: list[str] = []
     used = 0
     for name, size in sizes.items():

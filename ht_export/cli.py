@@ -44,10 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--precision",
-        choices=("fp32", "fp16", "bf16", "int8", "int4"),
+        choices=("fp32", "fp16", "bf16", "fp8", "int8", "int4"),
         help="of the engine (default: fp16 for a plan, else fp32); bf16 runs on GPUs only; int8 and int4 quantise the "
-        "weights of an .onnx engine, which changes the text a little (int8) or more (int4), and speculative text is "
-        "not quite plain text",
+        "weights, which changes the text a little (int8) or more (int4), and speculative text is not quite plain text; "
+        "so does fp8, for plans and from compute capability 8.9",
     )
     parser.add_argument(
         "--calibrate",

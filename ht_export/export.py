@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -26,17 +23,19 @@ from ht_export.graph import OPSET, build_graph, graph_dims
 from ht_export.lowering import can_be_lowered, lower_for_cpu
 from ht_export.model import HiddenTransferModel
 from ht_export.parity.passes import Expected, LoweredEngine, ReferenceEngine, check, difference, record
+from ht_export.placing import CPU_SUFFIX, check_out, check_space, put_in_place, staging_folder
 from ht_export.plan.planner import DEFAULT_CHUNK, Planner, PlanSettings
-from ht_export.precision import COMPUTED_IN, write_widened
-from ht_export.quantise import BITS, quantise
+from ht_export.precision import in_float32, storage_of
+from ht_export.quantise import quantise
+from ht_export.storage import Storage
 from ht_export.training.prompts import encode_chat, read_conversations
 from ht_export.transfer import TransferFile, TransferLayers, default_layers, load_transfer_layers
 from ht_export.weights import computing_in_float32
 from runtime.bindings import GraphDims
-from runtime.engine_file import EngineFile, FileRecord, PlanFile, engine_file_path
+from runtime.engine_file import EngineFile, FileRecord, PlanFile
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import InputError
-from runtime.files import check_writable, sha256_file, unwritable
+from runtime.files import sha256_file
 from runtime.tree import TreeSizes
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -45,15 +44,6 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 # whole, and for everything else.
 MEMORY_PER_VALUE = 12
 MEMORY_CONSTANT = 1 << 30
-# Of the disk, in weights and besides them.
-SPACE_FACTOR = 1.05
-SPACE_CONSTANT = 64 << 20
-
-# Of the name of the graph lowered for the CPU, in the place of the engine's own suffix.
-CPU_SUFFIX = ".cpu.onnx"
-# Of files that not every engine has.
-OPTIONAL_SUFFIXES = (CPU_SUFFIX, ".correction.npy", ".chat_template.jinja", ".tuning.json")
-
 DEFAULT_TREE_ROWS = 4
 PLAN_TREE_ROWS = 16
 
@@ -75,7 +65,7 @@ Stage = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 @dataclass(frozen=True)
 class ExportSettings:
     """What an export may choose: the engine's default row counts, the prompt tokens of a pass, its precision ("fp32",
-    "fp16" or "bf16", or for ONNX engines "int8" or "int4"), the tokens of prompt and answer together, and a file of
+    "fp16", "bf16", "int8" or "int4", or for plans "fp8"), the tokens of prompt and answer together, and a file of
     prompts to calibrate quantisation on.
 
     The defaults of ONNX engines had the best measured cost and simulated acceptance of some forty for SmolLM2-135M on
@@ -134,18 +124,17 @@ def export(
     if settings.chunk is not None and settings.chunk < 1:
         raise InputError(f"--chunk must be at least 1, not {settings.chunk}")
     is_plan = out.suffix == ".plan"
-    planner = Planner(plan_settings or PlanSettings()) if is_plan else None
     precision = settings.precision or ("fp16" if is_plan else "fp32")
-    check_precision(precision, is_plan)
-    prompts = _calibration_prompts(settings.calibration, precision)
+    dtype, storage = storage_of(precision, is_plan)
+    planner = Planner(plan_settings or PlanSettings(), precision) if is_plan else None
+    prompts = _calibration_prompts(settings.calibration, precision, storage)
     transfer_path = shipped_transfer(source) if transfer_file is None else transfer_file
     with stage("loading the base model"):
         base = load_base_model(source, None, settings.max_context)
         transfer, about_transfer = transfer_layers(transfer_path, base)
     sizes = settings.tree(transfer.num_steps, plan=is_plan)
-    dtype = COMPUTED_IN[precision]
     weight_bytes = base.model.num_parameters() * dtype.itemsize
-    _check_space(weight_bytes, out)
+    check_space(weight_bytes, out)
     _check_memory(base)
     model = HiddenTransferModel(base.model, transfer).eval()
     dims = graph_dims(base.model.config, transfer, str(dtype).removeprefix("torch."))
@@ -157,7 +146,7 @@ def export(
         context, chunk = limits.max_context, limits.chunk
     with stage("tracing the graph"):
         graph = build_graph(model, dtype)
-    with _staging_folder(out) as folder:
+    with staging_folder(out) as folder:
         staged = folder / f"{out.stem}.onnx"
         weights = folder / f"{staged.name}.data"
         with stage("writing the graph and its weights"):
@@ -183,12 +172,13 @@ def export(
             with stage("lowering the graph for the CPU"):
                 lowered = _lower(staged, dims)
                 parity["of_the_cpu_graph"] = check(LoweredEngine(lowered, dims, small=True), expected)
-        if precision in BITS:
+        if storage is not None:
             with stage("quantising the weights") as tell:
-                _quantise(staged, precision, dims, texts, tell)
+                _quantise(staged, storage, dims, texts, tell)
                 parity["quantisation"] = {"method": "GPTQ" if texts else "round to nearest", "texts": len(texts)}
                 onnx.checker.check_model(str(staged))
-                parity["of_quantised_weights"] = difference(OnnxRuntimeEngine(staged, dims), expected)
+                with in_float32(staged, dims) as (widened, computed):
+                    parity["of_quantised_weights"] = difference(OnnxRuntimeEngine(widened, computed), expected)
                 if lowered:
                     parity["of_quantised_weights_on_the_cpu"] = difference(
                         LoweredEngine(_lower(staged, dims), dims), expected
@@ -201,7 +191,7 @@ def export(
             weights.unlink()
         description = EngineFile(
             dims=dims,
-            precision=precision if precision in BITS else dims.dtype,
+            precision=dims.dtype if storage is None else precision,
             tree=sizes,
             prompt_chunk=chunk,
             max_context=context,
@@ -220,41 +210,39 @@ def export(
             plan=plan,
         )
         with stage("putting the engine in place"):
-            _put_in_place(folder, out, description)
+            put_in_place(folder, out, description)
     return description
 
 
 def _compare(graph: Path, dims: GraphDims, expected: Sequence[Expected]) -> float:
     """Return the largest relative difference between the graph and the reference, both computed in float32."""
-    if dims.dtype == "float32":
-        return check(OnnxRuntimeEngine(graph, dims, small=True), expected)
-    widened = graph.with_name(f"{graph.stem}.widened.onnx")
-    try:
-        write_widened(graph, widened)
-        return check(OnnxRuntimeEngine(widened, replace(dims, dtype="float32"), small=True), expected)
-    finally:
-        widened.unlink(missing_ok=True)
+    with in_float32(graph, dims) as (widened, computed):
+        return check(OnnxRuntimeEngine(widened, computed, small=True), expected)
 
 
 def _quantise(
-    staged: Path, precision: str, dims: GraphDims, texts: Sequence[Sequence[int]], tell: Callable[[str], None]
+    staged: Path, storage: Storage, dims: GraphDims, texts: Sequence[Sequence[int]], tell: Callable[[str], None]
 ) -> None:
     """Quantise the weights of the graph at `staged`, in its place, calibrated on `texts` if there are any."""
     whole = staged.rename(staged.with_name(f"{staged.stem}.whole.onnx"))
     if texts:
-        moments = second_moments(whole, dims, texts, lambda done, total: tell(f"text {done} of {total}"))
-        quantise(whole, staged, precision, moments)
+        with in_float32(whole, dims) as (graph, computed):
+            moments = second_moments(graph, computed, texts, lambda done, total: tell(f"text {done} of {total}"))
+            quantise(whole, staged, storage, moments)
     else:
-        quantise(whole, staged, precision)
+        quantise(whole, staged, storage)
     whole.unlink()
 
 
-def _calibration_prompts(path: Path | None, precision: str) -> list[str]:
+def _calibration_prompts(path: Path | None, precision: str, storage: Storage | None) -> list[str]:
     """Return prompts to calibrate on, evenly from the file. Raises `InputError`."""
     if path is None:
         return []
-    if precision not in BITS:
-        raise InputError(f"--calibrate: nothing is quantised in {precision}; use --precision int4, or leave it out")
+    if storage is None or storage.grid is None:
+        raise InputError(
+            f"--calibrate: {'nothing is quantised' if storage is None else 'weights are rounded to the nearest'} in "
+            f"{precision}; use --precision int4, or leave it out"
+        )
     return [one.turns[0] for one in evenly(read_conversations(path), CALIBRATION_TEXTS)]
 
 
@@ -265,38 +253,6 @@ def _lower(staged: Path, dims: GraphDims) -> Path:
     lower_for_cpu(model, dims)
     ir.save(model, lowered)
     return lowered
-
-
-def check_precision(precision: str, is_plan: bool) -> None:
-    """Raise `InputError` unless an engine can be had in this precision."""
-    if precision not in COMPUTED_IN:
-        raise InputError(f"--precision must be one of {', '.join(COMPUTED_IN)}, not {precision}")
-    if is_plan and precision in BITS:
-        raise InputError(
-            f"--precision {precision}: plans are in fp32, fp16 or bf16; or give an --out that ends in .onnx"
-        )
-
-
-def check_out(out: Path) -> None:
-    """Raise `InputError` unless `out` names an engine file that can be written there."""
-    if out.suffix not in (".onnx", ".plan"):
-        raise InputError(
-            f"{out}: the engine's name must end in .onnx (ONNX Runtime) or .plan (TensorRT), for example "
-            f"{out.with_suffix('.plan')}"
-        )
-    if out.name.endswith(CPU_SUFFIX):
-        raise InputError(
-            f"{out}: the graph for the CPU of another engine would have this name; choose another, for example "
-            f"{out.with_name(out.name.removesuffix(CPU_SUFFIX) + '-cpu.onnx')}"
-        )
-    check_writable(out)
-    described = engine_file_path(out)
-    other = out.with_suffix(".onnx" if out.suffix == ".plan" else ".plan")
-    if described.is_file() and other.is_file():
-        raise InputError(
-            f"{described} belongs to {other.name}, and {out.name} would need one of the same name; choose another name "
-            f"or folder, for example {out.parent / out.suffix[1:] / out.name}"
-        )
 
 
 def transfer_layers(chosen: Path | Untrained, base: BaseModel) -> tuple[TransferLayers, dict[str, Any]]:
@@ -325,17 +281,6 @@ def shipped_transfer(source: str) -> Path:
     return PRETRAINED / known.transfer
 
 
-def _check_space(weight_bytes: int, out: Path) -> None:
-    # The graph, the tokenizer and tables besides the weights.
-    needed = int(SPACE_FACTOR * weight_bytes) + SPACE_CONSTANT
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise InputError(
-            f"{out.parent} has {free / 2**20:.0f} MiB free, and the engine needs about {needed / 2**20:.0f} MiB; "
-            "free some space or choose another folder"
-        )
-
-
 def _check_memory(base: BaseModel) -> None:
     largest = max(parameter.numel() for parameter in base.model.parameters())
     needed = MEMORY_PER_VALUE * largest + MEMORY_CONSTANT
@@ -345,35 +290,6 @@ def _check_memory(base: BaseModel) -> None:
             f"the export needs about {needed >> 20} MiB of memory besides the model, and {free >> 20} MiB are free; "
             "close other programs, or export on a larger machine"
         )
-
-
-@contextlib.contextmanager
-def _staging_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder beside `out` for unfinished files, and remove it whatever happens."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield folder
-    except OSError as error:
-        raise unwritable(out, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _put_in_place(folder: Path, out: Path, description: EngineFile) -> None:
-    """Move the finished files beside each other; `engine.json` goes first and comes last, so that no reader ever
-    finds it beside files of another export. Files of an earlier export that this one has none of are deleted.
-    """
-    engine_file_path(out).unlink(missing_ok=True)
-    placed = {path.name for path in folder.iterdir()}
-    for name in placed:
-        path = folder / name
-        path.chmod(0o644)
-        path.replace(out.parent / name)
-    for suffix in OPTIONAL_SUFFIXES:
-        other = out.with_name(f"{out.stem}{suffix}")
-        if other.name not in placed:
-            other.unlink(missing_ok=True)
-    description.write(engine_file_path(out))
 
 
 def _write_tokenizer(base: BaseModel, folder: Path, stem: str) -> tuple[FileRecord, FileRecord | None]:

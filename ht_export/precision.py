@@ -2,17 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from ht_export.storage import STORED, STORED_IN_PLANS, Storage
+from runtime.bindings import GraphDims
+from runtime.errors import InputError
+
 # What users write, and what torch and `runtime.bindings` call it.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# With weight-only quantisation too: what the graph is traced and checked in, and computes in besides.
-COMPUTED_IN = {**PRECISIONS, "int8": torch.float32, "int4": torch.float32}
+# All that users may write, those of quantised weights too.
+CHOICES = tuple(dict.fromkeys([*PRECISIONS, *STORED, *STORED_IN_PLANS]))
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def storage_of(precision: str, is_plan: bool) -> tuple[torch.dtype, Storage | None]:
+    """Return what a graph of this precision is traced and checked in, and computes in; and how its weights are stored
+    if they are quantised.
+
+    Raises `InputError` unless an engine can be had so.
+    """
+    if precision not in CHOICES:
+        raise InputError(f"--precision must be one of {', '.join(CHOICES)}, not {precision}")
+    if precision in PRECISIONS:
+        return PRECISIONS[precision], None
+    stored = STORED_IN_PLANS if is_plan else STORED
+    if precision not in stored:
+        raise InputError(
+            f"--precision {precision}: ONNX Runtime has no products with such weights; use int8 or int4, or give an "
+            "--out that ends in .plan"
+        )
+    return (torch.float16 if is_plan else torch.float32), stored[precision]
+
+
+@contextlib.contextmanager
+def in_float32(graph: Path, dims: GraphDims) -> Iterator[tuple[Path, GraphDims]]:
+    """Give a graph that computes in float32 what the one at `graph` does, and its dimensions: itself, or another one
+    beside it for as long as this lasts.
+    """
+    if dims.dtype == "float32":
+        yield graph, dims
+        return
+    widened = graph.with_name(f"{graph.stem}.widened.onnx")
+    try:
+        write_widened(graph, widened)
+        yield widened, replace(dims, dtype="float32")
+    finally:
+        widened.unlink(missing_ok=True)
 
 
 def write_widened(graph: Path, out: Path) -> None:

@@ -1,8 +1,7 @@
-"""Weight-only quantisation of a graph for ONNX Runtime: `com.microsoft.MatMulNBits` in the place of matrix products.
+"""Weight-only quantisation of a graph: weights rounded to the nearest, or as `ht_export.calibration` rounds them.
 
-Weights are stored in blocks of 32 along the input dimension, each with a scale and a zero point, and rounded to the
-nearest, or as `ht_export.calibration` rounds them. Products are computed in int8 with the rows' own scales, block by
-block. The embedding stays as it is: a pass reads a few rows of it only.
+How they are stored, and what multiplies with them, depends on the engine: `ht_export.storage`. The embedding stays as
+it is: a pass reads a few rows of it only.
 """
 
 from __future__ import annotations
@@ -15,21 +14,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ht_export.blocks import BLOCK, blockwise
 from ht_export.calibration import round_calibrated
-from ht_export.lowering import CONTRIB
+from ht_export.storage import Storage
 
 # Second moments of rows [K, K], by the name of the value that has them.
 Moments = dict[str, NDArray[np.float64]]
 
-BITS = {"int8": 8, "int4": 4}
-# Of `MatMulNBits`: products in int8.
-COMPUTE_INT8 = 4
 
-
-def quantise(graph: Path, out: Path, precision: str, moments: Iterable[Moments] = ({},)) -> None:
-    """Write the float32 graph at `graph` to `out`, weights quantised as BITS[precision] says; those for which there
-    are second `moments` of the rows that they meet calibrated, all others rounded to the nearest.
+def quantise(graph: Path, out: Path, storage: Storage, moments: Iterable[Moments] = ({},)) -> None:
+    """Write the graph at `graph` to `out`, weights quantised as `storage` has them; those for which there are second
+    `moments` of the rows that they meet calibrated, all others rounded to the nearest.
 
     Its own weights may be at the place where those of `out` will be.
     """
@@ -41,8 +35,8 @@ def quantise(graph: Path, out: Path, precision: str, moments: Iterable[Moments] 
                 rows = node.inputs[0]
                 assert rows is not None
                 if rows.name in found or last:
-                    _replace(model.graph, node, weights, BITS[precision], found.get(rows.name or ""))
-    model.opset_imports[CONTRIB] = 1
+                    _replace(model.graph, node, weights, storage, found.get(rows.name or ""))
+    model.opset_imports.update(storage.opsets)
     RemoveUnusedNodesPass()(model)
     # What is left, and gone from the disk before more is written.
     ir.external_data.load_to_model(model)
@@ -74,35 +68,16 @@ def _weights(product: ir.Node) -> ir.Value | None:
 
 
 def _replace(
-    graph: ir.Graph, product: ir.Node, weights: ir.Value, bits: int, moments: NDArray[np.float64] | None
+    graph: ir.Graph, product: ir.Node, weights: ir.Value, storage: Storage, moments: NDArray[np.float64] | None
 ) -> None:
     assert weights.const_value is not None
-    array, ends = weights.const_value.numpy(), None
-    if weights is product.inputs[1]:
+    is_transposed = weights is not product.inputs[1]
+    columns, _ = weights.const_value.shape.numpy()[:: -1 if is_transposed else 1]
+    if not storage.takes(columns):
+        return
+    array, ends = weights.const_value.numpy().astype(np.float32), None
+    if not is_transposed:
         array = array.T
-    if moments is not None:
-        array, ends = round_calibrated(array, moments, bits)
-    parts = zip(("quantised", "scales", "zero_points"), blockwise(array, bits, ends), strict=True)
-    quantised = ir.node(
-        "MatMulNBits",
-        [product.inputs[0], *(_initializer(graph, f"{weights.name}.{part}", values) for part, values in parts)],
-        {
-            "K": array.shape[1],
-            "N": array.shape[0],
-            "bits": bits,
-            "block_size": BLOCK,
-            "accuracy_level": COMPUTE_INT8,
-        },
-        domain=CONTRIB,
-    )
-    output = product.outputs[0]
-    quantised.outputs[0].type, quantised.outputs[0].shape = output.type, output.shape
-    graph.insert_before(product, [quantised])
-    ir.convenience.replace_all_uses_with(output, quantised.outputs[0])
-    graph.remove(product, safe=True)
-
-
-def _initializer(graph: ir.Graph, name: str, array: NDArray) -> ir.Value:
-    value = ir.val(name, const_value=ir.tensor(array, name=name))
-    graph.register_initializer(value)
-    return value
+    if moments is not None and storage.grid is not None:
+        array, ends = round_calibrated(array, moments, storage.grid)
+    storage.replace(graph, product, weights.name or "", array, ends)

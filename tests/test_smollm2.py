@@ -14,6 +14,7 @@ from ht_export.checkpoint import KNOWN_MODELS, BaseModel, load_base_model
 from ht_export.export import PRETRAINED, ExportSettings, export
 from ht_export.lowering import lower_for_cpu
 from ht_export.quantise import quantise
+from ht_export.storage import STORED
 from ht_export.transfer import load_transfer_layers
 from runtime import Generator
 from runtime.drafts import DraftStep, IndependentDrafts
@@ -138,7 +139,7 @@ def test_quantised_weights_mostly_choose_the_same_tokens(
     agreement: float,
 ) -> None:
     dims = read_engine_file(engine).dims
-    quantise(engine, tmp_path / "engine.onnx", precision)
+    quantise(engine, tmp_path / "engine.onnx", STORED[precision])
     model = ir.load(tmp_path / "engine.onnx")
     lower_for_cpu(model, dims)
     ir.save(model, tmp_path / "engine.cpu.onnx")

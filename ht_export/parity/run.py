@@ -22,7 +22,7 @@ from ht_export.parity.report import Report
 from ht_export.parity.stages import TOLERANCES, Stage, compare_passes, compare_traces
 from ht_export.parity.text import TextSummary, compare_text
 from ht_export.parity.traces import GraphTracer, ReferenceTracer, Trace, transformers_trace
-from ht_export.precision import COMPUTED_IN
+from ht_export.precision import PRECISIONS
 from ht_export.training.prompts import read_conversations
 from runtime.checks import MOST_THREADS, whole
 from runtime.engine_file import EngineFile, read_engine_file
@@ -75,7 +75,7 @@ def run(settings: ParitySettings, stage: Stages) -> Report:
     about = read_engine_file(settings.engine)
     prompts = _prompts(settings)
     with stage("loading the base model"):
-        base = load_base_model(settings.model, COMPUTED_IN[about.computed_in], about.max_context)
+        base = load_base_model(settings.model, PRECISIONS[about.computed_in], about.max_context)
         transfer, described = transfer_layers(_transfer_of(settings, about), base)
         _check_made_from(settings, about, base, described)
         # In float32 the rounded weights are those of the engine.

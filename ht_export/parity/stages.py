@@ -14,7 +14,7 @@ from ht_export.parity.traces import Trace, Tracer
 # How far values may be from those compared with, relative to the largest: float32 sums of a few thousand terms in
 # another order; rounding of every operation to half precision. Of quantised weights nothing is known but that they are
 # nearer than nothing at all.
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1.5e-1, "int8": 1.0, "int4": 1.0}
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1.5e-1, "int8": 1.0, "int4": 1.0, "fp8": 1.0}
 # What is computed within a layer, in order.
 OF_A_LAYER = ("keys", "values", "attention")
 # What shows when they are the first to be wrong.

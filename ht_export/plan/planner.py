@@ -25,6 +25,8 @@ DEFAULT_ROWS = 32
 DEFAULT_CHUNK = 256
 # Plans of TensorRT for RTX run on later GPUs than they name; these get kernels too.
 LATER = ((9, 0), (10, 0))
+# From which on GPUs compute in a precision, where not all do.
+LEAST_CAPABILITY: dict[str, Capability] = {"bf16": (8, 0), "fp8": (8, 9)}
 FUSED_ATTENTION = "mha"
 INSTALL_TRITON = "pip install 'hidden-transfer[plan]'"
 
@@ -46,14 +48,20 @@ class PlanSettings:
 class Planner:
     """One plan: `prepare` finds everything that could go wrong before the work begins, `build` does it."""
 
-    def __init__(self, settings: PlanSettings) -> None:
+    def __init__(self, settings: PlanSettings, precision: str = "fp16") -> None:
         self.settings = settings
         if settings.attention not in ATTENTIONS:
             raise InputError(f"--attention must be one of {', '.join(ATTENTIONS)}, not {settings.attention}")
         self.product: Product = find_product(settings.runtime)
-        self.capabilities = self.product.check_capabilities(settings.capabilities)
+        least = LEAST_CAPABILITY.get(precision, (0, 0))
+        self.capabilities = self.product.check_capabilities(settings.capabilities, least)
         if not self.product.builds_without_gpu:
             self.capabilities = (_own_capability(),)
+        if old := [capability for capability in self.capabilities if capability < least]:
+            raise InputError(
+                f"--precision {precision}: compute capability {show(old)} does not compute in it, only {show([least])} "
+                "and later; use fp16, or build for later ones"
+            )
         unknown = [c for c in self.capabilities if best_architecture(*c, COMMIT_ARCHITECTURES) is None]
         if unknown:
             known = show([(sm // 10, sm % 10) for sm in COMMIT_ARCHITECTURES])
@@ -85,7 +93,6 @@ class Planner:
             settings.max_batch, context, max_rows, min(DEFAULT_CHUNK, context) if chunk is None else chunk
         )
         check_limits(self.limits, tree, model_context)
-        self._check_types()
         self.attention = self._attention()
         self.profiles: tuple[Profile, Profile] = profiles(dims, self.limits, tree)
         check_resources(weight_bytes, folder)
@@ -159,15 +166,6 @@ class Planner:
             kernels=FileRecord.of(kernels_path),
             build=build,
         )
-
-    def _check_types(self) -> None:
-        """Raise `InputError` for a precision that the GPUs do not compute in."""
-        old = [capability for capability in self.capabilities if capability < (8, 0)]
-        if self.dims.dtype == "bfloat16" and old:
-            raise InputError(
-                f"--precision bf16: compute capability {show(old)} does not compute in bfloat16; use fp16, or build "
-                "for later ones"
-            )
 
     def _attention(self) -> str:
         wanted = self.settings.attention

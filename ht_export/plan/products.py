@@ -44,8 +44,9 @@ class Product:
         numbers = [int(name[2:]) for name in names if re.fullmatch(r"SM\d+", name)]
         return tuple(sorted((number // 10, number % 10) for number in numbers))
 
-    def check_capabilities(self, wanted: Sequence[Capability]) -> tuple[Capability, ...]:
-        """Return the capabilities to build for; () means the machine's own GPU.
+    def check_capabilities(self, wanted: Sequence[Capability], least: Capability = (0, 0)) -> tuple[Capability, ...]:
+        """Return the capabilities to build for, by default those of common cards that are at least `least`; () means
+        the machine's own GPU.
 
         Raises `InputError` for one that the product cannot build for.
         """
@@ -62,7 +63,7 @@ class Product:
             raise InputError(
                 f"--compute-capability {show(unknown)}: {self.name} {self.version} builds for {show(known)}"
             )
-        return tuple(dict.fromkeys(wanted)) or tuple(c for c in DEFAULT_CAPABILITIES if c in known)
+        return tuple(dict.fromkeys(wanted)) or tuple(c for c in DEFAULT_CAPABILITIES if c in known and c >= least)
 
     def set_capabilities(self, config: Any, capabilities: Sequence[Capability]) -> None:
         """Tell a builder configuration what to build for."""

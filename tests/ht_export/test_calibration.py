@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from ht_export import calibration, cli
-from ht_export.blocks import blockwise
+from ht_export.blocks import Grid, packed_blocks
 from ht_export.calibration import round_calibrated, second_moments
 from ht_export.parity.passes import compare, record
 from ht_export.parity.traces import tapped_session
 from ht_export.quantise import quantise
+from ht_export.storage import STORED
 from runtime import Generator
 from runtime.engine_file import read_engine_file
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -37,11 +38,11 @@ def test_what_is_stored_is_what_was_rounded_and_products_are_nearer(bits: int, s
     weights = np.random.default_rng(size).standard_normal((24, size)).astype(np.float32)
     rows = correlated(400, size, 1)
     kept = weights.copy()
-    rounded, ends = round_calibrated(weights, (rows.T @ rows).astype(np.float64), bits)
+    rounded, ends = round_calibrated(weights, (rows.T @ rows).astype(np.float64), Grid(bits))
     np.testing.assert_array_equal(weights, kept)
-    stored = dequantised(*blockwise(rounded, bits, ends), bits)[:, :size]
+    stored = dequantised(*packed_blocks(rounded, bits, ends), bits)[:, :size]
     np.testing.assert_allclose(stored, rounded, atol=1e-4)
-    nearest = dequantised(*blockwise(weights, bits), bits)[:, :size]
+    nearest = dequantised(*packed_blocks(weights, bits), bits)[:, :size]
     unseen = correlated(400, size, 1)[::-1]
     errors = [float(np.square(unseen @ (found - weights).T).mean()) for found in (stored, nearest)]
     assert errors[0] < 0.6 * errors[1]
@@ -51,8 +52,8 @@ def test_a_column_that_no_row_has_is_no_trouble() -> None:
     weights = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
     rows = correlated(100, 64, 2)
     rows[:, 5] = 0
-    rounded, ends = round_calibrated(weights, (rows.T @ rows).astype(np.float64), 4)
-    assert np.isfinite(dequantised(*blockwise(rounded, 4, ends), 4)).all()
+    rounded, ends = round_calibrated(weights, (rows.T @ rows).astype(np.float64), Grid(4))
+    assert np.isfinite(dequantised(*packed_blocks(rounded, 4, ends), 4)).all()
 
 
 def test_second_moments_are_those_of_the_rows(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,8 +84,8 @@ def test_a_calibrated_graph_is_nearer_and_nothing_is_left_out(tiny_engine: Path,
     dims = read_engine_file(tiny_engine).dims
     expected = record(OnnxRuntimeEngine(tiny_engine, dims, threads=1), tokens=TEXTS[0])
     nearest, calibrated = tmp_path / "nearest.onnx", tmp_path / "calibrated.onnx"
-    quantise(tiny_engine, nearest, "int4")
-    quantise(tiny_engine, calibrated, "int4", second_moments(tiny_engine, dims, TEXTS))
+    quantise(tiny_engine, nearest, STORED["int4"])
+    quantise(tiny_engine, calibrated, STORED["int4"], second_moments(tiny_engine, dims, TEXTS))
     sizes = {path: path.with_name(f"{path.name}.data").stat().st_size for path in (nearest, calibrated)}
     assert len(set(sizes.values())) == 1
     found = {

@@ -18,11 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ht_export import cli
 from ht_export import export as export_module
-from ht_export.blocks import BLOCK, blockwise
+from ht_export.blocks import BLOCK, packed_blocks
 from ht_export.export import ExportSettings, export
 from ht_export.lowering import lower_for_cpu
 from ht_export.parity.passes import LoweredEngine, compare, difference, record
-from ht_export.quantise import BITS, quantise
+from ht_export.quantise import quantise
+from ht_export.storage import STORED, Storage
 from runtime import Generator, Sampling
 from runtime.engine_file import read_engine_file
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -69,7 +70,7 @@ def matrices(draw: st.DrawFn) -> np.ndarray:
 
 @given(matrices(), st.sampled_from([4, 8]))
 def test_weights_are_within_half_a_step_and_zero_is_zero(weights: np.ndarray, bits: int) -> None:
-    packed, scales, zero_points = blockwise(weights, bits)
+    packed, scales, zero_points = packed_blocks(weights, bits)
     blocks = -(-weights.shape[1] // BLOCK)
     assert packed.shape == (len(weights), blocks, BLOCK * bits // 8)
     assert scales.shape == (len(weights), blocks)
@@ -84,7 +85,7 @@ def test_weights_are_within_half_a_step_and_zero_is_zero(weights: np.ndarray, bi
 @given(matrices(), st.sampled_from([4, 8]))
 def test_onnx_runtime_reads_weights_so(weights: np.ndarray, bits: int) -> None:
     rows, columns = weights.shape
-    parts = blockwise(weights, bits)
+    parts = packed_blocks(weights, bits)
     node = helper.make_node(
         "MatMulNBits", ["x", "w", "s", "z"], ["y"], "product", domain="com.microsoft", K=columns, N=rows, bits=bits
     )
@@ -104,16 +105,16 @@ def test_onnx_runtime_reads_weights_so(weights: np.ndarray, bits: int) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=0)
 
 
-@pytest.fixture(scope="module", params=list(BITS))
+@pytest.fixture(scope="module", params=list(STORED))
 def quantised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_engine: Path) -> Path:
     """The tiny engine's graph with weights of so many bits."""
     out = tmp_path_factory.mktemp(request.param) / "engine.onnx"
-    quantise(tiny_engine, out, request.param)
+    quantise(tiny_engine, out, STORED[request.param])
     return out
 
 
 def bits_of(path: Path) -> int:
-    return next(bits for precision, bits in BITS.items() if path.parent.name.startswith(precision))
+    return int(path.parent.name.removeprefix("int")[0])
 
 
 def products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -179,10 +180,10 @@ def test_more_bits_are_closer_to_the_original(tiny_engine: Path, tmp_path: Path)
     dims = read_engine_file(tiny_engine).dims
     expected = record(OnnxRuntimeEngine(tiny_engine, dims, threads=1))
     found = {}
-    for precision in BITS:
+    for precision in STORED:
         graph = tmp_path / precision / "engine.onnx"
         graph.parent.mkdir()
-        quantise(tiny_engine, graph, precision)
+        quantise(tiny_engine, graph, STORED[precision])
         model = ir.load(graph)
         lower_for_cpu(model, dims)
         lowered = graph.with_name("engine.cpu.onnx")
@@ -208,8 +209,7 @@ def test_weights_are_written_over_the_originals(
     monkeypatch.setattr(ir, "save", save_where_there_is_room)
     shutil.copytree(tiny_engine.parent, tmp_path, dirs_exist_ok=True)
     whole = (tmp_path / "engine.onnx").rename(tmp_path / "whole.onnx")
-    precision = next(name for name, bits in BITS.items() if bits == bits_of(quantised))
-    quantise(whole, tmp_path / "engine.onnx", precision)
+    quantise(whole, tmp_path / "engine.onnx", STORED[f"int{bits_of(quantised)}"])
     for name in ("engine.onnx", "engine.onnx.data"):
         assert (tmp_path / name).read_bytes() == (quantised.parent / name).read_bytes()
 
@@ -219,7 +219,7 @@ def test_logging_is_left_as_it_was(tiny_engine: Path, tmp_path: Path, capfd: pyt
         return logging.root.level, logging.root.manager.disable, list(logging.root.handlers)
 
     before = state()
-    quantise(tiny_engine, tmp_path / "engine.onnx", "int8")
+    quantise(tiny_engine, tmp_path / "engine.onnx", STORED["int8"])
     assert state() == before
     assert capfd.readouterr() == ("", "")
 
@@ -240,7 +240,7 @@ def export_tiny(checkpoint: Path, transfer: Path, out: Path, precision: str) -> 
 
 
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("precision", list(BITS))
+@pytest.mark.parametrize("precision", list(STORED))
 def test_an_engine_from_the_command_line(
     tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str
 ) -> None:
@@ -264,7 +264,7 @@ def test_an_engine_from_the_command_line(
 
 
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("precision", list(BITS))
+@pytest.mark.parametrize("precision", list(STORED))
 def test_speculative_text_is_that_of_plain_decoding_but_where_two_tokens_are_as_good(
     tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path, precision: str
 ) -> None:
@@ -291,9 +291,9 @@ def test_speculative_text_is_that_of_plain_decoding_but_where_two_tokens_are_as_
 def test_a_full_disk_leaves_nothing_behind(
     tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def to_full_disk(graph: Path, out: Path, precision: str) -> None:
+    def to_full_disk(graph: Path, out: Path, storage: Storage) -> None:
         assert graph.is_file()
-        quantise(graph, out, precision)
+        quantise(graph, out, storage)
         out.with_name("engine.onnx.data").write_bytes(b"a part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -307,8 +307,8 @@ def test_a_full_disk_leaves_nothing_behind(
 def test_weights_that_give_no_numbers_are_not_written(
     tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(graph: Path, out: Path, precision: str) -> None:
-        quantise(graph, out, precision)
+    def broken(graph: Path, out: Path, storage: Storage) -> None:
+        quantise(graph, out, storage)
         model = onnx.load(out)
         # Of the head alone: all other outputs are numbers.
         (name,) = (node.input[2] for node in products(model)[-1:])
@@ -346,9 +346,8 @@ def test_a_model_that_cannot_be_lowered_has_the_portable_graph_alone_and_runs(
 @pytest.mark.parametrize(
     ("name", "precision", "message"),
     [
-        ("engine.plan", "int8", r"--precision int8: plans are in fp32, fp16 or bf16; or give an --out .* \.onnx"),
-        ("engine.plan", "int4", r"--precision int4: plans are in fp32, fp16 or bf16; or give an --out .* \.onnx"),
-        ("engine.onnx", "int2", "--precision must be one of fp32, fp16, bf16, int8, int4, not int2"),
+        ("engine.onnx", "fp8", r"--precision fp8: ONNX Runtime has no products .* or give an --out .* \.plan"),
+        ("engine.onnx", "int2", "--precision must be one of fp32, fp16, bf16, int8, int4, fp8, not int2"),
         (
             "engine.cpu.onnx",
             "fp32",

@@ -124,7 +124,6 @@ def test_auto_takes_the_plugin_where_it_can_compute_the_model(tmp_path: Path) ->
     [
         ("plugin", ((8, 0),), {"head_dim": 264}, "--attention plugin: it takes head sizes from 16 to 256"),
         ("auto", ((8, 0),), {"head_dim": 20}, "head sizes that 8 divides, and the model's is 20; use --precision fp32"),
-        ("auto", ((7, 5), (8, 0)), {"dtype": "bfloat16"}, r"--precision bf16: compute capability 7\.5 does not"),
     ],
 )
 def test_models_that_a_plan_cannot_compute(
@@ -310,3 +309,11 @@ def test_memory_and_disk_are_checked_before_the_work(tmp_path: Path, monkeypatch
 def test_settings_that_cannot_be(settings: PlanSettings, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Planner(settings)
+
+
+@pytest.mark.parametrize(("precision", "least"), [("bf16", (8, 0)), ("fp8", (8, 9))])
+def test_gpus_that_do_not_compute_in_a_precision(precision: str, least: tuple[int, int]) -> None:
+    assert min(Planner(PlanSettings(runtime="tensorrt-rtx"), precision).capabilities) == least
+    old = replace(PLAN, capabilities=((7, 5), least))
+    with pytest.raises(InputError, match=rf"--precision {precision}: compute capability 7\.5 does not compute in it"):
+        Planner(old, precision)
