@@ -23,11 +23,13 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
+from ht_export.bench.conditions import commit, without_folders
 from ht_export.bench.settings import evenly
 from ht_export.parity.text import logits_of
 from ht_export.training.prompts import read_conversations
 from runtime import Generator
 from runtime.files import write_json
+from runtime.tuning import cpu_name
 
 # Tokens of text that perplexity is measured on at once.
 WINDOW = 256
@@ -59,13 +61,24 @@ def main() -> int:
         expected = expected or answers
         row |= {"perplexity": perplexity(generator, text, options.windows)}
         row |= agreement(generator, prompts, expected, answers)
+        about = generator.about
+        rounding = about.parity.get("quantisation", {}).get("method")
         rows.append(
-            {"engine": path.name, "precision": generator.about.precision, "bytes": size(generator, path), **row}
+            {
+                "engine": path.name,
+                "precision": about.precision,
+                "rounding": rounding,
+                "bytes": size(generator),
+                "tuned": (path.parent / f"{path.stem}.tuning.json").is_file(),
+                **row,
+            }
         )
     report = {
+        "command": " ".join(["python scripts/precisions.py", *map(without_folders, sys.argv[1:])]),
         "date": datetime.date.today().isoformat(),
-        "model": rows and Generator(options.engines[0], adapt=False).about.base_model["name"],
-        "arguments": sys.argv[1:],
+        "commit": commit(),
+        "device": cpu_name(options.threads),
+        "model": generator.about.base_model["name"],
         "engines": rows,
     }
     print(table(rows))
@@ -135,7 +148,7 @@ def agreement(
     return {"same_choice": same / total, "before_parting": parted / total}
 
 
-def size(generator: Generator, path: Path) -> int:
+def size(generator: Generator) -> int:
     """Return the bytes of the engine's graph and weights."""
     about = generator.about
     return sum(record.bytes for record in (about.cpu_graph or about.graph, about.weights) if record)
@@ -149,7 +162,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         lines.append(
             (
-                row["precision"],
+                row["precision"] + (f", {row['rounding']}" if row["rounding"] else ""),
                 f"{row['bytes'] / 1e6:,.0f}",
                 f"{row['plain_tokens_per_second']:.1f}",
                 f"{row['tokens_per_second']:.1f}",

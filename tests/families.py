@@ -23,7 +23,7 @@ COMMON: dict[str, Any] = {
 }
 ALTERNATING = ["sliding_attention", "full_attention"]
 ROPE = {"rope_theta": 10000.0}
-LONGROPE = {
+LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
     "short_factor": [1.0, 1.5, 2.0, 2.5],
     "long_factor": [2.0, 4.0, 6.0, 8.0],

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ht_export.blocks import Grid
 from ht_export.calibration import round_calibrated
+from ht_export.cli import build_parser
 from ht_export.precision import CHOICES, storage_of
 from ht_export.quantise import quantise
 from ht_export.storage import PLAN_BLOCK, STORED_IN_PLANS
@@ -127,6 +128,9 @@ def test_weights_without_whole_blocks_stay_as_they_are(tiny_engine: Path, tmp_pa
 
 def test_which_precisions_there_are() -> None:
     assert CHOICES == ("fp32", "fp16", "bf16", "int8", "int4", "fp8")
+    # Written out there, so that --help needs no torch.
+    (option,) = (action for action in build_parser()._actions if action.dest == "precision")
+    assert set(option.choices or ()) == set(CHOICES)
     for precision in CHOICES:
         dtype, storage = storage_of(precision, is_plan=True)
         assert (storage is None) == (precision in ("fp32", "fp16", "bf16"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ from plugins.binaries import Form, KernelBinaries
 from runtime.engine_file import read_engine_file
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from tests.conftest import random_transfer, save_checkpoint
-from tests.families import MODELS, tiny_model
+from tests.families import LONGROPE, MODELS, tiny_model
 from tests.ht_export.plan.conftest import PLAN
 
 pytest.importorskip("tensorrt_rtx")
@@ -45,9 +46,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("name", names)
 
 
+def wide(name: str) -> dict[str, Any]:
+    """Return the settings of heads of 64, which fused attention asks for."""
+    settings: dict[str, Any] = {"hidden_size": 256, "head_dim": 64}
+    if name == "phi3, longrope":
+        # Of one factor for each pair of a head's numbers.
+        factors = {key: LONGROPE[key] * 8 for key in ("short_factor", "long_factor")}
+        settings["rope_parameters"] = {**LONGROPE, **factors}
+    return settings
+
+
 @pytest.mark.parametrize("attention", ["plugin", "native"])
 def test_a_plan_of_every_family_is_built(name: str, attention: str, tmp_path: Path) -> None:
-    checkpoint = save_checkpoint(tmp_path / "model", tiny_model(name, hidden_size=256, head_dim=64))
+    checkpoint = save_checkpoint(tmp_path / "model", tiny_model(name, **wide(name)))
     out = tmp_path / "engine.plan"
     settings = ExportSettings(tree_rows=4, chunk=16, precision="fp16", max_context=64)
     plan = replace(PLAN, attention=attention)
