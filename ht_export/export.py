@@ -133,7 +133,9 @@ def export(
         base = load_base_model(source, None, settings.max_context)
         transfer, about_transfer = transfer_layers(transfer_path, base)
     sizes = settings.tree(transfer.num_steps, plan=is_plan)
-    weight_bytes = base.model.num_parameters() * dtype.itemsize
+    # What is quantised is rounded from what the checkpoint has.
+    as_stored = storage is not None and not is_plan
+    weight_bytes = _weight_bytes(base, dtype, storage if as_stored else None)
     check_space(weight_bytes, out)
     _check_memory(base)
     model = HiddenTransferModel(base.model, transfer).eval()
@@ -145,7 +147,7 @@ def export(
         limits = planner.prepare(dims, sizes, asked, context, weight_bytes, out.parent)
         context, chunk = limits.max_context, limits.chunk
     with stage("tracing the graph"):
-        graph = build_graph(model, dtype)
+        graph = build_graph(model, dtype, as_stored=as_stored)
     with staging_folder(out) as folder:
         staged = folder / f"{out.stem}.onnx"
         weights = folder / f"{staged.name}.data"
@@ -290,6 +292,18 @@ def _check_memory(base: BaseModel) -> None:
             f"the export needs about {needed >> 20} MiB of memory besides the model, and {free >> 20} MiB are free; "
             "close other programs, or export on a larger machine"
         )
+
+
+def _weight_bytes(base: BaseModel, dtype: torch.dtype, storage: Storage | None) -> int:
+    """Return the bytes of the weights on the disk: in `dtype`, or as the checkpoint has them and then quantised."""
+    parameters = list(base.model.parameters())
+    if storage is None or storage.grid is None:
+        return sum(parameter.numel() for parameter in parameters) * dtype.itemsize
+    stored = sum(parameter.numel() * min(parameter.dtype.itemsize, dtype.itemsize) for parameter in parameters)
+    embedding = base.model.get_input_embeddings().weight.numel()
+    # The embedding, and a head that may be the same matrix; scales and zero points take less than 2 bits a weight.
+    values = sum(parameter.numel() for parameter in parameters) + embedding
+    return max(stored, embedding * dtype.itemsize + values * (storage.grid.bits + 2) // 8)
 
 
 def _write_tokenizer(base: BaseModel, folder: Path, stem: str) -> tuple[FileRecord, FileRecord | None]:

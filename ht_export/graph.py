@@ -21,7 +21,7 @@ from ht_export.families import head_dim
 from ht_export.model import HiddenTransferModel
 from ht_export.rewrites import simplify, use_fused_operators
 from ht_export.transfer import TransferLayers
-from ht_export.weights import hollow, transposed, written_as
+from ht_export.weights import cast_weights, hollow, transposed, written_as
 from runtime.bindings import GraphDims
 
 OPSET = 23
@@ -96,10 +96,11 @@ def graph_dims(config: PretrainedConfig, transfer: TransferLayers, dtype: str = 
     )
 
 
-def build_graph(model: HiddenTransferModel, dtype: torch.dtype | None = None) -> ir.Model:
+def build_graph(model: HiddenTransferModel, dtype: torch.dtype | None = None, *, as_stored: bool = False) -> ir.Model:
     """Trace `model` and return the ONNX model whose inputs and outputs are those of `runtime.bindings`.
 
-    `dtype` None takes the precision that the weights are in. They are read, and converted, when the model is saved.
+    `dtype` None takes the precision that the weights are in. They are read, and converted, when the model is saved;
+    `as_stored` leaves matrices in half precision where they are so, and lets a float32 graph cast them.
     """
     dtype = dtype or model.base.dtype
     dims = graph_dims(model.base.config, model.transfer, str(dtype).removeprefix("torch."))
@@ -109,7 +110,7 @@ def build_graph(model: HiddenTransferModel, dtype: torch.dtype | None = None) ->
             onnx_model = _trace(model, dims)
     finally:
         model.attention = attention
-    _use_weights(onnx_model.graph, weights, dtype)
+    _use_weights(onnx_model.graph, weights, dtype, as_stored)
     # TreeAttention is an opaque node to these, and its function is added afterwards.
     simplify(onnx_model)
     use_fused_operators(onnx_model)
@@ -119,6 +120,8 @@ def build_graph(model: HiddenTransferModel, dtype: torch.dtype | None = None) ->
         function = ir.serde.deserialize_function(FUNCTIONS[name].to_function_proto())
         onnx_model.functions[function.identifier()] = function
     onnx_model.opset_imports[DOMAIN] = DOMAIN_VERSION
+    if as_stored:
+        cast_weights(onnx_model.graph)
     onnx_model.graph.name = "hidden_transfer"
     _forget_origin(onnx_model)
     return onnx_model
@@ -196,13 +199,16 @@ def _trace(model: HiddenTransferModel, dims: GraphDims) -> ir.Model:
     return traced.model
 
 
-def _use_weights(graph: ir.Graph, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Let the graph's initializers be the real weights, and those that are used transposed only be so."""
+def _use_weights(graph: ir.Graph, weights: dict[str, Tensor], dtype: torch.dtype, as_stored: bool) -> None:
+    """Let the graph's initializers be the real weights, and those that are used transposed only be so. Matrices
+    `as_stored` may have another type than their value: `cast_weights` puts that right.
+    """
     for name, value in graph.initializers.items():
         # As `_Flat` has them.
         real = weights.get(name.removeprefix("model."))
         if real is not None:
-            value.const_value = written_as(real, dtype, name)
+            keep = as_stored and real.ndim == 2 and real.dtype.itemsize < dtype.itemsize
+            value.const_value = written_as(real, real.dtype if keep else dtype, name)
             uses = list(value.uses())
             if len(uses) == 1 and uses[0].node.op_type == "Transpose" and len(real.shape) == 2:
                 value.const_value = transposed(value.const_value)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 
 from ht_export.storage import STORED, STORED_IN_PLANS, Storage
+from ht_export.weights import HALVES, cast_weights
 from runtime.bindings import GraphDims
 from runtime.errors import InputError
 
@@ -19,7 +20,6 @@ from runtime.errors import InputError
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # All that users may write, those of quantised weights too.
 CHOICES = tuple(dict.fromkeys([*PRECISIONS, *STORED, *STORED_IN_PLANS]))
-HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def storage_of(precision: str, is_plan: bool) -> tuple[torch.dtype, Storage | None]:
@@ -65,7 +65,6 @@ def write_widened(graph: Path, out: Path) -> None:
     from a rough one: in half precision no tolerance does.
     """
     model = ir.load(graph)
-    weights = [value for value in model.graph.initializers.values() if value.dtype in HALVES]
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         for name, attribute in list(node.attributes.items()):
             if name == "to" and attribute.value in [int(half) for half in HALVES]:
@@ -76,14 +75,7 @@ def write_widened(graph: Path, out: Path) -> None:
             _widen(value)
     for value in model.graph.inputs:
         _widen(value)
-    first = model.graph[0]
-    for value in weights:
-        cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
-        cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.FLOAT, value.shape
-        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
-        # That use too was replaced.
-        cast.replace_input_with(0, value)
-        model.graph.insert_before(first, [cast])
+    cast_weights(model.graph)
     ir.save(model, out)
 
 

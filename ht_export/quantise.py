@@ -16,6 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ht_export.calibration import round_calibrated
 from ht_export.storage import Storage
+from ht_export.weights import widen_weights
 
 # Second moments of rows [K, K], by the name of the value that has them.
 Moments = dict[str, NDArray[np.float64]]
@@ -35,11 +36,12 @@ def quantise(graph: Path, out: Path, storage: Storage, moments: Iterable[Moments
                 rows = node.inputs[0]
                 assert rows is not None
                 if rows.name in found or last:
-                    _replace(model.graph, node, weights, storage, found.get(rows.name or ""))
+                    _replace(model.graph, node, *weights, storage, found.get(rows.name or ""))
     model.opset_imports.update(storage.opsets)
     RemoveUnusedNodesPass()(model)
     # What is left, and gone from the disk before more is written.
     ir.external_data.load_to_model(model)
+    widen_weights(model.graph)
     weights_file = out.with_name(f"{out.name}.data")
     weights_file.unlink(missing_ok=True)
     ir.save(model, out, external_data=weights_file.name)
@@ -55,23 +57,29 @@ def _with_last(found: Iterable[Moments]) -> Iterator[tuple[Moments, bool]]:
     yield held, True
 
 
-def _weights(product: ir.Node) -> ir.Value | None:
-    """Return the weights of a product where it has any; they may be transposed, as the head's where they are tied."""
-    value = product.inputs[1]
-    assert value is not None
-    producer = value.producer()
-    if producer is not None and producer.op_type == "Transpose":
-        value = producer.inputs[0]
-        assert value is not None
-    is_matrix = value.const_value is not None and len(value.const_value.shape) == 2
-    return value if value.is_initializer() and is_matrix else None
+def _weights(product: ir.Node) -> tuple[ir.Value, bool] | None:
+    """Return the weights of a product where it has any, and whether they are transposed before it, as the head's are
+    where they are tied; they may be cast too.
+    """
+    value, is_transposed = product.inputs[1], False
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type not in ("Transpose", "Cast"):
+            return None
+        value, is_transposed = producer.inputs[0], is_transposed or producer.op_type == "Transpose"
+    if value is None or value.const_value is None or not value.is_initializer() or len(value.const_value.shape) != 2:
+        return None
+    return value, is_transposed
 
 
 def _replace(
-    graph: ir.Graph, product: ir.Node, weights: ir.Value, storage: Storage, moments: NDArray[np.float64] | None
+    graph: ir.Graph,
+    product: ir.Node,
+    weights: ir.Value,
+    is_transposed: bool,
+    storage: Storage,
+    moments: NDArray[np.float64] | None,
 ) -> None:
     assert weights.const_value is not None
-    is_transposed = weights is not product.inputs[1]
     columns, _ = weights.const_value.shape.numpy()[:: -1 if is_transposed else 1]
     if not storage.takes(columns):
         return

@@ -22,6 +22,7 @@ IR_TYPES = {
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,
 }
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @contextlib.contextmanager
@@ -66,6 +67,39 @@ def lazy(make: Callable[[], Any], dtype: ir.DataType, shape: tuple[int, ...], na
         return ir.Tensor(np.ascontiguousarray(made), dtype=dtype, name=name)
 
     return ir.LazyTensor(evaluate, dtype, ir.Shape(shape), name=name)
+
+
+def cast_weights(graph: ir.Graph) -> None:
+    """Let initializers in half precision be cast to float32 where they are used."""
+    first = graph[0]
+    for value in list(graph.initializers.values()):
+        assert value.const_value is not None
+        if value.const_value.dtype in HALVES:
+            value.dtype, value.shape = value.const_value.dtype, ir.Shape(value.const_value.shape.numpy())
+            cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
+            cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.FLOAT, value.shape
+            ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+            # That use too was replaced.
+            cast.replace_input_with(0, value)
+            graph.insert_before(first, [cast])
+
+
+def widen_weights(graph: ir.Graph) -> None:
+    """Let initializers that are cast, as by `cast_weights`, be in float32 when they are written."""
+    for node in list(graph):
+        value = node.inputs[0] if node.op_type == "Cast" else None
+        if value is None or value.const_value is None or value.dtype not in HALVES or len(value.uses()) > 1:
+            continue
+        value.const_value = widened(value.const_value)
+        value.dtype = ir.DataType.FLOAT
+        ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        graph.remove(node, safe=True)
+
+
+def widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    """Return a tensor in half precision that is in float32 when it is written."""
+    shape = tuple(tensor.shape.numpy())
+    return lazy(lambda: tensor.numpy().astype(np.float32), ir.DataType.FLOAT, shape, tensor.name)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from runtime import bindings
 from runtime.bindings import GraphDims
 from runtime.cache import KeyValueCache
 from runtime.engines import Outputs
-from runtime.engines.onnxruntime import graph_inputs
+from runtime.engines.onnxruntime import graph_inputs, use_little_memory
 from runtime.tree import Rows
 
 LOWERED_ATTENTION = "GroupQueryAttention"
@@ -139,8 +139,12 @@ def attention_outputs(model: onnx.ModelProto) -> list[str]:
 Compute = Callable[[list[str], dict[str, NDArray]], list[Any]]
 
 
-def tapped_session(path: Path, names: Sequence[str], element: int = onnx.TensorProto.FLOAT) -> Compute:
-    """Return what runs the graph at `path` in ONNX Runtime, with the values of these `names` as outputs too."""
+def tapped_session(
+    path: Path, names: Sequence[str], element: int = onnx.TensorProto.FLOAT, *, small: bool = False
+) -> Compute:
+    """Return what runs the graph at `path` in ONNX Runtime, with the values of these `names` as outputs too; `small` as
+    in `OnnxRuntimeEngine`.
+    """
     import onnxruntime
 
     model = onnx.load(path, load_external_data=False)
@@ -149,7 +153,10 @@ def tapped_session(path: Path, names: Sequence[str], element: int = onnx.TensorP
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run
+    disabled = use_little_memory(options) if small else None
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+    ).run
 
 
 def _evaluator(path: Path, model: onnx.ModelProto, taps: Sequence[str]) -> Compute:

@@ -63,6 +63,15 @@ def graph_inputs(rows: Rows, cache: KeyValueCache, dims: GraphDims) -> dict[str,
     return feed
 
 
+def use_little_memory(options: Any) -> list[str]:
+    """Let a session with these options leave weights where their file is mapped, neither cast nor arranged beforehand;
+    return the optimizers to disable for it.
+    """
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = False
+    return ["ConstantFolding"]
+
+
 def open_session(
     path: Path,
     inputs: Sequence[Binding],
@@ -86,14 +95,9 @@ def open_session(
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = whole("threads", threads, 1, MOST_THREADS)
-    if small:
-        # Weights stay where the file is mapped: neither cast nor arranged beforehand.
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.enable_cpu_mem_arena = False
+    disabled = use_little_memory(options) if small else None
     try:
-        session = onnxruntime.InferenceSession(
-            path, options, providers=list(providers), disabled_optimizers=["ConstantFolding"] if small else None
-        )
+        session = onnxruntime.InferenceSession(path, options, providers=list(providers), disabled_optimizers=disabled)
     except Exception as error:
         raise EngineFileError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}; update onnxruntime, or export the "

@@ -130,7 +130,7 @@ def traced(monkeypatch: pytest.MonkeyPatch, tiny_engine: Path) -> Iterator[ir.Mo
     """Spare a test the tracing: the graph of the tiny engine, with its weights in memory."""
     model = ir.load(tiny_engine)
     ir.external_data.load_to_model(model)
-    monkeypatch.setattr(export_module, "build_graph", lambda *_: model)
+    monkeypatch.setattr(export_module, "build_graph", lambda *_, **__: model)
     yield model
 
 

@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -19,9 +20,11 @@ from onnx import TensorProto, helper, numpy_helper
 from ht_export import cli
 from ht_export import export as export_module
 from ht_export.blocks import BLOCK, packed_blocks
-from ht_export.export import ExportSettings, export
+from ht_export.export import UNTRAINED, ExportSettings, Untrained, export
+from ht_export.graph import build_graph, graph_dims
 from ht_export.lowering import lower_for_cpu
-from ht_export.parity.passes import LoweredEngine, compare, difference, record
+from ht_export.model import HiddenTransferModel
+from ht_export.parity.passes import LoweredEngine, check, compare, difference, record
 from ht_export.quantise import quantise
 from ht_export.storage import STORED, Storage
 from runtime import Generator, Sampling
@@ -29,6 +32,7 @@ from runtime.engine_file import read_engine_file
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import InputError
 from runtime.tree import TreeSizes
+from tests.conftest import random_transfer, save_checkpoint, tiny_llama
 
 
 def dequantised(packed: np.ndarray, scales: np.ndarray, zero_points: np.ndarray, bits: int) -> np.ndarray:
@@ -228,13 +232,13 @@ def test_logging_is_left_as_it_was(tiny_engine: Path, tmp_path: Path, capfd: pyt
 def traced(monkeypatch: pytest.MonkeyPatch, tiny_engine: Path) -> None:
     """Spare a test the tracing: the graph of the tiny engine, with its weights in memory."""
 
-    def graph(*_: object) -> ir.Model:
+    def graph(*_: object, **__: object) -> ir.Model:
         return ir.external_data.load_to_model(ir.load(tiny_engine))
 
     monkeypatch.setattr(export_module, "build_graph", graph)
 
 
-def export_tiny(checkpoint: Path, transfer: Path, out: Path, precision: str) -> None:
+def export_tiny(checkpoint: Path, transfer: Path | Untrained, out: Path, precision: str) -> None:
     settings = ExportSettings(tree_rows=6, pseudo_rows=(6, 4, 2), chunk=16, precision=precision)
     export(str(checkpoint), transfer, out, settings, lambda _: nullcontext(lambda _: None))
 
@@ -285,6 +289,60 @@ def test_speculative_text_is_that_of_plain_decoding_but_where_two_tokens_are_as_
                 (_, best), (_, second) = plain.log_probabilities[first].best
                 assert best - second < 0.1
     assert agreed > 80
+
+
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_weights_stored_in_half_precision_are_rounded_from_what_is_stored(
+    tmp_path: Path, stored: torch.dtype, is_tied: bool
+) -> None:
+    base = tiny_llama(num_hidden_layers=1, tie_word_embeddings=is_tied).to(stored)
+    model = HiddenTransferModel(base, random_transfer((1, 1))).eval()
+    dims = graph_dims(base.config, model.transfer)
+    paths = [tmp_path / name / "engine.onnx" for name in ("wide", "as-stored")]
+    for path in paths:
+        path.parent.mkdir()
+        graph = build_graph(model, torch.float32, as_stored=path is paths[1])
+        ir.save(graph, path, external_data="engine.onnx.data")
+    onnx.checker.check_model(str(paths[1]), full_check=True)
+    wide, as_stored = (sum(file.stat().st_size for file in path.parent.iterdir()) for path in paths)
+    assert as_stored < 0.65 * wide
+    engines = [OnnxRuntimeEngine(path, dims) for path in paths]
+    assert check(engines[1], record(engines[0])) < 1e-6
+    quantised = []
+    for path in paths:
+        quantise(path, path.with_name("int8.onnx"), STORED["int8"])
+        quantised.append(onnx.load(path.with_name("int8.onnx")).graph)
+    assert Counter(node.op_type for node in quantised[0].node) == Counter(node.op_type for node in quantised[1].node)
+    wide_values, values = ({one.name: numpy_helper.to_array(one) for one in graph.initializer} for graph in quantised)
+    assert values.keys() == wide_values.keys()
+    for name, value in values.items():
+        np.testing.assert_array_equal(value, wide_values[name], err_msg=name, strict=True)
+
+
+@pytest.mark.parametrize("precision", list(STORED))
+def test_the_disk_is_asked_for_what_the_engine_takes(
+    tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    asked: list[int] = []
+
+    def stop(weight_bytes: int, _: Path) -> None:
+        asked.append(weight_bytes)
+        raise InputError("no more is wanted")
+
+    monkeypatch.setattr(export_module, "check_space", stop)
+    # In float32, whose weights are first written as they are; and in half precision, whose embedding then grows.
+    for stored in (torch.float32, torch.bfloat16):
+        model = tiny_llama().to(stored)
+        checkpoint = save_checkpoint(tmp_path / str(stored), model)
+        with pytest.raises(InputError, match="no more is wanted"):
+            export_tiny(checkpoint, UNTRAINED, tmp_path / "engine.onnx", precision)
+    quantise(tiny_engine, tmp_path / "engine.onnx", STORED[precision])
+    taken = (tmp_path / "engine.onnx.data").stat().st_size
+    whole = 2 * model.num_parameters()
+    assert asked[0] == 2 * whole
+    # Transfer layers are a large part of so small an engine.
+    assert max(whole, taken - 3 * 32 * 32 * 2) <= asked[1] <= max(whole, 1.25 * taken)
 
 
 @pytest.mark.usefixtures("traced")
