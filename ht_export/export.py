@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -234,6 +235,8 @@ def _quantise(
     else:
         quantise(whole, staged, storage)
     whole.unlink()
+    # Graphs are full of cycles, and this one's weights are in memory.
+    gc.collect()
 
 
 def _calibration_prompts(path: Path | None, precision: str, storage: Storage | None) -> list[str]:
