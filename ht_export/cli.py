@@ -154,7 +154,8 @@ def _export(options: argparse.Namespace) -> None:
             plan,
         )
     size = sum(record.bytes for record in (about.graph, about.cpu_graph, about.weights) if record) / 2**20
-    difference = about.parity.get("of_quantised_weights", about.parity["largest_relative_difference"])
+    graphs = ("largest_relative_difference", "of_quantised_weights", "of_quantised_weights_on_the_cpu")
+    difference = max(about.parity.get(graph, 0.0) for graph in graphs)
     print(f"done: {options.out}, {size:.0f} MiB, within {difference:.1e} of the PyTorch reference", file=sys.stderr)
     if about.plan:
         print(_summary(about.plan), file=sys.stderr)

@@ -257,8 +257,11 @@ def test_an_engine_from_the_command_line(
     assert about.parity["of_the_cpu_graph"] < 1e-4
     # Not the one above: what is written is not what was compared then.
     assert 1e-3 < about.parity["of_quantised_weights"] < 2
+    # Whose products round the rows, too.
+    on_the_cpu = about.parity["of_quantised_weights_on_the_cpu"]
+    assert 1e-3 < on_the_cpu < 2
     message = capsys.readouterr().err.replace("\n", "")
-    assert f"within {about.parity['of_quantised_weights']:.1e} of the PyTorch reference" in message
+    assert f"within {max(on_the_cpu, about.parity['of_quantised_weights']):.1e} of the PyTorch reference" in message
     records = (about.graph, about.cpu_graph, about.weights, about.tokenizer, about.chat_template, about.correction)
     names = {record.name for record in records if record}
     assert {path.name for path in tmp_path.iterdir()} == names | {"engine.json"}
