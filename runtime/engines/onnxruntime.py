@@ -93,8 +93,6 @@ def open_session(
         ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Quantised weights of a plan's graph are multiplied by their scales, as it says, and rows are not rounded.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
     if threads is not None:
         options.intra_op_num_threads = whole("threads", threads, 1, MOST_THREADS)
     disabled = use_little_memory(options) if small else None

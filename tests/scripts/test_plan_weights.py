@@ -27,7 +27,8 @@ def test_it_computes_what_the_plans_graph_does(half_engine: Path, tmp_path: Path
     differences = []
     for graph in (tmp_path / "plan.onnx", half_engine):
         with in_float32(graph, dims) as (widened, computed):
-            expected = record(OnnxRuntimeEngine(widened, computed))
+            # Small, it multiplies weights by their scales; else it would round rows too, as no plan does.
+            expected = record(OnnxRuntimeEngine(widened, computed, small=True))
         differences.append(max(one.of_norm for one in compare(engine, expected)))
     assert differences[0] < 1e-4 < 5e-3 < differences[1]
 
