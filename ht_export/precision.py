@@ -75,6 +75,12 @@ def write_widened(graph: Path, out: Path) -> None:
             _widen(value)
     for value in model.graph.inputs:
         _widen(value)
+    for node in model.graph:
+        # So that ONNX Runtime fuses it with the product, and holds no dequantised weights.
+        scales = node.inputs[1] if node.op_type == "DequantizeLinear" else None
+        if scales is not None and scales.const_value is not None:
+            scales.const_value = _widened(scales.const_value)
+            scales.dtype = ir.DataType.FLOAT
     cast_weights(model.graph)
     ir.save(model, out)
 

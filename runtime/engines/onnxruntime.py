@@ -69,7 +69,8 @@ def use_little_memory(options: Any) -> list[str]:
     """
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.enable_cpu_mem_arena = False
-    return ["ConstantFolding"]
+    # The second casts weights in float16 when they are loaded.
+    return ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
 
 
 def open_session(
