@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,14 +129,7 @@ def _export(options: argparse.Namespace) -> None:
     if options.out.suffix != ".plan":
         _check_no_plan_options(plan)
 
-    with stage_display() as display:
-
-        @contextmanager
-        def stage(description: str) -> Iterator[Callable[[str], None]]:
-            task = display.add_task(description, total=1)
-            yield lambda detail: display.update(task, description=f"{description}: {detail}")
-            display.update(task, completed=1, description=description)
-
+    with stage_display() as stage:
         about = export(
             options.model,
             UNTRAINED if options.random_transfer else options.transfer,

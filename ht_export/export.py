@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -27,6 +26,7 @@ from ht_export.parity.passes import Expected, LoweredEngine, ReferenceEngine, ch
 from ht_export.placing import CPU_SUFFIX, check_out, check_space, put_in_place, staging_folder
 from ht_export.plan.planner import DEFAULT_CHUNK, Planner, PlanSettings
 from ht_export.precision import in_float32, storage_of
+from ht_export.progress import Stage
 from ht_export.quantise import quantise
 from ht_export.storage import Storage
 from ht_export.training.prompts import encode_chat, read_conversations
@@ -58,9 +58,6 @@ UNTRAINED = Untrained()
 # Texts that quantisation is calibrated on, and tokens of each.
 CALIBRATION_TEXTS = 64
 CALIBRATION_TOKENS = 256
-
-# Entered around each stage with its description; gives what tells how far the stage is.
-Stage = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 
 
 @dataclass(frozen=True)

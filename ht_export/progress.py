@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as RemainingColumn
+
+# Entered around each stage with its description; gives what tells how far the stage is.
+Stage = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 
 
 def progress_bar(*, disable: bool = False, auto_refresh: bool = True) -> Progress:
@@ -24,11 +33,30 @@ def progress_bar(*, disable: bool = False, auto_refresh: bool = True) -> Progres
     )
 
 
-def stage_display() -> Progress:
-    """Return a display for stages of unknown length: a spinner while a stage runs, its time when it is done."""
-    return Progress(
-        SpinnerColumn(finished_text="✓"),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
+@contextlib.contextmanager
+def stage_display() -> Iterator[Stage]:
+    """Give what shows stages of unknown length on stderr: on a terminal a spinner while one runs, and its time when it
+    is done; elsewhere, so in logs, a line then.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _logged_stage
+        return
+    with Progress(
+        SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn(), console=console
+    ) as display:
+
+        @contextlib.contextmanager
+        def stage(description: str) -> Iterator[Callable[[str], None]]:
+            task = display.add_task(description, total=1)
+            yield lambda detail: display.update(task, description=f"{description}: {detail}")
+            display.update(task, completed=1, description=description)
+
+        yield stage
+
+
+@contextlib.contextmanager
+def _logged_stage(description: str) -> Iterator[Callable[[str], None]]:
+    start = time.monotonic()
+    yield lambda detail: None
+    print(f"{description}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ from runtime.files import atomic_path, check_writable, write_json
 
 if TYPE_CHECKING:
     from ht_export.parity.report import Report
-    from ht_export.parity.run import ParitySettings
 
 REPORT_SUFFIXES = (".md", ".html")
 
@@ -70,6 +68,7 @@ def _run(options: argparse.Namespace) -> int:
         raise InputError(f"--report {options.report}: its name must end in {' or '.join(REPORT_SUFFIXES)}")
     from ht_export.parity.report import to_markdown
     from ht_export.parity.run import ParitySettings, run
+    from ht_export.progress import stage_display
 
     settings = ParitySettings(
         options.model,
@@ -81,24 +80,11 @@ def _run(options: argparse.Namespace) -> int:
         not options.no_evaluator,
         options.threads,
     )
-    report = _with_progress(run, settings)
+    with stage_display() as stage:
+        report = run(settings, stage)
     print(to_markdown(report, options.per_layer), end="")
     _write(report, options)
     return 1 if report.faults else 0
-
-
-def _with_progress(run: Callable[..., Report], settings: ParitySettings) -> Report:
-    from ht_export.progress import stage_display
-
-    with stage_display() as display:
-
-        @contextmanager
-        def stage(description: str) -> Iterator[None]:
-            task = display.add_task(description, total=1)
-            yield
-            display.update(task, completed=1)
-
-        return run(settings, stage)
 
 
 def _write(report: Report, options: argparse.Namespace) -> None:

@@ -43,7 +43,7 @@ LEAST_TOKENS = 24
 EVALUATED_WEIGHTS = 4 << 30
 
 # Entered around each stage with its description.
-Stages = Callable[[str], AbstractContextManager[None]]
+Stages = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
