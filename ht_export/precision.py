@@ -75,12 +75,13 @@ def write_widened(graph: Path, out: Path) -> None:
             _widen(value)
     for value in model.graph.inputs:
         _widen(value)
-    for node in model.graph:
-        # So that ONNX Runtime fuses it with the product, and holds no dequantised weights.
-        scales = node.inputs[1] if node.op_type == "DequantizeLinear" else None
-        if scales is not None and scales.const_value is not None:
-            scales.const_value = _widened(scales.const_value)
-            scales.dtype = ir.DataType.FLOAT
+    # ONNX Runtime runs them all at once, and holds all weights in float32, unless they come before what makes the rows of
+    # their product; then it runs each just before its product.
+    first = model.graph[0]
+    for node in list(model.graph):
+        if node.op_type == "DequantizeLinear" and node is not first:
+            model.graph.remove(node)
+            model.graph.insert_before(first, [node])
     cast_weights(model.graph)
     ir.save(model, out)
 

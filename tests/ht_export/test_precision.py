@@ -13,13 +13,9 @@ from runtime.engine_file import read_engine_file
 from runtime.engines.onnxruntime import use_little_memory
 
 
-@pytest.mark.parametrize(
-    ("precision", "fused"), [("fp16", None), ("int8", "MatMulNBits"), ("int4", "MatMulNBits"), ("fp8", None)]
-)
-def test_a_small_session_leaves_weights_as_they_are_stored(
-    half_engine: Path, tmp_path: Path, precision: str, fused: str | None
-) -> None:
-    """What ONNX Runtime holds once it has loaded a graph is what it would write of it."""
+@pytest.mark.parametrize("precision", ["fp16", *STORED_IN_PLANS])
+def test_a_small_session_holds_weights_in_float32_one_by_one(half_engine: Path, tmp_path: Path, precision: str) -> None:
+    """What ONNX Runtime holds once it has loaded a graph, and the order that it runs it in, are of what it writes."""
     graph, widened = half_engine, half_engine.with_name("widened.onnx")
     if precision != "fp16":
         graph, widened = tmp_path / "stored.onnx", tmp_path / "widened.onnx"
@@ -34,11 +30,14 @@ def test_a_small_session_leaves_weights_as_they_are_stored(
         widened.unlink()
     loaded = onnx.load(tmp_path / "loaded.onnx", load_external_data=False).graph
     hidden = read_engine_file(half_engine).dims.hidden_size
-    wide = [
-        one.name
-        for one in loaded.initializer
-        if one.data_type == onnx.TensorProto.FLOAT and len(one.dims) == 2 and min(one.dims) >= hidden
+    matrices = [one for one in loaded.initializer if len(one.dims) == 2 and min(one.dims) >= hidden]
+    assert not [one.name for one in matrices if one.data_type == onnx.TensorProto.FLOAT]
+    names = {one.name for one in matrices}
+    first_use = {name: place for place, node in reversed([*enumerate(loaded.node)]) for name in node.input}
+    made = [
+        (place, node) for place, node in enumerate(loaded.node) if names & {*node.input} and node.op_type != "Gather"
     ]
-    assert not wide
-    operators = {node.op_type for node in loaded.node}
-    assert fused in operators if fused else "MatMulNBits" not in operators
+    assert {node.op_type for _, node in made} >= {"Cast" if precision == "fp16" else "DequantizeLinear"}
+    for place, node in made:
+        between = loaded.node[place + 1 : first_use[node.output[0]]]
+        assert len(between) <= 2, (node.name, [other.op_type for other in between])
