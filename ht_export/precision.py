@@ -75,8 +75,8 @@ def write_widened(graph: Path, out: Path) -> None:
             _widen(value)
     for value in model.graph.inputs:
         _widen(value)
-    # ONNX Runtime runs them all at once, and holds all weights in float32, unless they come before what makes the rows of
-    # their product; then it runs each just before its product.
+    # ONNX Runtime runs them all at once, and holds all weights in float32, unless they come before what makes the rows
+    # of their product; then it runs each just before its product.
     first = model.graph[0]
     for node in list(model.graph):
         if node.op_type == "DequantizeLinear" and node is not first:
