@@ -12,7 +12,6 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-import psutil
 import torch
 
 from ht_export.bench.settings import evenly
@@ -23,11 +22,12 @@ from ht_export.graph import OPSET, build_graph, graph_dims
 from ht_export.lowering import can_be_lowered, lower_for_cpu
 from ht_export.model import HiddenTransferModel
 from ht_export.parity.passes import Expected, LoweredEngine, ReferenceEngine, check, difference, record
-from ht_export.placing import CPU_SUFFIX, check_out, check_space, put_in_place, staging_folder
+from ht_export.placing import CPU_SUFFIX, check_out, put_in_place, staging_folder
 from ht_export.plan.planner import DEFAULT_CHUNK, Planner, PlanSettings
 from ht_export.precision import in_float32, storage_of
 from ht_export.progress import Stage
 from ht_export.quantise import quantise
+from ht_export.resources import check_memory, check_space, weight_bytes
 from ht_export.storage import Storage
 from ht_export.training.prompts import encode_chat, read_conversations
 from ht_export.transfer import TransferFile, TransferLayers, default_layers, load_transfer_layers
@@ -41,10 +41,6 @@ from runtime.tree import TreeSizes
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
-# Bytes that an export needs besides the loaded model: for each value of the largest matrix, which is converted as a
-# whole, and for everything else.
-MEMORY_PER_VALUE = 12
-MEMORY_CONSTANT = 1 << 30
 DEFAULT_TREE_ROWS = 4
 PLAN_TREE_ROWS = 16
 
@@ -133,16 +129,16 @@ def export(
     sizes = settings.tree(transfer.num_steps, plan=is_plan)
     # What is quantised is rounded from what the checkpoint has.
     as_stored = storage is not None and not is_plan
-    weight_bytes = _weight_bytes(base, dtype, storage if as_stored else None)
-    check_space(weight_bytes, out)
-    _check_memory(base)
+    weights_take = weight_bytes(base.model, dtype, storage, as_stored=as_stored)
+    check_space(weights_take, out)
+    check_memory(base.model, weights_take.engine if as_stored else 0)
     model = HiddenTransferModel(base.model, transfer).eval()
     dims = graph_dims(base.model.config, transfer, str(dtype).removeprefix("torch."))
     context = base.max_context
     chunk = DEFAULT_CHUNK if settings.chunk is None else settings.chunk
     if planner:
         asked = settings.chunk, settings.max_context
-        limits = planner.prepare(dims, sizes, asked, context, weight_bytes, out.parent)
+        limits = planner.prepare(dims, sizes, asked, context, weights_take.engine, out.parent)
         context, chunk = limits.max_context, limits.chunk
     with stage("tracing the graph"):
         graph = build_graph(model, dtype, as_stored=as_stored)
@@ -285,29 +281,6 @@ def shipped_transfer(source: str) -> Path:
             "train some with ht-train and give them with --transfer, or try the model with --random-transfer"
         )
     return PRETRAINED / known.transfer
-
-
-def _check_memory(base: BaseModel) -> None:
-    largest = max(parameter.numel() for parameter in base.model.parameters())
-    needed = MEMORY_PER_VALUE * largest + MEMORY_CONSTANT
-    free = psutil.virtual_memory().available
-    if free < needed:
-        raise InputError(
-            f"the export needs about {needed >> 20} MiB of memory besides the model, and {free >> 20} MiB are free; "
-            "close other programs, or export on a larger machine"
-        )
-
-
-def _weight_bytes(base: BaseModel, dtype: torch.dtype, storage: Storage | None) -> int:
-    """Return the bytes of the weights on the disk: in `dtype`, or as the checkpoint has them and then quantised."""
-    parameters = list(base.model.parameters())
-    if storage is None or storage.grid is None:
-        return sum(parameter.numel() for parameter in parameters) * dtype.itemsize
-    stored = sum(parameter.numel() * min(parameter.dtype.itemsize, dtype.itemsize) for parameter in parameters)
-    embedding = base.model.get_input_embeddings().weight.numel()
-    # The embedding, and a head that may be the same matrix; scales and zero points take less than 2 bits a weight.
-    values = sum(parameter.numel() for parameter in parameters) + embedding
-    return max(stored, embedding * dtype.itemsize + values * (storage.grid.bits + 2) // 8)
 
 
 def _write_tokenizer(base: BaseModel, folder: Path, stem: str) -> tuple[FileRecord, FileRecord | None]:

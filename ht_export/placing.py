@@ -17,10 +17,6 @@ CPU_SUFFIX = ".cpu.onnx"
 # Of files that not every engine has.
 OPTIONAL_SUFFIXES = (CPU_SUFFIX, ".correction.npy", ".chat_template.jinja", ".tuning.json")
 
-# Of the disk, in weights and besides them.
-SPACE_FACTOR = 1.05
-SPACE_CONSTANT = 64 << 20
-
 
 def check_out(out: Path) -> None:
     """Raise `InputError` unless `out` names an engine file that can be written there."""
@@ -41,17 +37,6 @@ def check_out(out: Path) -> None:
         raise InputError(
             f"{described} belongs to {other.name}, and {out.name} would need one of the same name; choose another name "
             f"or folder, for example {out.parent / out.suffix[1:] / out.name}"
-        )
-
-
-def check_space(weight_bytes: int, out: Path) -> None:
-    """Raise `InputError` unless there is room beside `out` for so many bytes of weights and what goes with them."""
-    needed = int(SPACE_FACTOR * weight_bytes) + SPACE_CONSTANT
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise InputError(
-            f"{out.parent} has {free / 2**20:.0f} MiB free, and the engine needs about {needed / 2**20:.0f} MiB; "
-            "free some space or choose another folder"
         )
 
 

@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar for counted work, a ticking line for work that cannot be counted."""
+"""Progress on the terminal: a bar for counted work, a ticking line for work that cannot be counted; lines in a log."""
 
 from __future__ import annotations
 
@@ -7,21 +7,51 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as RemainingColumn
 
 # Entered around each stage with its description; gives what tells how far the stage is.
 Stage = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 
 
+# Between lines in a log, in seconds.
+LOG_EVERY = 30
+
+
+class _LoggedProgress(Progress):
+    """Prints a line now and then where there is no terminal to draw bars on."""
+
+    _last = 0.0
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """See `Progress.update`."""
+        super().update(task_id, **changes)
+        self._log(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """See `Progress.advance`."""
+        super().advance(task_id, advance)
+        self._log(task_id)
+
+    def _log(self, task_id: TaskID) -> None:
+        now = time.monotonic()
+        if self.disable or self.console.is_terminal or now - self._last < LOG_EVERY:
+            return
+        self._last = now
+        task = next(task for task in self.tasks if task.id == task_id)
+        self.console.print(*(column(task) for column in self.columns if not isinstance(column, BarColumn | str)))
+
+
 def progress_bar(*, disable: bool = False, auto_refresh: bool = True) -> Progress:
-    """Return a bar with count, elapsed and remaining time, drawn on stderr unless disabled.
+    """Return a bar with count, elapsed and remaining time, drawn on stderr unless disabled; in a log it is a line now
+    and then.
 
     Without `auto_refresh` it is drawn when it is told to, and takes no time beside what is timed.
     """
-    return Progress(
+    return _LoggedProgress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),

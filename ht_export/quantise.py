@@ -6,7 +6,9 @@ it is: a pass reads a few rows of it only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import gc
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,22 +31,55 @@ def quantise(graph: Path, out: Path, storage: Storage, moments: Iterable[Moments
     Its own weights may be at the place where those of `out` will be.
     """
     model = ir.load(graph)
-    # All others when the last ones have come.
+    # Quantised weights are kept on the disk: those of a large model would fill the memory.
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder:
+        for number, (product, rows) in enumerate(_products(model.graph, moments)):
+            before = set(model.graph.initializers)
+            _replace(model.graph, product, storage, rows)
+            added = [value for name, value in model.graph.initializers.items() if name not in before]
+            _put_away(added, Path(folder) / f"{number}.data")
+        model.opset_imports.update(storage.opsets)
+        RemoveUnusedNodesPass()(model)
+        _take_the_rest(model.graph, folder)
+        widen_weights(model.graph)
+        weights_file = out.with_name(f"{out.name}.data")
+        # Gone from the disk, where nothing maps it any more, before more is written.
+        gc.collect()
+        weights_file.unlink(missing_ok=True)
+        ir.save(model, out, external_data=weights_file.name)
+
+
+def _put_away(values: Sequence[ir.Value], path: Path) -> None:
+    """Let initializers be mapped from a new file at `path`."""
+    tensors = [value.const_value for value in values if value.const_value is not None]
+    kept = ir.external_data.convert_tensors_to_external(tensors, path.parent, path.name) if tensors else []
+    for value, tensor in zip(values, kept, strict=True):
+        value.const_value = tensor
+
+
+def _take_the_rest(graph: ir.Graph, folder: str) -> None:
+    """Read initializers that are in files elsewhere than in `folder`."""
+    values = [
+        value
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor) and Path(value.const_value.base_dir) != Path(folder)
+    ]
+    tensors = [value.const_value for value in values if value.const_value is not None]
+    for value, tensor in zip(values, ir.external_data.convert_tensors_from_external(tensors), strict=True):
+        value.const_value = tensor
+
+
+def _products(graph: ir.Graph, moments: Iterable[Moments]) -> Iterator[tuple[ir.Node, NDArray[np.float64] | None]]:
+    """Yield products with weights, and the second moments of their rows: those that have some as these come, and with
+    the last ones all others.
+    """
     for found, last in _with_last(moments):
-        for node in list(model.graph):
-            if node.op_type == "MatMul" and (weights := _weights(node)) is not None:
+        for node in list(graph):
+            if node.op_type == "MatMul" and _weights(node) is not None:
                 rows = node.inputs[0]
                 assert rows is not None
                 if rows.name in found or last:
-                    _replace(model.graph, node, *weights, storage, found.get(rows.name or ""))
-    model.opset_imports.update(storage.opsets)
-    RemoveUnusedNodesPass()(model)
-    # What is left, and gone from the disk before more is written.
-    ir.external_data.load_to_model(model)
-    widen_weights(model.graph)
-    weights_file = out.with_name(f"{out.name}.data")
-    weights_file.unlink(missing_ok=True)
-    ir.save(model, out, external_data=weights_file.name)
+                    yield node, found.get(rows.name or "")
 
 
 def _with_last(found: Iterable[Moments]) -> Iterator[tuple[Moments, bool]]:
@@ -71,14 +106,10 @@ def _weights(product: ir.Node) -> tuple[ir.Value, bool] | None:
     return value, is_transposed
 
 
-def _replace(
-    graph: ir.Graph,
-    product: ir.Node,
-    weights: ir.Value,
-    is_transposed: bool,
-    storage: Storage,
-    moments: NDArray[np.float64] | None,
-) -> None:
+def _replace(graph: ir.Graph, product: ir.Node, storage: Storage, moments: NDArray[np.float64] | None) -> None:
+    found = _weights(product)
+    assert found is not None
+    weights, is_transposed = found
     assert weights.const_value is not None
     columns, _ = weights.const_value.shape.numpy()[:: -1 if is_transposed else 1]
     if not storage.takes(columns):

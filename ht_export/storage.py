@@ -27,10 +27,12 @@ Array = NDArray[np.float32]
 
 
 class Storage(ABC):
-    """How weights of one precision are stored. `grid` is what they are rounded to, None where that has no steps of one
-    size; `opsets` are domains that the graph needs besides its own.
+    """How weights of one precision are stored: in `bits` each, their part of scales and zero points included. `grid` is
+    what they are rounded to, None where that has no steps of one size; `opsets` are domains that the graph needs
+    besides its own.
     """
 
+    bits: float
     grid: Grid | None = None
     opsets: ClassVar[dict[str, int]] = {}
 
@@ -53,19 +55,19 @@ class NBits(Storage):
     opsets: ClassVar[dict[str, int]] = {CONTRIB: 1}
 
     def __init__(self, bits: int) -> None:
-        self.bits = bits
-        self.grid = Grid(bits)
+        self.grid: Grid = Grid(bits)
+        self.bits = bits + (32 + bits) / BLOCK
 
     def replace(self, graph: ir.Graph, product: ir.Node, name: str, weights: Array, ends: Array | None) -> None:
         """See `Storage.replace`."""
-        parts = zip(("quantised", "scales", "zero_points"), packed_blocks(weights, self.bits, ends), strict=True)
+        parts = zip(("quantised", "scales", "zero_points"), packed_blocks(weights, self.grid.bits, ends), strict=True)
         quantised = ir.node(
             "MatMulNBits",
             [product.inputs[0], *(_initializer(graph, f"{name}.{part}", ir.tensor(values)) for part, values in parts)],
             {
                 "K": weights.shape[1],
                 "N": weights.shape[0],
-                "bits": self.bits,
+                "bits": self.grid.bits,
                 "block_size": BLOCK,
                 "accuracy_level": COMPUTE_INT8,
             },
@@ -103,6 +105,8 @@ class Dequantised(Storage):
 class Int8Columns(Dequantised):
     """8 bits, and a scale for each output."""
 
+    # The scales are next to nothing.
+    bits = 8
     grid = Grid(8, None, symmetric=True, stored=np.float16)
 
     def stored(self, weights: Array, ends: Array | None) -> tuple[ir.TensorProtocol, Array, dict[str, Any]]:
@@ -114,6 +118,7 @@ class Int8Columns(Dequantised):
 class Int4Blocks(Dequantised):
     """4 bits, and a scale for each output and 64 inputs."""
 
+    bits = 4 + 16 / PLAN_BLOCK
     grid = Grid(4, PLAN_BLOCK, symmetric=True, stored=np.float16)
 
     def takes(self, columns: int) -> bool:
@@ -132,6 +137,8 @@ class Int4Blocks(Dequantised):
 
 class Float8Columns(Dequantised):
     """Floating-point numbers of 8 bits (4 of exponent, 3 of mantissa), and a scale for each output."""
+
+    bits = 8
 
     def stored(self, weights: Array, ends: Array | None) -> tuple[ir.TensorProtocol, Array, dict[str, Any]]:
         """See `Dequantised.stored`."""

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from ht_export import cli, placing
+from ht_export import cli, placing, resources
 from ht_export import export as export_module
 from ht_export.checkpoint import load_base_model
 from ht_export.export import ExportSettings, export
@@ -156,8 +156,8 @@ def test_a_full_disk_leaves_nothing_behind(
 def test_too_little_space_is_said_before_the_work(
     tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placing.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(InputError, match="MiB free, and the engine needs about"):
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(InputError, match="MiB free, and the export needs about"):
         run(tiny_checkpoint, tiny_transfer, tmp_path / "engine.onnx")
 
 

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from ht_export.progress import stage_display
+from ht_export import progress
+from ht_export.progress import progress_bar, stage_display
 
 
 def test_a_log_has_a_line_for_each_stage_when_it_is_done(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,3 +28,21 @@ def test_a_terminal_has_every_stage_and_how_far_it_is(
     shown = capsys.readouterr().err
     assert "building the plan" in shown
     assert "✓" in shown
+
+
+def test_a_log_has_a_line_of_counted_work_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress_bar() as bar:
+        task = bar.add_task("training", total=9)
+        bar.advance(task)
+        assert re.fullmatch(r"training 1/9 0:00:00 \S+\n", capsys.readouterr().err)
+        bar.advance(task)
+        assert not capsys.readouterr().err
+        monkeypatch.setattr(progress, "LOG_EVERY", 0)
+        bar.update(task, completed=7)
+        assert "training 7/9" in capsys.readouterr().err
+    capsys.readouterr()
+    with progress_bar(disable=True) as bar:
+        bar.advance(bar.add_task("training", total=9))
+    assert not capsys.readouterr().err
