@@ -173,6 +173,7 @@ def export(
             with stage("quantising the weights") as tell:
                 _quantise(staged, storage, dims, texts, tell)
                 parity["quantisation"] = {"method": "GPTQ" if texts else "round to nearest", "texts": len(texts)}
+            with stage("checking the quantised weights"):
                 onnx.checker.check_model(str(staged))
                 with in_float32(staged, dims) as (widened, computed):
                     # Weights alone: what is `small` multiplies them in float32, one matrix at a time.
