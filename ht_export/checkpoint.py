@@ -91,8 +91,8 @@ def load_base_model(
 
     `source` is a known name (`smollm2-135m`), a folder with `config.json` and safetensors weights, a `.gguf` file,
     or a hub id. `dtype` None keeps the precision that the weights are stored in, and `max_context` None takes what the
-    model was made for. Raises `InputError` for a missing, damaged or
-    unsupported checkpoint, or a context that it cannot have.
+    model was made for. Raises `InputError` for a missing, damaged or unsupported checkpoint, or a context that it
+    cannot have.
     """
     location = locate(source)
     transformers_logging.set_verbosity_error()
