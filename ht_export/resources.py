@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from ht_export.storage import Storage
 from runtime.errors import InputError
@@ -32,7 +32,9 @@ class WeightBytes:
     engine: int
 
 
-def weight_bytes(model: nn.Module, dtype: torch.dtype, storage: Storage | None, *, as_stored: bool) -> WeightBytes:
+def weight_bytes(
+    model: PreTrainedModel, dtype: torch.dtype, storage: Storage | None, *, as_stored: bool
+) -> WeightBytes:
     """Return what the weights of the base model `model` take: in `dtype`, or with `as_stored` as the checkpoint has
     them where that is less, and then quantised if there is a `storage`.
     """
@@ -43,12 +45,12 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype, storage: Storage | None, 
     )
     if storage is None:
         return WeightBytes(graph, graph)
-    embedding: int = model.get_input_embeddings().weight.numel()  # type: ignore[operator]
-    head: int = model.get_output_embeddings().weight.numel()  # type: ignore[operator]
-    values = sum(parameter.numel() for parameter in parameters)
-    is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight  # type: ignore[operator]
-    quantised = values - embedding + (head if is_tied else 0)
-    return WeightBytes(graph, embedding * dtype.itemsize + int(quantised * storage.bits / 8))
+    embedding = model.get_input_embeddings().weight
+    quantised = sum(parameter.numel() for parameter in parameters if parameter is not embedding)
+    if model.get_output_embeddings().weight is embedding:
+        # Of which then both exist.
+        quantised += embedding.numel()
+    return WeightBytes(graph, embedding.numel() * dtype.itemsize + int(quantised * storage.bits / 8))
 
 
 def check_space(weights: WeightBytes, out: Path) -> None:
@@ -65,7 +67,7 @@ def check_space(weights: WeightBytes, out: Path) -> None:
         )
 
 
-def check_memory(model: nn.Module, arranged: int) -> None:
+def check_memory(model: PreTrainedModel, arranged: int) -> None:
     """Raise `InputError` unless there is memory to export the base model `model`, and to run an engine that has
     `arranged` bytes of weights arranged anew for that.
     """
