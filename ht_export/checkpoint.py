@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -100,6 +104,13 @@ def load_base_model(
     options: dict[str, Any] = {"trust_remote_code": False}
     if location.gguf_file:
         options["gguf_file"] = location.gguf_file
+    with _gguf_read_once():
+        return _load(source, location, dtype, max_context, options)
+
+
+def _load(
+    source: str, location: Location, dtype: torch.dtype | None, max_context: int | None, options: dict[str, Any]
+) -> BaseModel:
     try:
         config = AutoConfig.from_pretrained(location.path, **options)
     except Exception as error:
@@ -136,6 +147,21 @@ def load_base_model(
         weights_sha256=weights_sha256,
         max_context=context,
     )
+
+
+@contextlib.contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Let GGUF files be parsed once, which takes seconds, and names of tensors be found once: transformers does the one
+    for the configuration, for the weights and for the tokenizer, and the other for every module.
+    """
+    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in own.items():
+        setattr(gguf, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(gguf, name, function)
 
 
 def locate(source: str) -> Location:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+import gguf
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -43,8 +44,26 @@ Passes = list[tuple[np.ndarray, np.ndarray]]
 
 
 @pytest.fixture(scope="module")
-def base() -> BaseModel:
-    return load_base_model("smollm2-135m")
+def parsed() -> list[str]:
+    """GGUF files that are parsed when the base model is loaded, once for each time."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def base(parsed: list[str]) -> BaseModel:
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path: str) -> None:
+            parsed.append(Path(path).name)
+            super().__init__(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", Reader)
+        return load_base_model("smollm2-135m")
+
+
+def test_a_gguf_file_is_parsed_once(base: BaseModel, parsed: list[str]) -> None:
+    assert base.model.config.num_hidden_layers == 30
+    assert parsed == [KNOWN.file]
 
 
 @pytest.fixture(scope="module")
