@@ -131,7 +131,7 @@ def export(
     as_stored = storage is not None and not is_plan
     weights_take = weight_bytes(base.model, dtype, storage, as_stored=as_stored)
     check_space(weights_take, out)
-    check_memory(base.model, weights_take.engine if as_stored else 0)
+    check_memory(base.model, weights_take.quantised if as_stored else 0)
     model = HiddenTransferModel(base.model, transfer).eval()
     dims = graph_dims(base.model.config, transfer, str(dtype).removeprefix("torch."))
     context = base.max_context
@@ -233,7 +233,7 @@ def _quantise(
     else:
         quantise(whole, staged, storage)
     whole.unlink()
-    # Graphs are full of cycles, and this one's weights are in memory.
+    # Graphs are full of cycles, and this one maps files that are gone.
     gc.collect()
 
 

@@ -16,7 +16,6 @@ from rich.progress import TimeRemainingColumn as RemainingColumn
 # Entered around each stage with its description; gives what tells how far the stage is.
 Stage = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 
-
 # Between lines in a log, in seconds.
 LOG_EVERY = 30
 

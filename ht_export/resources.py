@@ -26,10 +26,15 @@ ARRANGED = 1.3
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of the weights: of the `graph` that is traced and checked, and of the `engine`, which may be quantised."""
+    """Bytes of the weights: of the `graph` that is traced and checked, and `quantised`, 0 where they are not."""
 
     graph: int
-    engine: int
+    quantised: int = 0
+
+    @property
+    def engine(self) -> int:
+        """Of the engine that is made of the graph."""
+        return self.quantised or self.graph
 
 
 def weight_bytes(
@@ -44,7 +49,7 @@ def weight_bytes(
         for parameter in parameters
     )
     if storage is None:
-        return WeightBytes(graph, graph)
+        return WeightBytes(graph)
     embedding = model.get_input_embeddings().weight
     quantised = sum(parameter.numel() for parameter in parameters if parameter is not embedding)
     if model.get_output_embeddings().weight is embedding:
@@ -57,8 +62,7 @@ def check_space(weights: WeightBytes, out: Path) -> None:
     """Raise `InputError` unless there is room beside `out` for these weights and what goes with them: for those of the
     graph, and until the engine is written for the quantised ones too.
     """
-    most = weights.graph + weights.engine if weights.engine != weights.graph else weights.graph
-    needed = int(SPACE_FACTOR * most) + SPACE_CONSTANT
+    needed = int(SPACE_FACTOR * (weights.graph + weights.quantised)) + SPACE_CONSTANT
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise InputError(

@@ -1,5 +1,6 @@
 """What an export asks of the disk and the memory before it begins."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from ht_export import resources
+from ht_export.export import ExportSettings, export
 from ht_export.quantise import quantise
 from ht_export.resources import WeightBytes, check_memory, check_space, weight_bytes
 from ht_export.storage import STORED, STORED_IN_PLANS
@@ -39,18 +41,18 @@ def test_the_weights_of_a_plan_take_what_is_asked_for(half_engine: Path, tmp_pat
 def test_the_graph_has_weights_as_the_checkpoint_does_where_they_are_quantised_for_onnx() -> None:
     model = tiny_llama()
     values = model.num_parameters()
-    assert weight_bytes(model, torch.float16, None, as_stored=False) == WeightBytes(2 * values, 2 * values)
+    assert weight_bytes(model, torch.float16, None, as_stored=False) == WeightBytes(2 * values)
     assert weight_bytes(model, torch.float32, STORED["int8"], as_stored=True).graph == 4 * values
     model.to(torch.bfloat16)
     assert weight_bytes(model, torch.float32, STORED["int8"], as_stored=True).graph == 2 * values
-    assert weight_bytes(model, torch.float32, None, as_stored=False) == WeightBytes(4 * values, 4 * values)
+    assert weight_bytes(model, torch.float32, None, as_stored=False) == WeightBytes(4 * values)
 
 
 def test_the_disk_must_have_room_for_both_where_weights_are_quantised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: SimpleNamespace(free=1200 << 20))
-    check_space(WeightBytes(1000 << 20, 1000 << 20), tmp_path / "engine.onnx")
+    check_space(WeightBytes(1000 << 20), tmp_path / "engine.onnx")
     with pytest.raises(InputError, match="has 1200 MiB free, and the export needs about 1324 MiB"):
         check_space(WeightBytes(1000 << 20, 200 << 20), tmp_path / "engine.onnx")
 
@@ -63,3 +65,25 @@ def test_memory_is_asked_for_what_is_converted_or_run(monkeypatch: pytest.Monkey
     monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 30))
     with pytest.raises(InputError, match="needs about 1024 MiB of memory besides the model"):
         check_memory(tiny_llama(), 0)
+
+
+def test_an_export_that_quantises_asks_for_more(
+    tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = weight_bytes(tiny_llama(), torch.float32, None, as_stored=False).graph
+    enough = int(resources.SPACE_FACTOR * graph) + resources.SPACE_CONSTANT
+    out = tmp_path / "engine.onnx"
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: SimpleNamespace(free=enough))
+    check_space(WeightBytes(graph), out)
+    with pytest.raises(InputError, match="and the export needs about"):
+        export_tiny(tiny_checkpoint, tiny_transfer, out)
+    monkeypatch.undo()
+    monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 30))
+    with pytest.raises(InputError, match="of memory besides the model"):
+        export_tiny(tiny_checkpoint, tiny_transfer, out)
+    assert not list(tmp_path.iterdir())
+
+
+def export_tiny(checkpoint: Path, transfer: Path, out: Path) -> None:
+    settings = ExportSettings(precision="int8")
+    export(str(checkpoint), transfer, out, settings, lambda _: nullcontext(lambda _: None))

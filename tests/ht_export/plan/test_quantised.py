@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ht_export import cli
+from ht_export.plan import planner as planner_module
 from ht_export.plan.planner import Planner
 from runtime.engine_file import read_engine_file
 from runtime.errors import InputError
@@ -52,6 +53,24 @@ def test_calibrated_weights_are_nearer(
     capsys.readouterr()
     assert cli.main([*arguments, *limits[2:], "--precision", "fp8"]) == 1
     assert "--calibrate: weights are rounded to the nearest in fp8" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_memory_is_asked_for_the_plans_weights_not_the_graphs(
+    wide_checkpoint: Path, wide_transfer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or large models would be refused where their plans fit."""
+    asked: list[int] = []
+
+    def stop(weight_bytes: int, _: Path) -> None:
+        asked.append(weight_bytes)
+        raise InputError("no more is wanted")
+
+    monkeypatch.setattr(planner_module, "check_resources", stop)
+    for precision in ("fp16", "int8"):
+        with pytest.raises(InputError, match="no more is wanted"):
+            build(wide_checkpoint, wide_transfer, tmp_path / "e.plan", replace(PLAN, capabilities=((8, 9),)), precision)
+    whole, quantised = asked
+    assert 0.5 * whole < quantised < 0.75 * whole
 
 
 def test_a_gpu_without_fp8_is_refused_before_the_work() -> None:
