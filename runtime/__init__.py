@@ -1,7 +1,8 @@
 """Run time: draft-and-verify decoding on an exported engine."""
 
+from runtime.answer import GenerationChunk, GenerationResult
 from runtime.errors import EngineFileError, InputError, PromptTooLongError
-from runtime.generator import GenerationChunk, GenerationResult, Generator
+from runtime.generator import Generator
 from runtime.sampling import LogitsProcessor, Sampling, TokenLogProbability
 from runtime.tree import TreeSizes
 

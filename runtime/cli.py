@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.command_line import run
 from runtime.errors import InputError
+from runtime.program import run
 from runtime.sampling import Sampling
 
 

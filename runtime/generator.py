@@ -5,74 +5,32 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
-from runtime.calibration import Calibration
-from runtime.chat import ChatTemplate, Message
+from runtime import driver
+from runtime.answer import Answer, GenerationChunk, GenerationResult
+from runtime.bundle.engine_file import EngineFile
+from runtime.bundle.reading import read_bundle
+from runtime.bundle.tuning_file import Tuning
+from runtime.chat import Message
 from runtime.checks import MOST_THREADS, whole
-from runtime.drafter import Drafter
-from runtime.drafts import TokenCorrection
-from runtime.engine_file import EngineFile, PlanFile, read_engine_file
-from runtime.engines import Engine
-from runtime.errors import EngineFileError, InputError, PromptTooLongError
-from runtime.loop import draft_and_verify
-from runtime.ngrams import Ngrams
-from runtime.noise import Noise
-from runtime.sampler import Sampler
-from runtime.sampling import Sampling, TokenLogProbability
-from runtime.sizing import AdaptiveSizes, FixedSizes, Sizing
+from runtime.decode import Request
+from runtime.drafting.drafter import Drafter
+from runtime.drafting.ngrams import Ngrams
+from runtime.drafting.sizing import AdaptiveSizes, FixedSizes, Sizing
+from runtime.drafting.source import DraftSource
+from runtime.drafting.transfer_layers import TransferLayers
+from runtime.engines.opening import open_engine, runs_on_cpu
+from runtime.engines.protocol import Engine
+from runtime.errors import InputError, PromptTooLongError
+from runtime.sampling import Sampling
+from runtime.sampling.noise import Noise
+from runtime.sampling.sampler import Sampler
 from runtime.tree import MOST_ROWS, TreeSizes
-from runtime.tuning import Tuning, device_name, quick, read_tuning, write_tuning
+from runtime.tuning import device_name, load_or_measure
 
-FinishReason = Literal["stop", "length"]
 Prompt = str | Sequence[Message]
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """An answer and how it came about.
-
-    `tokens` are the new token ids, an end-of-text token included; `text` leaves special tokens out and ends before a
-    stop string. `finish_reason` is "stop" (end of text, or a stop string) or "length" (token or context limit).
-    `steps` counts the engine passes that made tokens certain, the prompt's last one included, so that
-    `tokens_per_step` is tokens / steps and 1.0 for plain decoding. `decode_tokens_per_second` leaves the prompt and
-    the first token out, and the time that the taker of a stream keeps each chunk; it is 0.0 when there was no second
-    token. `accepted[n]` counts the steps that accepted n drafted tokens and so yielded n + 1: all but the prompt's, and
-    the last one, which the answer's end cut short. `seed` is the one that sampling used, None for greedy decoding.
-    `log_probabilities` has an entry for each token, if asked for.
-    """
-
-    text: str
-    tokens: list[int]
-    prompt_tokens: int
-    finish_reason: FinishReason
-    steps: int
-    tokens_per_step: float
-    decode_tokens_per_second: float
-    time_to_first_token_s: float
-    accepted: tuple[int, ...]
-    seed: int | None
-    log_probabilities: list[TokenLogProbability] | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a JSON-ready dictionary."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class GenerationChunk:
-    """A part of an answer: text that is final, and the tokens of one engine pass, with their log-probabilities if
-    asked for. The last one carries the result.
-    """
-
-    text: str
-    tokens: list[int] = field(default_factory=list)
-    result: GenerationResult | None = None
-    log_probabilities: list[TokenLogProbability] | None = None
 
 
 class Generator:
@@ -99,42 +57,28 @@ class Generator:
         path = Path(engine)
         if threads is not None:
             whole("threads", threads, 1, MOST_THREADS)
-        self.about: EngineFile = read_engine_file(path)
-        if self.about.graph.name != path.name:
-            raise EngineFileError(
-                f"{path.with_suffix('.json')} describes {self.about.graph.name}, not {path.name}; export it again"
-            )
-        self.about.graph.check(path.parent, contents=True)
-        if self.about.weights:
-            self.about.weights.check(path.parent, contents=verify_weights)
-        self._tokenizer = _load_tokenizer(self.about.tokenizer.check(path.parent, contents=True))
-        self._chat: ChatTemplate | None = None
-        if self.about.chat_template:
-            template = self.about.chat_template.check(path.parent, contents=True).read_text(encoding="utf-8")
-            self._chat = ChatTemplate(template, self.about.special_tokens)
-        self._correction: TokenCorrection | None = None
-        if self.about.correction:
-            tables = self.about.correction.check(path.parent, contents=True)
-            dims = self.about.dims
-            self._correction = TokenCorrection.read(tables, dims.vocab_size, dims.num_steps)
-        self.engine: Engine = _load_engine(path, self.about, device, threads)
-        self._calibration = Calibration.of(self.about.transfer.get("acceptance", {}))
+        self._bundle = read_bundle(path, verify_weights=verify_weights)
+        self.about: EngineFile = self._bundle.about
+        self.engine: Engine = open_engine(path, self.about, device, threads)
         self._in_use = threading.Lock()
         self.tuning: Tuning | None = None
         if adapt:
-            self.tuning = self._tuning(path, on_cpu(self.about, device), threads)
+            name = device_name(self.engine, threads)
+            on_cpu = runs_on_cpu(self.about, device)
+            self.tuning = load_or_measure(path, self.engine, self.about, name, self.new_drafter, on_cpu=on_cpu)
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Return the token ids of a prompt: of chat messages, of a string as one user message, or (`raw`, or a model
         without a chat template) of the string as it is.
         """
-        if isinstance(prompt, str) and (raw or self._chat is None):
+        chat = self._bundle.chat
+        if isinstance(prompt, str) and (raw or chat is None):
             return self._ids(prompt)
-        if raw or self._chat is None:
+        if raw or chat is None:
             reason = "raw=True takes a string" if raw else "this model has no chat template"
             raise InputError(f"cannot encode chat messages: {reason}; give the prompt as one string")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self._ids(self._chat.render(messages), add_special_tokens=False)
+        return self._ids(chat.render(messages), add_special_tokens=False)
 
     def _ids(self, text: str, **options: bool) -> list[int]:
         try:
@@ -144,11 +88,11 @@ class Generator:
                 f"the prompt has {text[error.start]!r}, which is no character: bytes that are not UTF-8 become so; "
                 "convert it to UTF-8"
             ) from error
-        return list(self._tokenizer.encode(text, **options).ids)
+        return list(self._bundle.tokenizer.encode(text, **options).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of `tokens`, without special ones."""
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return self._bundle.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     def generate(
         self,
@@ -225,85 +169,36 @@ class Generator:
                 f"the prompt has {len(ids)} tokens, and the engine's context limit is {self.about.max_context} for "
                 "prompt and answer together; shorten the prompt"
             )
-        sampler = Sampler(sampling, ids, self.about.dims.vocab_size, self.about.stop_tokens)
+        dims = self.about.dims
+        sampler = Sampler(sampling, ids, dims.vocab_size, self.about.stop_tokens)
         drafter = self.new_drafter(sizing, sampling.temperature, sampler.noise, ngrams=ngrams and speculate)
-        return self._run(ids, min(max_new_tokens, room), stop, drafter, sampler)
+        answer = Answer(self._bundle.tokenizer, stop, self.about.stop_tokens, sampler)
+        most = min(max_new_tokens, room)
+        request = Request(ids, drafter, self.about.prompt_chunk, dims.join_order, sampler, most, answer.ends)
+        return self._run(request, answer)
 
     def new_drafter(
         self, sizing: Sizing, temperature: float = 0.0, noise: Noise | None = None, *, ngrams: bool = True
     ) -> Drafter:
-        """Return what drafts one text with the engine's own statistics; parameters as for `Drafter`."""
-        found = Ngrams() if ngrams else None
-        return Drafter(sizing, self._correction, self._calibration, temperature, found, noise)
+        """Return what drafts one text with the engine's own statistics, greedily or for sampling at `temperature` with
+        `noise`; `ngrams=False` leaves out continuations from the text itself.
+        """
+        bundle = self._bundle
+        sources: list[DraftSource] = [TransferLayers(bundle.correction, bundle.reliability, temperature, noise)]
+        if ngrams:
+            sources.append(Ngrams())
+        return Drafter(sizing, sources)
 
-    def _tuning(self, path: Path, cpu: bool, threads: int | None) -> Tuning | None:
-        """Return what was measured of the engine on this device; on a CPU it is measured quickly if nothing was."""
-        device, about = device_name(self.engine, threads), self.about
-        found = read_tuning(path, about.identity, device, about.dims)
-        if found is None and cpu:
-            found = quick(self.engine, about.tree, about.max_context, device, about.identity, self.new_drafter)
-            # Where it cannot be kept it is measured again the next time.
-            with contextlib.suppress(InputError):
-                write_tuning(path, found)
-        return found
-
-    def _run(
-        self, ids: list[int], max_new_tokens: int, stop: Sequence[str], drafter: Drafter, sampler: Sampler
-    ) -> Iterator[GenerationChunk]:
-        from runtime.text import TextStream
-
-        text = TextStream(self._tokenizer, stop)
-        tokens: list[int] = []
-        released: list[str] = []
-
-        def ends(token: int) -> bool:
-            released.append(text.push(token))
-            return text.stopped or token in self.about.stop_tokens
-
-        answer = draft_and_verify(
-            self.engine,
-            ids,
-            drafter,
-            self.about.prompt_chunk,
-            choose=sampler,
-            max_new_tokens=max_new_tokens,
-            ends=ends,
-        )
-        # Of each step, the prompt with the first one.
-        seconds: list[float] = []
-        accepted: Counter[int] = Counter()
-        scores = sampler.log_probabilities
-        last = False
-        while not last:
+    def _run(self, request: Request, answer: Answer) -> Iterator[GenerationChunk]:
+        steps = driver.run(self.engine, [request])
+        while not request.ended:
+            count = len(request.tokens)
             started = time.perf_counter()
+            # The chunks of a prompt, and the pass after them that makes a token certain.
             with self._used():
-                certain = next(answer)
-            count = len(tokens)
-            tokens += certain
-            seconds.append(time.perf_counter() - started)
-            ended = text.stopped or tokens[-1] in self.about.stop_tokens
-            last = ended or len(tokens) == max_new_tokens
-            if count and not last:
-                accepted[len(certain) - 1] += 1
-            if not last:
-                yield GenerationChunk("".join(released), certain, log_probabilities=scores and scores[count:])
-                released.clear()
-        released.append(text.finish())
-        decoding = sum(seconds[1:])
-        result = GenerationResult(
-            text=text.text,
-            tokens=tokens,
-            prompt_tokens=len(ids),
-            finish_reason="stop" if ended else "length",
-            steps=len(seconds),
-            tokens_per_step=len(tokens) / len(seconds),
-            decode_tokens_per_second=(len(tokens) - 1) / decoding if decoding else 0.0,
-            time_to_first_token_s=seconds[0],
-            accepted=tuple(accepted[n] for n in range(max(accepted, default=-1) + 1)),
-            seed=sampler.seed,
-            log_probabilities=scores,
-        )
-        yield GenerationChunk("".join(released), certain, result, scores and scores[count:])
+                while len(request.tokens) == count:
+                    next(steps)
+            yield answer.step(request, time.perf_counter() - started)
 
     @contextlib.contextmanager
     def _used(self) -> Iterator[None]:
@@ -347,58 +242,3 @@ class Generator:
                 f"fewer, or export it again with --max-rows {most}"
             )
         return sizes
-
-
-def _load_tokenizer(path: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise EngineFileError(f"{path} is not a tokenizer ({error}); export the engine again") from error
-
-
-def on_cpu(about: EngineFile, device: str | None) -> bool:
-    """Whether an engine runs on the CPU when `device` is asked for."""
-    return about.plan is None and device != "cuda"
-
-
-def _load_engine(path: Path, about: EngineFile, device: str | None, threads: int | None) -> Engine:
-    if device not in (None, "cpu", "cuda"):
-        raise InputError(f"device must be cpu or cuda, not {device}")
-    on_gpu = device == "cuda" or about.plan is not None
-    if on_gpu and threads is not None:
-        raise InputError("threads is for engines on the CPU; leave it out")
-    if about.plan is not None:
-        if device == "cpu":
-            raise InputError(f"{path} is a TensorRT plan, which runs on a GPU only; export an .onnx engine for the CPU")
-        return _load_plan(path, about, about.plan)
-    if about.dims.dtype == "bfloat16" and not on_gpu:
-        raise InputError(
-            f"{path} is in bfloat16, in which ONNX Runtime computes on a GPU only; use device cuda, or export it with "
-            "--precision fp32 for the CPU"
-        )
-    if on_gpu:
-        from runtime.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
-
-        return OnnxRuntimeCudaEngine(path, about.dims, about.tree, about.prompt_chunk, about.max_context)
-    if about.cpu_graph is not None:
-        from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine
-
-        lowered = about.cpu_graph.check(path.parent, contents=True)
-        return OnnxRuntimeCpuEngine(lowered, about.dims, threads)
-    from runtime.engines.onnxruntime import OnnxRuntimeEngine
-
-    return OnnxRuntimeEngine(path, about.dims, threads)
-
-
-def _load_plan(path: Path, about: EngineFile, plan: PlanFile) -> Engine:
-    from plugins.binaries import KernelBinaries
-    from runtime.engines.tensorrt import TensorRTEngine
-
-    kernels = plan.kernels.check(path.parent, contents=True)
-    try:
-        binaries = KernelBinaries.from_bytes(kernels.read_bytes())
-    except ValueError as error:
-        raise EngineFileError(f"{kernels}: {error}; export the engine again") from error
-    return TensorRTEngine(path, about.dims, plan, about.graph.sha256, about.tree, binaries)

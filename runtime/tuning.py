@@ -1,70 +1,51 @@
-"""How long an engine's steps take on a device: measured once, stored beside the engine, used by every load after.
+"""How long an engine's steps take on a device.
 
-`engine.tuning.json` has an entry for each device and number of threads, with the engine's hash: a menu of sizes with
-seconds of each, and what to begin with (see `runtime.sizing.AdaptiveSizes`). A quick one is measured at first load;
-`ht-bench tune` takes its time, and decodes prompts too.
+A menu of sizes is timed quickly at first load; `ht-bench tune` takes its time, and decodes prompts too. What was found
+is kept beside the engine: see `runtime.bundle.tuning_file`.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from runtime.bindings import GraphDims
-from runtime.drafter import Drafter
-from runtime.drafts import DraftStep
-from runtime.engines import Engine
-from runtime.errors import EngineFileError
-from runtime.files import write_json
-from runtime.loop import drafts_of, greedy, verify
-from runtime.sizing import FixedSizes, Menu, Sizing
-from runtime.tree import MOST_ROWS, TreeSizes, chain, lay_out, likely_ends
+from runtime.bundle.engine_file import EngineFile
+from runtime.bundle.tuning_file import Tuning, read_tuning, write_tuning
+from runtime.decode import Request, drafts_of, verify
+from runtime.drafting.best_first import likely_ends
+from runtime.drafting.drafter import Drafter
+from runtime.drafting.drafts import DraftStep
+from runtime.drafting.sizing import FixedSizes, Menu, Sizing
+from runtime.drafting.transfer_layers import TransferLayers
+from runtime.engines.protocol import Batch, Engine
+from runtime.errors import InputError
+from runtime.rows import lay_out, prompt_rows
+from runtime.tree import TreeSizes, chain
 
-FORMAT = "hidden-transfer-tuning"
-FORMAT_VERSION = 1
 # Seconds that measuring at first load may take, more or less.
 QUICK_SECONDS = 4.0
 QUICK_CONTEXTS = (128, 1024)
 QUICK_REPEATS = 4
 # Rows of a pass that fills the cache.
 FILL_CHUNK = 64
-# Of the repeats the one that this share of them was faster than: what disturbs a pass makes it longer only.
+# The quantile of the repeats that counts: what disturbs a pass makes it longer only.
 QUANTILE = 0.25
 
 # Told the steps done and to do.
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 # Returns what drafts one text, with the sizes given.
 NewDrafter = Callable[[Sizing], Drafter]
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """What was measured of one engine on one device.
-
-    `engine_sha256` is the engine's identity; `rate` and `draft_value` are as for `AdaptiveSizes`. `kind` is "quick" or
-    "full"; `about` tells how it was measured.
-    """
-
-    device: str
-    engine_sha256: str
-    menu: Menu
-    rate: float = 1.0
-    draft_value: float = 0.5
-    kind: str = "quick"
-    about: dict[str, Any] = field(default_factory=dict)
-
-
-def tuning_path(engine: Path) -> Path:
-    """Return where the tunings of `engine` are kept."""
-    return engine.with_suffix(".tuning.json")
+def default_drafter(sizing: Sizing) -> Drafter:
+    """Return what drafts a text by transfer layers alone."""
+    return Drafter(sizing, [TransferLayers()])
 
 
 def cpu_name(threads: int | None) -> str:
@@ -108,8 +89,8 @@ def measure(
     contexts: Sequence[int],
     repeats: int,
     seconds: float = float("inf"),
-    progress: Progress | None = None,
-    new_drafter: NewDrafter = Drafter,
+    progress: OnProgress | None = None,
+    new_drafter: NewDrafter = default_drafter,
 ) -> Menu:
     """Return the menu of `sizes`, the first of which are those of plain decoding, timed at each of `contexts`, which
     ascend. What is timed is a step: the pass, and what drafts for it and after it, as `new_drafter` makes it.
@@ -156,44 +137,47 @@ def measure(
 class _Steps:
     """Steps over a cache whose rows have no meaning: their time does not depend on what they hold.
 
-    One cache that grows, as on a GPU only the newest of an engine may be used.
+    One slot that grows, as on a GPU only the newest of an engine may be used.
     """
 
     def __init__(self, engine: Engine, sizes: Sequence[TreeSizes], new_drafter: NewDrafter) -> None:
         self._engine = engine
-        self._cache = engine.new_cache()
+        self._slot = engine.new_slot()
         self._drafters = {one: new_drafter(FixedSizes(one)) for one in sizes}
         self._drafted: list[DraftStep] = []
 
     @property
     def length(self) -> int:
-        return self._cache.length
+        return self._slot.length
 
     def fill(self, context: int, until: float) -> None:
         """Have `context` rows in the cache, or as many as the time `until` allows."""
-        nothing = (np.empty(0, dtype=np.int64),) * self._engine.dims.num_steps
         while self.length < context and time.perf_counter() < until:
-            tree = chain([0] * min(FILL_CHUNK, context - self.length))
-            last = np.array([len(tree) - 1], dtype=np.int64)
-            rows = lay_out(tree, nothing, self._engine.dims.join_order, self.length, logit_rows=last)
-            self._cache.commit(self._engine.run(rows, self._cache), range(len(tree)))
+            count = min(FILL_CHUNK, context - self.length)
+            rows = prompt_rows([0] * count, self._engine.dims.join_order, self.length)
+            self._engine.commit(self._engine.run(Batch.of([rows], [self._slot])), [range(count)])
 
     def time(self, sizes: TreeSizes) -> float:
         """Return the seconds of a step."""
         drafter = self._drafters[sizes]
         drafted = self._drafted if sizes.tree_rows > 1 else []
+        join_order = self._engine.dims.join_order
+        request = Request([0], drafter, FILL_CHUNK, join_order)
         start = time.perf_counter()
+        drafter.accept([0])
         tree, ends = drafter.propose(0, drafted, self.length)
         if len(tree) < sizes.tree_rows:
             # Too few drafts to build it of.
             tree = chain([0] * sizes.tree_rows)
             ends = likely_ends(tree, sizes.pseudo_rows)
-        rows = lay_out(tree, ends, self._engine.dims.join_order, self.length)
-        outputs = self._engine.run(rows, self._cache)
-        verify(tree, outputs.logits, greedy)
+        rows = lay_out(
+            tree, ends, join_order, self.length, wanted=request.choose.wanted, candidates=max(1, drafter.candidates)
+        )
+        outputs = self._engine.run(Batch.of([rows], [self._slot])).outputs(0)
+        verify(tree, outputs, request)
         # A node that all steps draft for, if there is one.
         node = int(ends[sizes.draft_steps - 1][0]) if sizes.draft_steps else 0
-        drafted = drafts_of(node, rows, outputs, self._engine.dims.join_order, drafter.shortlist)
+        drafted = drafts_of(node, outputs, join_order)
         seconds = time.perf_counter() - start
         if len(drafted) >= max(1, len(self._drafted)):
             self._drafted = drafted
@@ -206,7 +190,7 @@ def quick(
     max_context: int,
     device: str,
     engine_sha256: str,
-    new_drafter: NewDrafter = Drafter,
+    new_drafter: NewDrafter = default_drafter,
 ) -> Tuning:
     """Measure `engine` for at most some seconds."""
     room = max_context - 2 * default.tree_rows - 1
@@ -217,82 +201,17 @@ def quick(
     return Tuning(device, engine_sha256, menu, about=about)
 
 
-def read_tuning(engine: Path, engine_sha256: str, device: str, dims: GraphDims) -> Tuning | None:
-    """Return the tuning of `engine` on `device`, None when there is none of this engine.
+def load_or_measure(
+    path: Path, engine: Engine, about: EngineFile, device: str, new_drafter: NewDrafter, *, on_cpu: bool
+) -> Tuning | None:
+    """Return what was measured of the engine at `path` on this device; on a CPU it is measured quickly if nothing was.
 
-    Raises `EngineFileError` when the file is damaged or of another version.
+    Raises `EngineFileError` for a damaged file of tunings.
     """
-    path = tuning_path(engine)
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if value["format"] != FORMAT or value["version"] != FORMAT_VERSION:
-            raise ValueError(f"version ({value['version']!r})")
-        entries = [entry for entry in value["tunings"] if entry["device"] == device]
-        own = [entry for entry in entries if entry["engine_sha256"] == engine_sha256]
-        return _parse(own[0], dims) if own else None
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
-        raise EngineFileError(
-            f"{path} lacks or misstates {error}; delete it, and it is measured again, or run: ht-bench tune {engine}"
-        ) from error
-
-
-def write_tuning(engine: Path, tuning: Tuning) -> None:
-    """Put `tuning` beside `engine`, in the place of what there was for its device. Raises `InputError`."""
-    path = tuning_path(engine)
-    kept: list[Any] = []
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        kept = [
-            entry
-            for entry in value["tunings"]
-            if value["version"] == FORMAT_VERSION
-            and entry["device"] != tuning.device
-            and entry["engine_sha256"] == tuning.engine_sha256
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
-        # None yet, or none to keep.
-        kept = []
-    entry = {
-        "device": tuning.device,
-        "engine_sha256": tuning.engine_sha256,
-        "kind": tuning.kind,
-        "rate": tuning.rate,
-        "draft_value": tuning.draft_value,
-        "contexts": list(tuning.menu.contexts),
-        "sizes": [
-            {
-                "tree_rows": sizes.tree_rows,
-                "pseudo_rows": list(sizes.pseudo_rows),
-                "milliseconds": [round(1e3 * float(seconds), 4) for seconds in tuning.menu.seconds[:, number]],
-            }
-            for number, sizes in enumerate(tuning.menu.sizes)
-        ],
-        "about": tuning.about,
-    }
-    write_json(path, {"format": FORMAT, "version": FORMAT_VERSION, "tunings": [*kept, entry]})
-
-
-def _parse(entry: dict[str, Any], dims: GraphDims) -> Tuning:
-    sizes = tuple(TreeSizes(one["tree_rows"], tuple(one["pseudo_rows"])) for one in entry["sizes"])
-    contexts = tuple(entry["contexts"])
-    seconds = np.array([one["milliseconds"] for one in entry["sizes"]], dtype=np.float64).T / 1e3
-    for one in sizes:
-        whole = all(isinstance(rows, int) and rows >= 0 for rows in (one.tree_rows, *one.pseudo_rows))
-        if not whole or not 1 <= one.tree_rows <= MOST_ROWS or len(one.pseudo_rows) != dims.num_steps:
-            raise ValueError(f"sizes ({one})")
-    if not sizes or sizes[0] != TreeSizes.plain(dims.num_steps):
-        raise ValueError("sizes (the first are not those of plain decoding)")
-    whole = all(isinstance(context, int) and context >= 0 for context in contexts)
-    if not whole or not contexts or list(contexts) != sorted(set(contexts)):
-        raise ValueError(f"contexts ({contexts})")
-    if seconds.shape != (len(contexts), len(sizes)) or not (np.isfinite(seconds).all() and (seconds > 0).all()):
-        raise ValueError("milliseconds")
-    rate, value = float(entry["rate"]), float(entry["draft_value"])
-    if not (np.isfinite(rate) and rate > 0 and np.isfinite(value) and value >= 0):
-        raise ValueError(f"rate or draft_value ({rate}, {value})")
-    if not isinstance(entry["about"], dict):
-        raise ValueError("about")
-    menu = Menu(sizes, contexts, seconds)
-    return Tuning(entry["device"], entry["engine_sha256"], menu, rate, value, entry["kind"], entry["about"])
+    found = read_tuning(path, about.identity, device, about.dims)
+    if found is None and on_cpu:
+        found = quick(engine, about.tree, about.max_context, device, about.identity, new_drafter)
+        # Where it cannot be kept it is measured again the next time.
+        with contextlib.suppress(InputError):
+            write_tuning(path, found)
+    return found

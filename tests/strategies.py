@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from runtime.drafts import DraftStep, IndependentDrafts
+from runtime.drafting.drafts import DraftStep, IndependentDrafts
 from runtime.tree import Tree
 
 

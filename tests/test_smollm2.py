@@ -18,12 +18,14 @@ from ht_export.quantise import quantise
 from ht_export.storage import STORED
 from ht_export.transfer import load_transfer_layers
 from runtime import Generator
-from runtime.drafts import DraftStep, IndependentDrafts
-from runtime.engine_file import read_engine_file
-from runtime.engines import Engine
+from runtime.bundle.engine_file import read_engine_file
+from runtime.drafting.best_first import best_first_tree, likely_ends
+from runtime.drafting.drafts import DraftStep, IndependentDrafts
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine
-from runtime.tree import best_first_tree, chain, lay_out, likely_ends
+from runtime.engines.protocol import Engine
+from runtime.rows import lay_out
+from runtime.tree import chain
 
 KNOWN = KNOWN_MODELS["smollm2-135m"]
 pytestmark = [

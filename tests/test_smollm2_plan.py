@@ -9,7 +9,7 @@ import pytest
 from ht_export.checkpoint import KNOWN_MODELS
 from ht_export.export import ExportSettings, export
 from ht_export.plan.planner import Planner, PlanSettings
-from runtime.engine_file import PlanFile, read_engine_file
+from runtime.bundle.engine_file import PlanFile, read_engine_file
 
 KNOWN = KNOWN_MODELS["smollm2-135m"]
 LAYERS = 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +12,13 @@ from numpy.typing import NDArray
 from plugins.launch import CommitTable
 from runtime import bindings
 from runtime.bindings import BYTES, GraphDims, dynamic_dims
-from runtime.engine_file import Limits
+from runtime.bundle.engine_file import Limits
 from runtime.engines.cuda import Cuda
 from runtime.engines.device_cache import DeviceCache
-from runtime.tree import Rows
+from runtime.engines.layout import LaidOut
+from runtime.engines.protocol import Batch
+from runtime.rows import Outputs, PickedRows
+from runtime.tree import IntArray, TreeSizes
 
 ALIGNMENT = 256
 
@@ -35,7 +39,7 @@ class PassBuffers:
         largest = dynamic_dims(tree_rows, (limits.max_rows,) * steps, limits.max_rows, 0) | {"R": most}
         self._offsets: dict[str, int] = {}
         end = 0
-        # The mask last: it is the largest by far, and of a small pass its beginning alone is sent.
+        # The mask last: it is the largest by far, and a small pass sends its beginning alone.
         for binding in sorted(dims.inputs(), key=lambda binding: binding.name == bindings.TREE_MASK):
             if not binding.name.startswith(bindings.CACHE_PREFIXES):
                 self._offsets[binding.name] = end
@@ -71,27 +75,17 @@ class PassBuffers:
         start = self._new.address + 2 * layer * self._new_size
         return start, start + self._new_size
 
-    def rows_alive(self, rows: Rows, layer: int) -> int:
-        """Return R_l of a pass over `rows`."""
+    def rows_alive(self, sizes: TreeSizes, layer: int) -> int:
+        """Return R_l of a pass of these sizes."""
         joins = self._dims.transfer_layers
-        pseudo = (len(parents) for parents, at in zip(rows.pseudo_parents, joins, strict=True) if at <= layer)
-        return len(rows.input_ids) + sum(pseudo)
+        return sizes.tree_rows + sum(rows for rows, at in zip(sizes.pseudo_rows, joins, strict=True) if at <= layer)
 
-    def write(self, rows: Rows, length: int) -> None:
-        """Put the inputs of a pass over `length` rows of the cache into the pinned block."""
-        values: dict[str, NDArray] = {
-            bindings.INPUT_IDS: rows.input_ids,
-            bindings.POSITION_IDS: rows.position_ids,
-            bindings.TREE_MASK: rows.tree_mask,
-            bindings.LOGIT_ROWS: rows.logit_rows,
-            bindings.CACHE_LENGTH: np.array([length], dtype=np.int64),
-        }
-        for step, parents in enumerate(rows.pseudo_parents, start=1):
-            values[bindings.pseudo_parent(step)] = parents
-        for name, value in values.items():
+    def write(self, laid_out: LaidOut) -> None:
+        """Put the inputs of a pass into the pinned block."""
+        for name, value in laid_out.values.items():
             flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
             self._host[self._offsets[name] : self._offsets[name] + len(flat)] = flat
-        self._used = self._offsets[bindings.TREE_MASK] + rows.tree_mask.size
+        self._used = self._offsets[bindings.TREE_MASK] + laid_out.values[bindings.TREE_MASK].size
 
     def upload(self) -> None:
         """Enqueue the copy of the inputs to the device, as many bytes as passes of these shapes have."""
@@ -112,8 +106,8 @@ class PassBuffers:
         self._cuda.synchronise()
         return self._drafts_host.view(np.float32).copy()
 
-    def commit_table(self, cache: DeviceCache, accepted: Sequence[int], rows: Rows) -> CommitTable:
-        """Send what the commit of `accepted` rows of the pass over `rows` needs; return where it is.
+    def commit_table(self, cache: DeviceCache, accepted: Sequence[int], sizes: TreeSizes) -> CommitTable:
+        """Send what the commit of `accepted` rows of a pass of these `sizes` needs; return where it is.
 
         Sources are the new keys and values of each layer, targets those of `cache`.
         """
@@ -121,11 +115,10 @@ class PassBuffers:
         self._cuda.upload(self._accepted.address, self._accepted_host, 4 * len(accepted))
         layers = self._dims.num_layers
         count = 2 * layers
-        counts = tuple(len(parents) for parents in rows.pseudo_parents)
-        wanted = (cache.addresses(0)[0], cache.capacity, len(rows.input_ids), *counts)
+        wanted = (cache.addresses(0)[0], cache.capacity, sizes.tree_rows, *sizes.pseudo_rows)
         # Most steps send the table of the step before.
         if wanted != self._table_of:
-            alive = [self.rows_alive(rows, layer) for layer in range(layers)]
+            alive = [self.rows_alive(sizes, layer) for layer in range(layers)]
             table = self._table_host
             sources = [address for layer in range(layers) for address in self.new(layer)]
             table[: 8 * count].view(np.int64)[:] = sources
@@ -139,17 +132,36 @@ class PassBuffers:
 
 
 class DraftRows:
-    """The draft logits of `rows` of the last pass, each fetched when it is asked for: only one node's rows ever are."""
+    """The draft logits of the last pass, each row fetched when it is asked for: only one node's rows ever are."""
 
-    def __init__(self, buffers: PassBuffers, rows: NDArray[np.int64]) -> None:
+    def __init__(self, buffers: PassBuffers, count: int) -> None:
         self._buffers = buffers
-        self._rows = rows
+        self._count = count
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._count
 
     def __getitem__(self, row: int) -> NDArray[np.float32]:
-        return self._buffers.draft(int(self._rows[row]))
+        return self._buffers.draft(row)
+
+
+@dataclass(frozen=True)
+class DeviceResult:
+    """A pass on a GPU, `laid_out` in its `sizes`: logits [M, V] on the host, all else where the pass left it. See
+    `Result`.
+    """
+
+    batch: Batch
+    buffers: PassBuffers
+    sizes: TreeSizes
+    logits: NDArray[np.float32]
+    pseudo: IntArray
+
+    def outputs(self, index: int) -> Outputs:
+        """See `Result.outputs`."""
+        rows = self.batch.rows[index]
+        drafts = DraftRows(self.buffers, sum(self.sizes.pseudo_rows))
+        return Outputs(rows, self.logits[: len(rows.logit_rows)], PickedRows(drafts, self.pseudo))
 
 
 def _align(size: int) -> int:

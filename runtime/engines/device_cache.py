@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
 
 from runtime.bindings import BYTES, GraphDims
-from runtime.engines import Outputs
 from runtime.engines.cuda import Cuda, DeviceMemory
+from runtime.engines.protocol import Slot
 from runtime.errors import InputError
 
 SMALLEST_CAPACITY = 256
@@ -29,7 +28,7 @@ class CacheMemory:
     def __init__(self, cuda: Cuda, dims: GraphDims, most: int) -> None:
         self.cuda = cuda
         self.most = most
-        # Of one head: the keys or values of one row.
+        # The keys or values of one row, of one head.
         self.row_bytes = dims.head_dim * BYTES[dims.dtype]
         self.kv_heads = dims.key_value_heads
         self.arrays = 2 * dims.num_layers
@@ -52,14 +51,13 @@ class CacheMemory:
 
 
 class DeviceCache:
-    """Keys and values of accepted rows, the first `length` of `capacity` rows valid. See `Cache`.
+    """Keys and values of accepted rows, the first `length` of `capacity` rows valid. See `Slot`.
 
     All caches of an engine share its memory: only the newest one may be used.
     """
 
-    def __init__(self, memory: CacheMemory, commit: Callable[[DeviceCache, Sequence[int]], None]) -> None:
+    def __init__(self, memory: CacheMemory) -> None:
         self._memory = memory
-        self._commit = commit
         self.length = 0
         self.capacity = memory.capacity_for(0)
         self._start = memory.of(self.capacity).address
@@ -78,15 +76,11 @@ class DeviceCache:
         size = self._memory.array_bytes(self.capacity)
         return self._start + 2 * layer * size, self._start + (2 * layer + 1) * size
 
-    def commit(self, outputs: Outputs, rows: Sequence[int]) -> None:
-        """See `Cache.commit`."""
-        end = self.length + len(rows)
-        if end > self.capacity:
-            self._grow(end)
-        self._commit(self, rows)
-        self.length = end
-
-    def _grow(self, needed: int) -> None:
+    def reserve(self, rows: int) -> None:
+        """Have room for `rows` more rows; enqueue the copy of those there are where they move."""
+        needed = self.length + rows
+        if needed <= self.capacity:
+            return
         memory = self._memory
         capacity = memory.capacity_for(needed)
         start = memory.of(capacity).address
@@ -100,3 +94,10 @@ class DeviceCache:
             memory.arrays * memory.kv_heads,
         )
         self._start, self.capacity = start, capacity
+
+
+def cache_of(slot: Slot) -> DeviceCache:
+    """Return the cache that a slot of an engine on a GPU is. Raises `InputError` when it is not the newest."""
+    assert isinstance(slot, DeviceCache), "a slot of another engine"
+    slot.check_newest()
+    return slot

@@ -13,20 +13,23 @@ from numpy.typing import NDArray
 
 from runtime import bindings
 from runtime.bindings import Binding, GraphDims
-from runtime.cache import KeyValueCache
 from runtime.checks import MOST_THREADS, whole
-from runtime.engines import Outputs
+from runtime.engines.host_cache import HostCacheEngine, HostResult, cache_of
+from runtime.engines.layout import LaidOut, stack
+from runtime.engines.protocol import Batch
 from runtime.errors import EngineFileError, InputError
-from runtime.tree import Rows
 
 # A provider's name, alone or with its options.
 Provider = str | tuple[str, dict[str, str]]
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(HostCacheEngine):
     """An ONNX Runtime session on the CPU. `threads` None lets ONNX Runtime use all physical cores; a `small` one takes
     as little memory as it can, and more time.
     """
+
+    # Caches of several requests are copied together for each pass.
+    max_batch = 8
 
     def __init__(self, path: Path, dims: GraphDims, threads: int | None = None, *, small: bool = False) -> None:
         self._session = open_session(
@@ -35,32 +38,33 @@ class OnnxRuntimeEngine:
         self.dims = dims
         self._outputs = [binding.name for binding in dims.outputs()]
 
-    def new_cache(self) -> KeyValueCache:
-        """See `Engine.new_cache`."""
-        return KeyValueCache(self.dims)
-
-    def run(self, rows: Rows, cache: KeyValueCache) -> Outputs:
+    def run(self, batch: Batch) -> HostResult:
         """See `Engine.run`."""
-        logits, draft_logits, *new = self._session.run(self._outputs, graph_inputs(rows, cache, self.dims))
+        laid_out = stack(batch, self.dims.join_order)
+        logits, draft_logits, *new = self._session.run(self._outputs, graph_inputs(laid_out, batch, self.dims))
         layers = self.dims.num_layers
-        return Outputs(logits[0], draft_logits[0], new[:layers], new[layers:])
+        return HostResult(batch, logits, draft_logits, new[:layers], new[layers:], laid_out.pseudo)
 
 
-def graph_inputs(rows: Rows, cache: KeyValueCache, dims: GraphDims) -> dict[str, NDArray]:
-    """Return the inputs of the graph for a pass of `rows` over `cache`, by name."""
-    feed = {
-        bindings.INPUT_IDS: rows.input_ids[None],
-        bindings.POSITION_IDS: rows.position_ids[None],
-        bindings.TREE_MASK: rows.tree_mask[None],
-        bindings.LOGIT_ROWS: rows.logit_rows[None],
-        bindings.CACHE_LENGTH: np.array([cache.length], dtype=np.int64),
-    }
-    for step, parents in enumerate(rows.pseudo_parents, start=1):
-        feed[bindings.pseudo_parent(step)] = parents[None]
+def graph_inputs(laid_out: LaidOut, batch: Batch, dims: GraphDims) -> dict[str, NDArray]:
+    """Return the inputs of the graph for a pass of `batch`, `laid_out`, by name."""
+    caches = [cache_of(slot) for slot in batch.slots]
+    capacity = max(cache.capacity for cache in caches)
+    feed = dict(laid_out.values)
     for layer in range(dims.num_layers):
-        feed[bindings.key_cache(layer)] = cache.keys[layer]
-        feed[bindings.value_cache(layer)] = cache.values[layer]
+        feed[bindings.key_cache(layer)] = _together([cache.keys[layer] for cache in caches], capacity)
+        feed[bindings.value_cache(layer)] = _together([cache.values[layer] for cache in caches], capacity)
     return feed
+
+
+def _together(caches: Sequence[NDArray], capacity: int) -> NDArray:
+    """Return [B, Hkv, S, D] of B caches [1, Hkv, S', D], S' up to S = `capacity`; of one, as it is."""
+    if len(caches) == 1:
+        return caches[0]
+    together = np.zeros((len(caches), caches[0].shape[1], capacity, caches[0].shape[3]), dtype=caches[0].dtype)
+    for place, cache in zip(together, caches, strict=True):
+        place[:, : cache.shape[2]] = cache[0]
+    return together
 
 
 def use_little_memory(options: Any) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,16 @@ from numpy.typing import NDArray
 
 from runtime import bindings
 from runtime.bindings import GraphDims, dynamic_dims
-from runtime.engines import Outputs
+from runtime.engines.layout import stack
 from runtime.engines.onnxruntime import open_session
-from runtime.tree import Rows
+from runtime.engines.protocol import Batch, Result, Slot
+from runtime.rows import Outputs, Rows
 
 BLOCK = 256
 
 
 class InPlaceCache:
-    """Keys and values [2, L, 1, Hkv, S, D] of one sequence, the first `length` of S rows valid. See `Cache`."""
+    """Keys and values [2, L, 1, Hkv, S, D] of one request, the first `length` of S rows valid. See `Slot`."""
 
     def __init__(self, dims: GraphDims) -> None:
         self.length = 0
@@ -48,8 +50,8 @@ class InPlaceCache:
         wider[..., : self.length, :] = self.arrays[..., : self.length, :]
         self.arrays = wider
 
-    def commit(self, outputs: Outputs, rows: Sequence[int]) -> None:
-        """See `Cache.commit`: the pass has left its rows behind the valid ones."""
+    def commit(self, rows: Sequence[int]) -> None:
+        """Accept `rows` of the pass before, in that order, which it has left behind the valid ones."""
         start = self.length
         moved = [(place, row) for place, row in enumerate(rows) if place != row]
         if moved:
@@ -58,8 +60,24 @@ class InPlaceCache:
         self.length = start + len(rows)
 
 
+@dataclass(frozen=True)
+class InPlaceResult:
+    """A pass that left its keys and values in the cache: logits [M, V], draft_logits [sum R_k, V]. See `Result`."""
+
+    batch: Batch
+    logits: NDArray[np.float32]
+    draft_logits: NDArray[np.float32]
+
+    def outputs(self, index: int) -> Outputs:
+        """See `Result.outputs`."""
+        return Outputs(self.batch.rows[index], self.logits, self.draft_logits)
+
+
 class OnnxRuntimeCpuEngine:
     """An ONNX Runtime session of a lowered graph; `threads` and `small` as for `OnnxRuntimeEngine`."""
+
+    # `GroupQueryAttention` takes several rows over a cache of one request only.
+    max_batch = 1
 
     def __init__(self, path: Path, dims: GraphDims, threads: int | None = None, *, small: bool = False) -> None:
         self._session = open_session(
@@ -71,37 +89,35 @@ class OnnxRuntimeCpuEngine:
         self._logits = np.empty((0, dims.vocab_size), dtype=np.float32)
         self._drafts = np.empty((0, dims.vocab_size), dtype=np.float32)
 
-    def new_cache(self) -> InPlaceCache:
-        """See `Engine.new_cache`."""
+    def new_slot(self) -> InPlaceCache:
+        """See `Engine.new_slot`."""
         return InPlaceCache(self.dims)
 
-    def run(self, rows: Rows, cache: InPlaceCache) -> Outputs:
-        """See `Engine.run`. Outputs hold until the next pass; new keys and values are in the cache alone."""
-        counts = [len(parents) for parents in rows.pseudo_parents]
-        cache.reserve(len(rows.position_ids))
+    def run(self, batch: Batch) -> InPlaceResult:
+        """See `Engine.run`. New keys and values are in the cache alone."""
+        (slot,) = batch.slots
+        cache = _cache_of(slot)
+        laid_out = stack(batch, self.dims.join_order)
+        drafts = sum(laid_out.sizes.pseudo_rows)
+        cache.reserve(laid_out.sizes.tree_rows + drafts)
         self._bind_cache(cache)
         # Kept until the pass is over: they are bound by address.
-        values = {
-            bindings.INPUT_IDS: rows.input_ids,
-            bindings.POSITION_IDS: rows.position_ids,
-            bindings.TREE_MASK: rows.tree_mask,
-            bindings.LOGIT_ROWS: rows.logit_rows,
-            bindings.CACHE_LENGTH: np.array(cache.length, dtype=np.int64),
-        }
-        for step, parents in enumerate(rows.pseudo_parents, start=1):
-            values[bindings.pseudo_parent(step)] = parents
+        values = {name: np.ascontiguousarray(value) for name, value in laid_out.values.items()}
         for name, value in values.items():
-            values[name] = whole = np.ascontiguousarray(value)
-            shape = (1, *value.shape)
-            self._binding.bind_input(name, "cpu", 0, whole.dtype, shape, whole.ctypes.data)
-        self._logits = _room_for(self._logits, len(rows.logit_rows))
-        self._drafts = _room_for(self._drafts, sum(counts))
-        sizes = dynamic_dims(len(rows.input_ids), counts, len(rows.logit_rows), cache.capacity)
+            self._binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
+        self._logits = _room_for(self._logits, laid_out.logit_rows)
+        self._drafts = _room_for(self._drafts, drafts)
+        sizes = laid_out.dims(cache.capacity)
         for binding, buffer in zip(self.dims.outputs()[:2], (self._logits, self._drafts), strict=True):
             shape = binding.sizes(sizes)
             self._binding.bind_output(binding.name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
         self._session.run_with_iobinding(self._binding)
-        return Outputs(self._logits[: len(rows.logit_rows)], self._drafts[: sum(counts)], (), ())
+        return InPlaceResult(batch, self._logits[: laid_out.logit_rows], self._drafts[:drafts])
+
+    def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
+        """See `Engine.commit`."""
+        for slot, rows in zip(result.batch.slots, accepted, strict=True):
+            _cache_of(slot).commit(rows)
 
     def _bind_cache(self, cache: InPlaceCache) -> None:
         arrays = cache.arrays
@@ -119,10 +135,14 @@ class OnnxRuntimeCpuEngine:
         self._bound = weakref.ref(arrays)
 
 
+def _cache_of(slot: Slot) -> InPlaceCache:
+    assert isinstance(slot, InPlaceCache), "a slot of another engine"
+    return slot
+
+
 def new_rows(cache: InPlaceCache, dims: GraphDims, rows: Rows) -> tuple[list[NDArray], list[NDArray]]:
     """Return the new keys and the new values of the last pass, over `rows`: L arrays [1, Hkv, R_l, D] each."""
-    counts = [len(parents) for parents in rows.pseudo_parents]
-    sizes = dynamic_dims(len(rows.input_ids), counts, 0, 0)
+    sizes = dynamic_dims(len(rows.input_ids), rows.counts, 0, 0)
     alive = [sum(sizes[part] for part in dims.rows_alive(layer).split(" + ")) for layer in range(dims.num_layers)]
     keys, values = (
         [cache.arrays[kind, layer, :, :, cache.length : cache.length + count] for layer, count in enumerate(alive)]

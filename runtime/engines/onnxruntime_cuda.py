@@ -10,18 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.bindings import GraphDims, dynamic_dims
-from runtime.engine_file import Limits
-from runtime.engines import Outputs
-from runtime.engines.buffers import DraftRows, PassBuffers
+from runtime.bindings import GraphDims
+from runtime.bundle.engine_file import Limits
+from runtime.engines.buffers import DeviceResult, PassBuffers
 from runtime.engines.cuda import Cuda
-from runtime.engines.device_cache import CacheMemory, DeviceCache
+from runtime.engines.device_cache import CacheMemory, DeviceCache, cache_of
+from runtime.engines.layout import stack
 from runtime.engines.onnxruntime import Provider, open_session
+from runtime.engines.protocol import Batch, Result
 from runtime.errors import InputError
-from runtime.tree import Rows, TreeSizes
+from runtime.rows import Phase
+from runtime.tree import TreeSizes
 
 PROVIDER = "CUDAExecutionProvider"
-# Of `onnx.TensorProto`.
+# The number of the type in `onnx.TensorProto`.
 BFLOAT16 = 16
 # There are buffers for trees of this many rows, or of the engine's own if those are more.
 MAX_ROWS = 64
@@ -34,6 +36,7 @@ class OnnxRuntimeCudaEngine:
 
     # Whose memory the graph's inputs and outputs are in, as ONNX Runtime calls it.
     device = "cuda"
+    max_batch = 1
 
     def __init__(self, path: Path, dims: GraphDims, tree: TreeSizes, chunk: int, max_context: int) -> None:
         self.dims = dims
@@ -51,30 +54,30 @@ class OnnxRuntimeCudaEngine:
             )
         self._buffers = PassBuffers(self._cuda, dims, self._limits)
         self._cache_memory = CacheMemory(self._cuda, dims, self._limits.capacity)
-        self._last: Rows | None = None
 
     @property
     def gpu_name(self) -> str:
         """The GPU that passes run on."""
         return self._cuda.name
 
-    def new_cache(self) -> DeviceCache:
-        """Return an empty cache. Only the newest one may be used: all share one memory."""
+    def new_slot(self) -> DeviceCache:
+        """See `Engine.new_slot`. Only the newest one may be used: all share one memory."""
         self._cuda.use()
-        return DeviceCache(self._cache_memory, self._commit_rows)
+        return DeviceCache(self._cache_memory)
 
-    def run(self, rows: Rows, cache: DeviceCache) -> Outputs:
+    def run(self, batch: Batch) -> DeviceResult:
         """See `Engine.run`. Raises `InputError` for more rows than there are buffers for."""
         self._cuda.use()
-        cache.check_newest()
-        tree_rows, counts = len(rows.input_ids), [len(parents) for parents in rows.pseudo_parents]
-        is_chunk = len(rows.logit_rows) == 1 and max(counts, default=0) <= 1
-        most = self._limits.chunk if is_chunk else self._limits.max_rows
-        if max(tree_rows, *counts) > most:
-            raise InputError(f"a pass of {max(tree_rows, *counts)} rows; this engine takes at most {most}, use fewer")
-        self._buffers.write(rows, cache.length)
+        (slot,) = batch.slots
+        cache = cache_of(slot)
+        laid_out = stack(batch, self.dims.join_order)
+        sizes = laid_out.sizes
+        most = self._limits.chunk if batch.phase is Phase.PROMPT else self._limits.max_rows
+        if (rows := max(sizes.tree_rows, *sizes.pseudo_rows)) > most:
+            raise InputError(f"a pass of {rows} rows; this engine takes at most {most}, use fewer")
+        self._buffers.write(laid_out)
         self._buffers.upload()
-        values = dynamic_dims(tree_rows, counts, len(rows.logit_rows), cache.capacity)
+        values = laid_out.dims(cache.capacity)
         addresses = self._buffers.addresses(cache)
         binding = self._session.io_binding()
         for value in self.dims.inputs():
@@ -84,22 +87,28 @@ class OnnxRuntimeCudaEngine:
             where = (self.device, 0, _element(value.dtype), value.sizes(values), addresses[value.name])
             binding.bind_output(value.name, *where)
         self._session.run_with_iobinding(binding)
-        self._buffers.download_logits(len(rows.logit_rows))
+        self._buffers.download_logits(laid_out.logit_rows)
         self._cuda.synchronise()
-        self._last = rows
-        drafts = DraftRows(self._buffers, np.arange(sum(counts), dtype=np.int64))
-        return Outputs(self._buffers.logits(len(rows.logit_rows)), drafts, (), ())
+        logits = self._buffers.logits(laid_out.logit_rows)
+        return DeviceResult(batch, self._buffers, sizes, logits, laid_out.pseudo[0])
 
-    def _commit_rows(self, cache: DeviceCache, accepted: Sequence[int]) -> None:
-        """Copy the keys and values of `accepted` tree rows of the last pass behind those of `cache`."""
-        assert self._last is not None, "no pass has run"
+    def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
+        """See `Engine.commit`: copies the accepted rows behind those of the cache."""
+        assert isinstance(result, DeviceResult), "a result of another engine"
         self._cuda.use()
+        for slot, rows in zip(result.batch.slots, accepted, strict=True):
+            cache = cache_of(slot)
+            cache.reserve(len(rows))
+            self._copy(cache, result.sizes, rows)
+            cache.length += len(rows)
+
+    def _copy(self, cache: DeviceCache, sizes: TreeSizes, rows: Sequence[int]) -> None:
         row = self._cache_memory.row_bytes
         for layer in range(self.dims.num_layers):
-            pitch = self._buffers.rows_alive(self._last, layer) * row
+            pitch = self._buffers.rows_alive(sizes, layer) * row
             for source, target in zip(self._buffers.new(layer), cache.addresses(layer), strict=True):
                 end = target + cache.length * row
-                for first, count in _runs(accepted):
+                for first, count in _runs(rows):
                     self._cuda.copy_rows(
                         end, cache.capacity * row, source + first * row, pitch, count * row, self.dims.key_value_heads
                     )
@@ -125,7 +134,7 @@ def _provider() -> str:
 
 
 def _element(dtype: str) -> np.dtype | int:
-    """Return a binding's type; of bfloat16, which numpy does not know, the number that ONNX has for it."""
+    """Return a binding's type; for bfloat16, which numpy does not know, the number that ONNX has for it."""
     return BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
 
 

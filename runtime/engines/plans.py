@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.engine_file import PlanFile
+from runtime.bundle.engine_file import PlanFile
 from runtime.engines.cuda import Cuda
 from runtime.errors import EngineFileError, InputError
 from runtime.files import atomic_path

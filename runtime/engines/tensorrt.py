@@ -12,22 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from plugins.binaries import KernelBinaries
 from plugins.launch import CommitLauncher
 from plugins.tensorrt_plugin import VERSION, failures, register
 from runtime import bindings
 from runtime.bindings import GraphDims
-from runtime.engine_file import PlanFile
-from runtime.engines import Outputs
-from runtime.engines.buffers import DraftRows, PassBuffers
+from runtime.bundle.engine_file import PlanFile
+from runtime.engines.buffers import DeviceResult, PassBuffers
 from runtime.engines.cuda import Cuda
-from runtime.engines.device_cache import CacheMemory, DeviceCache
-from runtime.engines.padding import bucket, pad
+from runtime.engines.device_cache import CacheMemory, DeviceCache, cache_of
+from runtime.engines.layout import LaidOut, bucket, shared_sizes, stack
 from runtime.engines.plans import RuntimeCache, check_device, deserialise, import_product, make_logger
+from runtime.engines.protocol import Batch, Result
 from runtime.errors import EngineFileError, InputError
-from runtime.tree import Rows, TreeSizes
+from runtime.rows import Phase
+from runtime.tree import TreeSizes
 
 VERIFICATION, PROMPT = 0, 1
 
@@ -39,6 +38,9 @@ class TensorRTEngine:
     Raises `EngineFileError` when the plan is not of this TensorRT version or GPU, and `InputError` when there is no GPU
     or library to run it.
     """
+
+    # Plans take more; the commit kernel, and the memory of caches, take one.
+    max_batch = 1
 
     def __init__(
         self,
@@ -73,7 +75,6 @@ class TensorRTEngine:
         self._cache_memory = CacheMemory(self._cuda, dims, about.limits.capacity)
         self._prompt: _Context | None = None
         self._passes: dict[tuple[int, ...], _CapturedPass] = {}
-        self._last: Rows | None = None
 
     @property
     def captured(self) -> tuple[int, int]:
@@ -85,42 +86,50 @@ class TensorRTEngine:
         """The GPU that passes run on."""
         return self._cuda.name
 
-    def new_cache(self) -> DeviceCache:
-        """Return an empty cache. Only the newest one may be used: all share one memory."""
+    def new_slot(self) -> DeviceCache:
+        """See `Engine.new_slot`. Only the newest one may be used: all share one memory."""
         self._cuda.use()
-        return DeviceCache(self._cache_memory, self._commit_rows)
+        return DeviceCache(self._cache_memory)
 
-    def run(self, rows: Rows, cache: DeviceCache) -> Outputs:
+    def run(self, batch: Batch) -> DeviceResult:
         """See `Engine.run`. Raises `InputError` for more rows than the plan was built for."""
         self._cuda.use()
-        cache.check_newest()
-        is_prompt = _is_prompt(rows)
-        self._check_limits(rows, cache, is_prompt)
-        if is_prompt:
-            pseudo = np.arange(sum(map(len, rows.pseudo_parents)), dtype=np.int64)
-            self._run_prompt(rows, cache)
-            self._last = rows
+        (slot,) = batch.slots
+        cache = cache_of(slot)
+        self._check_limits(batch, cache)
+        if batch.phase is Phase.PROMPT:
+            laid_out = stack(batch, self.dims.join_order)
+            self._run_prompt(laid_out, cache)
         else:
-            sizes = bucket(rows, self._usual, self._limits.max_rows)
-            padded = pad(rows, sizes, self.dims.join_order)
-            pseudo = padded.pseudo
-            self._buffers.write(padded.rows, cache.length)
-            found = self._pass(sizes, cache)
+            laid_out = stack(batch, self.dims.join_order, bucket(batch.rows, self._usual, self._limits.max_rows))
+            self._buffers.write(laid_out)
+            found = self._pass(laid_out.sizes, cache)
             found.run()
-            self._last = padded.rows
             if found.runs == 2:
                 # Rare, and by then whatever this shape needs has been compiled.
                 self._runtime_cache.save()
         self._cuda.synchronise()
-        return Outputs(self._buffers.logits(len(rows.logit_rows)), DraftRows(self._buffers, pseudo), (), ())
+        logits = self._buffers.logits(laid_out.logit_rows)
+        return DeviceResult(batch, self._buffers, laid_out.sizes, logits, laid_out.pseudo[0])
 
-    def _run_prompt(self, rows: Rows, cache: DeviceCache) -> None:
+    def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
+        """See `Engine.commit`: copies the accepted rows behind those of the cache."""
+        assert isinstance(result, DeviceResult), "a result of another engine"
+        self._cuda.use()
+        for slot, rows in zip(result.batch.slots, accepted, strict=True):
+            cache = cache_of(slot)
+            cache.reserve(len(rows))
+            table = self._buffers.commit_table(cache, rows, result.sizes)
+            heads = self.dims.key_value_heads
+            self._commit(table, len(rows), heads, cache.length, cache.capacity, self._cuda.stream)
+            cache.length += len(rows)
+
+    def _run_prompt(self, laid_out: LaidOut, cache: DeviceCache) -> None:
         """Run a prompt chunk, of whatever length: too many shapes for a graph of each."""
         if self._prompt is None:
             self._prompt = _Context(self, PROMPT)
-        sizes = TreeSizes(len(rows.input_ids), tuple(map(len, rows.pseudo_parents)))
-        self._prompt.set_shapes(sizes, len(rows.logit_rows), cache)
-        self._buffers.write(rows, cache.length)
+        self._prompt.set_shapes(laid_out.sizes, laid_out.logit_rows, cache)
+        self._buffers.write(laid_out)
         self._prompt.enqueue()
 
     def _pass(self, sizes: TreeSizes, cache: DeviceCache) -> _CapturedPass:
@@ -131,20 +140,14 @@ class TensorRTEngine:
             self._passes[key] = _CapturedPass(self._cuda, context, self._use_graphs)
         return self._passes[key]
 
-    def _commit_rows(self, cache: DeviceCache, accepted: Sequence[int]) -> None:
-        """Copy the keys and values of `accepted` tree rows of the last pass behind those of `cache`."""
-        assert self._last is not None, "no pass has run"
-        self._cuda.use()
-        table = self._buffers.commit_table(cache, accepted, self._last)
-        heads = self.dims.key_value_heads
-        self._commit(table, len(accepted), heads, cache.length, cache.capacity, self._cuda.stream)
-
-    def _check_limits(self, rows: Rows, cache: DeviceCache, is_prompt: bool) -> None:
+    def _check_limits(self, batch: Batch, cache: DeviceCache) -> None:
         limits = self._limits
+        is_prompt = batch.phase is Phase.PROMPT
         flag = "--chunk" if is_prompt else "--max-rows"
         most = limits.chunk if is_prompt else limits.max_rows
-        counts = {bindings.INPUT_IDS: len(rows.input_ids)}
-        counts |= {bindings.pseudo_parent(k): len(parents) for k, parents in enumerate(rows.pseudo_parents, start=1)}
+        sizes = shared_sizes(batch.rows)
+        counts = {bindings.INPUT_IDS: sizes.tree_rows}
+        counts |= {bindings.pseudo_parent(step): rows for step, rows in enumerate(sizes.pseudo_rows, start=1)}
         for name, count in counts.items():
             if count > most:
                 raise InputError(
@@ -169,14 +172,6 @@ def _register_plugin(trt: Any, path: Path, about: PlanFile) -> None:
         register(trt)
     except RuntimeError as error:
         raise InputError(f"the plugin of {path} cannot be registered: {error}") from error
-
-
-def _is_prompt(rows: Rows) -> bool:
-    """Whether the rows are a chunk of a prompt, as the profile for them expects: one row of logits, and drafts of that
-    row only. A single row is not worth the distinction.
-    """
-    one_each = all(len(parents) <= 1 for parents in rows.pseudo_parents)
-    return len(rows.logit_rows) == 1 and len(rows.input_ids) > 1 and one_each
 
 
 class _Context:

@@ -7,7 +7,7 @@ import pytest
 
 from runtime import Generator, Sampling
 from runtime.cli import build_parser, main, sampling_of
-from runtime.command_line import run
+from runtime.program import run
 
 
 def test_json_is_one_object_with_the_results_names(tiny_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:

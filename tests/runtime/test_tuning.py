@@ -13,23 +13,12 @@ import pytest
 
 from runtime import EngineFileError, Generator
 from runtime.bindings import GraphDims
-from runtime.engines import Outputs
+from runtime.bundle.tuning_file import Tuning, read_tuning, tuning_path, write_tuning
+from runtime.drafting.sizing import Menu
 from runtime.errors import InputError
-from runtime.sizing import Menu
-from runtime.tree import Rows, TreeSizes
-from runtime.tuning import (
-    QUICK_CONTEXTS,
-    QUICK_REPEATS,
-    QUICK_SECONDS,
-    Tuning,
-    cpu_name,
-    measure,
-    menu_sizes,
-    quick,
-    read_tuning,
-    tuning_path,
-    write_tuning,
-)
+from runtime.rows import Outputs, Rows
+from runtime.tree import TreeSizes
+from runtime.tuning import QUICK_CONTEXTS, QUICK_REPEATS, QUICK_SECONDS, cpu_name, measure, menu_sizes, quick
 
 DIMS = GraphDims(1, 1, 1, 1, 1, 11, (0, 0, 0))
 PLAIN = TreeSizes.plain(3)

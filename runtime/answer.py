@@ -1,0 +1,116 @@
+"""An answer as it comes: the text and the statistics of one request, step by step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from runtime.decode import Request
+from runtime.sampling import TokenLogProbability
+from runtime.sampling.sampler import Sampler
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """An answer and how it came about.
+
+    `tokens` are the new token ids, an end-of-text token included; `text` leaves special tokens out and ends before a
+    stop string. `finish_reason` is "stop" (end of text, or a stop string) or "length" (token or context limit).
+    `steps` counts the engine passes that made tokens certain, the prompt's last one included, so that
+    `tokens_per_step` is tokens / steps and 1.0 for plain decoding. `decode_tokens_per_second` leaves the prompt and
+    the first token out, and the time that the taker of a stream keeps each chunk; it is 0.0 when there was no second
+    token. `accepted[n]` counts the steps that accepted n drafted tokens and so yielded n + 1: all but the prompt's, and
+    the last one, which the answer's end cut short. `seed` is the one that sampling used, None for greedy decoding.
+    `log_probabilities` has an entry for each token, if asked for.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    finish_reason: FinishReason
+    steps: int
+    tokens_per_step: float
+    decode_tokens_per_second: float
+    time_to_first_token_s: float
+    accepted: tuple[int, ...]
+    seed: int | None
+    log_probabilities: list[TokenLogProbability] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-ready dictionary."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class GenerationChunk:
+    """A part of an answer: text that is final, and the tokens of one engine pass, with their log-probabilities if
+    asked for. The last one carries the result.
+    """
+
+    text: str
+    tokens: list[int] = field(default_factory=list)
+    result: GenerationResult | None = None
+    log_probabilities: list[TokenLogProbability] | None = None
+
+
+class Answer:
+    """What has come of a request's answer: call `step` after each step that made tokens certain.
+
+    `ends` is for `Request.ends`: text decides where an answer ends, by its `stop` strings as well as by `stop_tokens`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stop_tokens: Iterable[int], sampler: Sampler) -> None:
+        from runtime.text import TextStream
+
+        self._text = TextStream(tokenizer, stop)
+        self._stop_tokens = frozenset(stop_tokens)
+        self._sampler = sampler
+        self._released: list[str] = []
+        self._count = 0
+        self._stopped = False
+        # Seconds of each step, the prompt with the first one.
+        self._seconds: list[float] = []
+        self._accepted: Counter[int] = Counter()
+
+    def ends(self, token: int) -> bool:
+        """Take the next token; return whether the answer ends with it."""
+        self._released.append(self._text.push(token))
+        self._stopped = self._text.stopped or token in self._stop_tokens
+        return self._stopped
+
+    def step(self, request: Request, seconds: float) -> GenerationChunk:
+        """Return the chunk of a step that took so long; the last one carries the result."""
+        certain, scores = request.tokens[self._count :], self._sampler.log_probabilities
+        if self._count and not request.ended:
+            self._accepted[len(certain) - 1] += 1
+        self._seconds.append(seconds)
+        if request.ended:
+            self._released.append(self._text.finish())
+        text = "".join(self._released)
+        self._released.clear()
+        part = scores and scores[self._count :]
+        self._count += len(certain)
+        return GenerationChunk(text, certain, self._result(request) if request.ended else None, part)
+
+    def _result(self, request: Request) -> GenerationResult:
+        tokens, steps, decoding = request.tokens, len(self._seconds), sum(self._seconds[1:])
+        return GenerationResult(
+            text=self._text.text,
+            tokens=tokens,
+            prompt_tokens=len(request.prompt),
+            finish_reason="stop" if self._stopped else "length",
+            steps=steps,
+            tokens_per_step=len(tokens) / steps,
+            decode_tokens_per_second=(len(tokens) - 1) / decoding if decoding else 0.0,
+            time_to_first_token_s=self._seconds[0],
+            accepted=tuple(self._accepted[n] for n in range(max(self._accepted, default=-1) + 1)),
+            seed=self._sampler.seed,
+            log_probabilities=self._sampler.log_probabilities,
+        )

@@ -1,0 +1,1 @@
+"""The files of an engine: what they are called, what is in them, and whether they are whole."""

@@ -1,0 +1,176 @@
+"""The draft-and-verify loop (arXiv 2404.12022): one pass verifies a tree of candidates and drafts the next.
+
+The loop decides and never runs. `decode` yields the rows that a request wants in the next pass and is sent what came of
+them; then it yields the rows that were accepted, to be committed. Whatever runs passes, for one request or for many,
+drives it: see `runtime.driver`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from runtime.drafting.drafter import Drafter
+from runtime.drafting.drafts import DraftStep
+from runtime.rows import Outputs, Rows, lay_out, prompt_rows
+from runtime.sampling.choice import ArgMax, Choice, Chosen, Wanted
+from runtime.tree import Tree
+
+# Called once for each token chosen, in order; returns whether the answer ends with it.
+Ends = Callable[[int], bool]
+
+
+class Chooser(Protocol):
+    """Chooses tokens: called once for each, in order, with what was `wanted` of the base model's logits after all
+    tokens before it. It may keep state.
+    """
+
+    wanted: Wanted
+
+    def __call__(self, found: Choice) -> int:
+        """Return the token."""
+        ...
+
+
+class Greedy:
+    """Chooses the most probable token."""
+
+    def __init__(self) -> None:
+        self.wanted: Wanted = ArgMax()
+
+    def __call__(self, found: Choice) -> int:
+        """See `Chooser`."""
+        assert isinstance(found, Chosen)
+        return found.token
+
+
+def never(token: int) -> bool:
+    """Return False: no token ends the answer."""
+    return False
+
+
+@dataclass
+class Request:
+    """One text on its way: what was asked for, and how far it is.
+
+    The prompt is run in chunks of `chunk` tokens. `join_order` is that of the graph's draft steps. The answer ends with
+    the first token that `ends` is true of, or after `max_new_tokens`. `tokens` are those chosen so far, and
+    `committed` counts the rows that an engine keeps for it.
+    """
+
+    prompt: Sequence[int]
+    drafter: Drafter
+    chunk: int
+    join_order: Sequence[int]
+    choose: Chooser = field(default_factory=Greedy)
+    max_new_tokens: int = sys.maxsize
+    ends: Ends = never
+    tokens: list[int] = field(default_factory=list)
+    committed: int = 0
+    ended: bool = False
+
+    def take(self, found: Choice) -> int:
+        """Choose the next token, where `found` is what came back of the row before it; return it."""
+        token = self.choose(found)
+        self.tokens.append(token)
+        self.ended = self.ends(token) or len(self.tokens) == self.max_new_tokens
+        return token
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The tree rows of the last pass that became certain, in order: to be committed."""
+
+    rows: Sequence[int]
+
+
+# Yields `Rows` and is sent their `Outputs`, then yields `Accepted` and is sent nothing.
+Decoding = Generator[Rows | Accepted, Outputs, None]
+
+
+def decode(request: Request) -> Decoding:
+    """Decode `request` to its end. Its tokens are those of plain decoding: each is chosen from the base model's logits
+    after all tokens before it.
+    """
+    drafter = request.drafter
+    drafts = yield from process_prompt(request)
+    drafter.begin([*request.prompt, *request.tokens])
+    while not request.ended:
+        tree, pseudo_parents = drafter.propose(request.tokens[-1], drafts, request.committed)
+        rows = lay_out(
+            tree,
+            pseudo_parents,
+            request.join_order,
+            request.committed,
+            wanted=request.choose.wanted,
+            candidates=drafter.candidates,
+        )
+        outputs = yield rows
+        accepted = verify(tree, outputs, request)
+        drafts = drafts_of(accepted[-1], outputs, request.join_order)
+        request.committed += len(accepted)
+        drafter.accept(request.tokens[-len(accepted) :])
+        yield Accepted(accepted)
+
+
+def verify(tree: Tree, outputs: Outputs, request: Request) -> list[int]:
+    """Walk the tree by the base model's own choice at each node, one choice for each accepted node.
+
+    Returns the accepted nodes, the root first. The token chosen at the last of them is the next certain one: the answer
+    ends with it, or no child holds it.
+    """
+    accepted = [0]
+    while True:
+        token = request.take(outputs.chosen(accepted[-1]))
+        child = None if request.ended else tree.child(accepted[-1], token)
+        if child is None:
+            return accepted
+        accepted.append(child)
+
+
+def drafts_of(node: int, outputs: Outputs, join_order: Sequence[int]) -> list[DraftStep]:
+    """Return the drafts of the pseudo rows of `node`, step 1 first.
+
+    They end before the first step that it has no row of, or whose logits overflowed.
+    """
+    pseudo_parents = outputs.rows.pseudo_parents
+    first_row = {}
+    row = 0
+    for step in join_order:
+        first_row[step] = row
+        row += len(pseudo_parents[step])
+    drafts: list[DraftStep] = []
+    for step, parents in enumerate(pseudo_parents):
+        found = np.flatnonzero(parents == node)
+        draft = outputs.draft(first_row[step] + int(found[0])) if len(found) else None
+        if draft is None:
+            break
+        drafts.append(draft)
+    return drafts
+
+
+def process_prompt(request: Request) -> Generator[Rows | Accepted, Outputs, list[DraftStep]]:
+    """Run the prompt in chunks, and choose the token after it. Returns the drafts of what follows that."""
+    drafter, prompt, chunk = request.drafter, request.prompt, request.chunk
+    drafts: list[DraftStep] = []
+    for start in range(0, len(prompt), chunk):
+        tokens = prompt[start : start + chunk]
+        ends_prompt = start + chunk >= len(prompt)
+        outputs = yield prompt_rows(
+            tokens,
+            request.join_order,
+            start,
+            drafter.draft_steps if ends_prompt else 0,
+            wanted=request.choose.wanted,
+            candidates=drafter.candidates,
+        )
+        if ends_prompt:
+            request.take(outputs.chosen(0))
+            drafts = drafts_of(len(tokens) - 1, outputs, request.join_order)
+        request.committed += len(tokens)
+        yield Accepted(range(len(tokens)))
+    return drafts

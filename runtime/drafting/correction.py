@@ -1,0 +1,96 @@
+"""The token correction: drafts reordered for the token that came before.
+
+The draft of step k was made without knowing the tokens of the steps before it. When a tree is built they are known: the
+certain token at its root, and the candidates above a node. A *token correction* brings them in. It adds to the logit of
+candidate t after token c the product of two short trained vectors, <candidate_t, scale_k * context_c>, much as Hydra
+heads (arXiv 2402.05109) and recurrent drafters condition on the token before, but by table lookup: no layer runs again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.drafting.drafts import Drafts, DraftStep, FloatArray, IndependentDrafts, IntArray
+from runtime.errors import EngineFileError
+
+# Candidates of a step that a correction may reorder.
+SHORTLIST = 64
+# exp() of more than this would leave nothing of the draft itself.
+LARGEST_CORRECTION = 30.0
+
+
+@dataclass(frozen=True)
+class TokenCorrection:
+    """The tables of a token correction: candidates [V, r], contexts [V, r], scales [K, r]."""
+
+    candidates: NDArray[np.floating]
+    contexts: NDArray[np.floating]
+    scales: NDArray[np.floating]
+
+    def rows(self, step: int, tokens: IntArray) -> NDArray[np.float32]:
+        """Return [N, r]: what `tokens` [N] have in the tables at `step` (0-based), whatever the token before."""
+        return np.multiply(self.candidates[tokens], self.scales[step], dtype=np.float32)
+
+    def after(self, rows: NDArray[np.float32], before: int) -> FloatArray:
+        """Return what is added to the logits of the N tokens that `rows` [N, r] are of, after the token `before`."""
+        added = rows @ self.contexts[before].astype(np.float32)
+        return np.clip(added, -LARGEST_CORRECTION, LARGEST_CORRECTION).astype(np.float64)
+
+    def write(self, path: Path) -> None:
+        """Write the tables as one float16 array [V + V + K, r]."""
+        with path.open("wb") as file:
+            np.save(file, np.concatenate([self.candidates, self.contexts, self.scales]).astype(np.float16))
+
+    @classmethod
+    def read(cls, path: Path, vocab_size: int, num_steps: int) -> TokenCorrection:
+        """Map the tables of `path` into memory. Raises `EngineFileError` when they do not fit."""
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise EngineFileError(f"{path} is not a token correction ({error}); export the engine again") from error
+        if array.ndim != 2 or len(array) != 2 * vocab_size + num_steps:
+            raise EngineFileError(
+                f"{path} has the shape {list(array.shape)} where {2 * vocab_size + num_steps} rows are expected; "
+                "export the engine again"
+            )
+        scales = np.array(array[2 * vocab_size :], dtype=np.float32)
+        # Still mapped, but indexed as fast as any array.
+        array = np.asarray(array)
+        return cls(array[:vocab_size], array[vocab_size : 2 * vocab_size], scales)
+
+
+class CorrectedDrafts:
+    """Drafts reordered by a token correction; `steps` are shortlists of the uncorrected drafts."""
+
+    def __init__(self, steps: Sequence[DraftStep], correction: TokenCorrection, count: int) -> None:
+        self.steps = steps
+        self.correction = correction
+        self.count = count
+        self._rows: dict[int, NDArray[np.float32]] = {}
+        self._known: dict[tuple[int, int], DraftStep] = {}
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def after(self, step: int, token: int) -> DraftStep:
+        """See `Drafts.after`. Tokens off the shortlist keep their probability before normalisation."""
+        if (found := self._known.get((step, token))) is None:
+            shortlist = self.steps[step]
+            if step not in self._rows:
+                self._rows[step] = self.correction.rows(step, shortlist.tokens)
+            weights = shortlist.probabilities * np.exp(self.correction.after(self._rows[step], token))
+            rest = max(0.0, 1.0 - float(shortlist.probabilities.sum()))
+            order = np.argsort(-weights, kind="stable")[: self.count]
+            found = DraftStep(shortlist.tokens[order], weights[order] / (float(weights.sum()) + rest))
+            self._known[step, token] = found
+        return found
+
+
+def corrected(steps: Sequence[DraftStep], correction: TokenCorrection | None, count: int) -> Drafts:
+    """Return the drafts of `steps`, each with its `count` best candidates after any token."""
+    return IndependentDrafts(steps) if correction is None else CorrectedDrafts(steps, correction, count)

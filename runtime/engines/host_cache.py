@@ -1,0 +1,106 @@
+"""Engines whose new keys and values come back to the host, and the cache that keeps the accepted ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.bindings import GraphDims
+from runtime.engines.protocol import Batch, Result, Slot
+from runtime.rows import Outputs, PickedRows
+from runtime.tree import IntArray
+
+BLOCK = 64
+
+
+class KeyValueCache:
+    """Keys and values [L, 1, Hkv, S, D] of one request, the first `length` of S rows valid. See `Slot`.
+
+    S grows by a block or an eighth, whichever is more, so that growing costs little over a text of any length while
+    attention reads few rows that are not valid.
+    """
+
+    def __init__(self, dims: GraphDims) -> None:
+        self.length = 0
+        shape = (dims.num_layers, 1, dims.key_value_heads, 0, dims.head_dim)
+        self.keys: NDArray = np.zeros(shape, dtype=dims.dtype)
+        self.values: NDArray = np.zeros(shape, dtype=dims.dtype)
+
+    @property
+    def capacity(self) -> int:
+        """S, the rows that there is memory for."""
+        return self.keys.shape[3]
+
+    def append(self, keys: Sequence[NDArray], values: Sequence[NDArray], rows: Sequence[int]) -> None:
+        """Append `rows` of L arrays of new keys and values [Hkv, R_l, D], in that order."""
+        end = self.length + len(rows)
+        if end > self.capacity:
+            self._grow(end)
+        # A slice where the rows allow it: a prompt's rows are all accepted, and copying them by index is slower.
+        first, last = rows[0], rows[-1]
+        index = slice(first, last + 1) if last - first + 1 == len(rows) else list(rows)
+        for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+            self.keys[layer, 0, :, self.length : end] = key[:, index]
+            self.values[layer, 0, :, self.length : end] = value[:, index]
+        self.length = end
+
+    def _grow(self, needed: int) -> None:
+        target = max(needed, self.capacity + max(BLOCK, self.capacity // 8))
+        capacity = -(-target // BLOCK) * BLOCK
+        self.keys = _widen(self.keys, self.length, capacity)
+        self.values = _widen(self.values, self.length, capacity)
+
+
+def _widen(array: NDArray, length: int, capacity: int) -> NDArray:
+    layers, batch, heads, _, head_dim = array.shape
+    wider = np.zeros((layers, batch, heads, capacity, head_dim), dtype=array.dtype)
+    wider[:, :, :, :length] = array[:, :, :, :length]
+    return wider
+
+
+@dataclass(frozen=True)
+class HostResult:
+    """A pass whose outputs are all on the host: logits [B, M, V]; draft_logits [B, sum R_k, V] in row order; key_new
+    and value_new L arrays [B, Hkv, R_l, D], the tree's rows first.
+
+    Where requests were padded, `pseudo` [B] has the rows of their own draft logits. See `Result`.
+    """
+
+    batch: Batch
+    logits: NDArray[np.float32]
+    draft_logits: NDArray[np.float32]
+    key_new: Sequence[NDArray]
+    value_new: Sequence[NDArray]
+    pseudo: tuple[IntArray, ...] | None = None
+
+    def outputs(self, index: int) -> Outputs:
+        """See `Result.outputs`."""
+        rows, drafts = self.batch.rows[index], self.draft_logits[index]
+        own = drafts if self.pseudo is None else PickedRows(drafts, self.pseudo[index])
+        return Outputs(rows, self.logits[index, : len(rows.logit_rows)], own)
+
+
+class HostCacheEngine:
+    """What engines share whose results are `HostResult`s."""
+
+    dims: GraphDims
+
+    def new_slot(self) -> KeyValueCache:
+        """See `Engine.new_slot`."""
+        return KeyValueCache(self.dims)
+
+    def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
+        """See `Engine.commit`."""
+        assert isinstance(result, HostResult), "a result of another engine"
+        for index, (slot, rows) in enumerate(zip(result.batch.slots, accepted, strict=True)):
+            keys, values = ([array[index] for array in kind] for kind in (result.key_new, result.value_new))
+            cache_of(slot).append(keys, values, rows)
+
+
+def cache_of(slot: Slot) -> KeyValueCache:
+    """Return the cache that a slot of these engines is."""
+    assert isinstance(slot, KeyValueCache), "a slot of another engine"
+    return slot

@@ -1,0 +1,151 @@
+"""One request's part of a pass: the rows that it wants run, and what it gets back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.drafting.drafts import DraftStep, most_probable
+from runtime.sampling.choice import Choice, Wanted, WholeLogits
+from runtime.tree import IntArray, Tree, chain
+
+
+class Phase(Enum):
+    """What a pass is for. Engines may prepare for each in another way, and never guess which one it is."""
+
+    # A chunk of a prompt: tokens without branches, of which the last alone has logits and drafts.
+    PROMPT = "prompt"
+    # A tree to verify; in plain decoding its root alone.
+    DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one request in one pass, without the batch dimension; shapes as in `runtime.bindings`.
+
+    Back come what is `wanted` of each of the M `logit_rows`, and of each pseudo row the `candidates` most probable
+    tokens.
+    """
+
+    input_ids: IntArray
+    position_ids: IntArray
+    tree_mask: NDArray[np.bool_]
+    pseudo_parents: tuple[IntArray, ...]
+    logit_rows: IntArray
+    phase: Phase = Phase.DECODE
+    wanted: Wanted = field(default_factory=WholeLogits)
+    candidates: int = 0
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """R_1 to R_K: the pseudo rows of each draft step."""
+        return tuple(map(len, self.pseudo_parents))
+
+
+class LogitRows(Protocol):
+    """Rows of logits, each [V]; an array [N, V] is one, and so are rows that are fetched when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> NDArray[np.float32]: ...
+
+
+class PickedRows:
+    """Rows of logits picked from others, in the order of `index`."""
+
+    def __init__(self, rows: LogitRows, index: IntArray) -> None:
+        self._rows = rows
+        self._index = index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, row: int) -> NDArray[np.float32]:
+        return self._rows[int(self._index[row])]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """One request's slice of a pass over `rows`: logits [M, V], draft_logits [sum R_k, V] in row order.
+
+    It makes the choices that the rows ask for, when it is asked for one: few rows ever are. An engine that makes them
+    where the logits are has a slice of its own kind.
+    """
+
+    rows: Rows
+    logits: LogitRows
+    draft_logits: LogitRows
+
+    def chosen(self, index: int) -> Choice:
+        """Return what is wanted of row `logit_rows[index]`, for the token after it."""
+        position = int(self.rows.position_ids[self.rows.logit_rows[index]]) + 1
+        return self.rows.wanted.of(self.logits[index], position)
+
+    def draft(self, row: int) -> DraftStep | None:
+        """Return the most probable tokens of a pseudo row, as many as the rows ask for; None where it overflowed: a
+        draft may be bad, not fatal.
+        """
+        logits = self.draft_logits[row]
+        return most_probable(logits, self.rows.candidates) if math.isfinite(logits.max()) else None
+
+
+def lay_out(
+    tree: Tree,
+    pseudo_parents: tuple[IntArray, ...],
+    join_order: Sequence[int],
+    start: int,
+    logit_rows: IntArray | None = None,
+    *,
+    phase: Phase = Phase.DECODE,
+    wanted: Wanted | None = None,
+    candidates: int = 0,
+) -> Rows:
+    """Return the rows of one pass: the tree's nodes, then each step's pseudo rows in `join_order`.
+
+    `start` is the absolute position of the tree's root. A node sees itself and its ancestors; a pseudo row sees what
+    its parent sees, itself, and its parent's earlier steps. `logit_rows` None asks for every node's logits; `wanted`
+    None for whole logits.
+    """
+    size = len(tree)
+    tree_part = _ancestors(tree)
+    parents = np.concatenate([pseudo_parents[k] for k in join_order]) if pseudo_parents else np.empty(0, np.int64)
+    steps = np.repeat(np.array(join_order, dtype=np.int64), [len(pseudo_parents[k]) for k in join_order])
+    mask = np.zeros((size + len(parents),) * 2, dtype=bool)
+    mask[:size, :size] = tree_part
+    mask[size:, :size] = tree_part[parents]
+    mask[size:, size:] = (parents[:, None] == parents[None, :]) & (steps[None, :] <= steps[:, None])
+    positions = np.concatenate([tree.depths, tree.depths[parents] + steps + 1]) + start
+    asked = np.arange(size, dtype=np.int64) if logit_rows is None else logit_rows
+    return Rows(tree.tokens, positions, mask, pseudo_parents, asked, phase, wanted or WholeLogits(), candidates)
+
+
+def prompt_rows(
+    tokens: Sequence[int],
+    join_order: Sequence[int],
+    start: int,
+    draft_steps: int = 0,
+    *,
+    wanted: Wanted | None = None,
+    candidates: int = 0,
+) -> Rows:
+    """Return the rows of a prompt chunk that begins at the absolute position `start`: the logits of its last token are
+    asked for, and drafts of the first `draft_steps` steps after it.
+    """
+    last = np.array([len(tokens) - 1], dtype=np.int64)
+    parents = tuple(last[: int(step < draft_steps)] for step in range(len(join_order)))
+    return lay_out(
+        chain(tokens), parents, join_order, start, last, phase=Phase.PROMPT, wanted=wanted, candidates=candidates
+    )
+
+
+def _ancestors(tree: Tree) -> NDArray[np.bool_]:
+    mask = np.eye(len(tree), dtype=bool)
+    for node in range(1, len(tree)):
+        mask[node] |= mask[tree.parents[node]]
+    return mask

@@ -1,0 +1,97 @@
+"""What a request wants back of a row of logits, and what it gets.
+
+The whole vocabulary is seldom needed: a greedy request wants the most probable token, a sampled one the winner of its
+race. Saying so leaves it to the engine where the choice is made. An engine whose logits are on the host uses `of`; one
+whose logits are on a GPU may make the same choice there and send one token in the place of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.sampling.candidates import candidates
+from runtime.sampling.noise import Noise
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A token chosen from logits whose largest is `top`; where that is not finite the token has no meaning."""
+
+    token: int
+    top: float
+
+
+# What comes back of one row: a token, or the logits [V] to choose from.
+Choice = Chosen | Logits
+
+
+class Wanted(Protocol):
+    """What is wanted back of each row of a pass."""
+
+    def of(self, logits: Logits, position: int) -> Choice:
+        """Return it, of logits [V] for the token at the absolute `position`; they stay as they are."""
+        ...
+
+
+class ArgMax:
+    """The most probable token; among equals the smallest, as `argmax` of other libraries."""
+
+    def of(self, logits: Logits, position: int) -> Chosen:
+        """See `Wanted.of`."""
+        token = int(logits.argmax())
+        return Chosen(token, float(logits[token]))
+
+
+class WholeLogits:
+    """The logits themselves, for choices that depend on more than one row."""
+
+    def of(self, logits: Logits, position: int) -> Logits:
+        """See `Wanted.of`."""
+        return logits
+
+
+class Race:
+    """The winner of the race of the tokens that the options keep (see `runtime.sampling.noise`): one draw from the
+    softmax of logits [V] / temperature.
+
+    Options mean what they do in `Sampling`; `vocab_size` is V.
+    """
+
+    def __init__(
+        self,
+        noise: Noise,
+        vocab_size: int,
+        temperature: float,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+    ) -> None:
+        self.noise = noise
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.min_p = min_p
+        self._tempered = np.empty(vocab_size, dtype=np.float32)
+        self._weights = np.empty(vocab_size, dtype=np.float32)
+        self._all = np.arange(vocab_size)
+
+    def of(self, logits: Logits, position: int) -> Chosen:
+        """See `Wanted.of`."""
+        if self.temperature != 1.0:
+            logits = np.divide(logits, np.float32(self.temperature), out=self._tempered)
+        top = float(logits.max())
+        if not math.isfinite(top):
+            return Chosen(-1, top)
+        tokens, weights = candidates(
+            logits, top, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, out=self._weights
+        )
+        if tokens is None:
+            tokens = self._all
+        return Chosen(int(tokens[self.noise.first(position, tokens, weights)]), top)

@@ -1,0 +1,332 @@
+"""The engine of the graph lowered for the CPU, whose cache is written in place, against that of the portable graph."""
+
+import gc
+import json
+import shutil
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime import EngineFileError, Generator
+from runtime.bindings import GraphDims
+from runtime.bundle.engine_file import FORMAT_VERSION, FileRecord, read_engine_file
+from runtime.engines.host_cache import KeyValueCache
+from runtime.engines.onnxruntime import OnnxRuntimeEngine
+from runtime.engines.onnxruntime_cpu import InPlaceCache, OnnxRuntimeCpuEngine, new_rows
+from runtime.engines.protocol import Engine
+from runtime.engines.protocol import onnxruntime_cpu as module
+from runtime.rows import Outputs, Rows, lay_out
+from runtime.tree import Tree, TreeSizes, chain
+from tests.strategies import trees
+
+DIMS = GraphDims(3, 4, 2, 5, 20, 50, (2,))
+NOTHING = np.empty(0, dtype=np.int64)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_engine: Path) -> OnnxRuntimeCpuEngine:
+    return open_cpu(tiny_engine)
+
+
+@pytest.fixture(scope="module")
+def portable(tiny_engine: Path) -> OnnxRuntimeEngine:
+    return OnnxRuntimeEngine(tiny_engine, read_engine_file(tiny_engine).dims, threads=1)
+
+
+@pytest.fixture
+def small_blocks() -> Iterator[None]:
+    """Let caches grow often."""
+    with mock.patch.object(module, "BLOCK", 8):
+        yield
+
+
+def open_cpu(path: Path) -> OnnxRuntimeCpuEngine:
+    return OnnxRuntimeCpuEngine(path.with_name("engine.cpu.onnx"), read_engine_file(path).dims, threads=1)
+
+
+def rows_of(tokens: list[int], start: int, dims: GraphDims) -> Rows:
+    """Return a chain without pseudo rows."""
+    return lay_out(chain(tokens), (NOTHING,) * dims.num_steps, dims.join_order, start)
+
+
+def random_pass(rng: np.random.Generator, dims: GraphDims, tree: Tree, start: int) -> Rows:
+    """Return rows of `tree` with any pseudo rows."""
+    ends = (rng.permutation(len(tree))[: rng.integers(0, len(tree) + 1)] for _ in range(dims.num_steps))
+    return lay_out(tree, tuple(np.sort(rows) for rows in ends), dims.join_order, start)
+
+
+def path_to(tree: Tree, node: int) -> list[int]:
+    """Return the nodes from the root to `node`."""
+    return [*path_to(tree, int(tree.parents[node])), node] if node else [0]
+
+
+def texts(engine: Engine, prompts: list[list[int]]) -> Iterator[list[list[int]]]:
+    """Decode plainly after all prompts at once, each with a cache of its own; yield all texts so far."""
+    dims = engine.dims
+    found: list[list[int]] = [[] for _ in prompts]
+    waiting = [list(prompt) for prompt in prompts]
+    caches = [engine.new_cache() for _ in prompts]
+    while True:
+        for text, tokens, cache in zip(found, waiting, caches, strict=True):
+            outputs = engine.run(rows_of(tokens, cache.length, dims), cache)
+            cache.commit(outputs, range(len(tokens)))
+            text.append(int(outputs.logits[-1].argmax()))
+            tokens[:] = text[-1:]
+        yield found
+
+
+def text_of(engine: Engine, prompt: list[int], count: int) -> list[int]:
+    for found in texts(engine, [prompt]):
+        if len(found[0]) == count:
+            return found[0]
+    raise AssertionError
+
+
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 20)), min_size=1, max_size=8), st.integers(0, 1000))
+def test_the_cache_holds_accepted_rows_in_order_as_one_that_is_copied_to(
+    passes: list[tuple[int, int]], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    cache, copied = InPlaceCache(DIMS), KeyValueCache(DIMS)
+    nothing = np.empty((0, DIMS.vocab_size), dtype=np.float32)
+    for tree_rows, pseudo_rows in passes:
+        count = tree_rows + pseudo_rows
+        cache.reserve(count)
+        new = rng.standard_normal((2, DIMS.num_layers, 1, 2, count, 5)).astype(np.float32)
+        cache.arrays[..., cache.length : cache.length + count, :] = new
+        accepted = sorted(rng.permutation(tree_rows)[: rng.integers(1, tree_rows + 1)].tolist())
+        cache.commit(Outputs(nothing, nothing, (), ()), accepted)
+        copied.commit(Outputs(nothing, nothing, list(new[0]), list(new[1])), accepted)
+        length = copied.length
+        assert cache.length == length <= cache.capacity
+        for found, expected in zip(cache.arrays, (copied.keys, copied.values), strict=True):
+            np.testing.assert_array_equal(found[..., :length, :], expected[..., :length, :])
+
+
+def test_a_cache_grows_seldom() -> None:
+    cache, grown = InPlaceCache(DIMS), 0
+    for _ in range(5000):
+        before = cache.capacity
+        cache.reserve(12)
+        grown += cache.capacity != before
+        assert cache.capacity <= 1.25 * (cache.length + 12) + module.BLOCK
+        cache.length += 1
+    assert grown < 15
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_after_any_accepted_paths_the_cache_is_that_of_the_portable_engine(
+    engine: OnnxRuntimeCpuEngine, portable: OnnxRuntimeEngine, data: st.DataObject
+) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    with mock.patch.object(module, "BLOCK", 8):
+        cache, copied = engine.new_cache(), portable.new_cache()
+        for tree in data.draw(st.lists(trees(max_rows=10), min_size=1, max_size=6)):
+            rows = random_pass(rng, engine.dims, tree, copied.length)
+            found, expected = engine.run(rows, cache), portable.run(rows, copied)
+            np.testing.assert_allclose(found.logits, expected.logits, atol=2e-4, strict=True)
+            np.testing.assert_allclose(found.draft_logits, expected.draft_logits, atol=2e-4, strict=True)
+            accepted = path_to(tree, int(rng.integers(len(tree))))
+            cache.commit(found, accepted)
+            copied.commit(expected, accepted)
+            length = copied.length
+            assert cache.length == length
+            for ours, theirs in zip(cache.arrays, (copied.keys, copied.values), strict=True):
+                np.testing.assert_allclose(ours[..., :length, :], theirs[..., :length, :], atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def generators(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Generator, Generator]:
+    """The tiny engine as it is, and without its lowered graph."""
+    folder = tmp_path_factory.mktemp("portable") / "engine"
+    shutil.copytree(tiny_engine.parent, folder)
+    engine = folder / tiny_engine.name
+    replace(read_engine_file(engine), cpu_graph=None).write(engine.with_suffix(".json"))
+    return Generator(tiny_engine, threads=1), Generator(engine, threads=1)
+
+
+@pytest.mark.parametrize("prompt", ["a", "Hello there", "x" * 40])
+@pytest.mark.parametrize("tree", [TreeSizes(6, (6, 4, 2)), TreeSizes(3, (1, 0, 0)), TreeSizes(150, (150, 150, 150))])
+def test_drafting_and_verifying_gives_the_tokens_of_the_portable_engine(
+    generators: tuple[Generator, Generator], tree: TreeSizes, prompt: str
+) -> None:
+    found, expected = (generator.generate(prompt, max_new_tokens=40, tree=tree) for generator in generators)
+    assert (found.tokens, found.accepted) == (expected.tokens, expected.accepted)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_text_does_not_disturb_one_that_begins_after_it_or_alternates_with_it(
+    engine: OnnxRuntimeCpuEngine, portable: OnnxRuntimeEngine
+) -> None:
+    prompts = [[7, 8, 9], [100] * 30, [5]]
+    expected = [text_of(portable, prompt, 25) for prompt in prompts]
+    # Different ones, or there would be nothing to see.
+    assert len({tuple(text) for text in expected}) == 3
+    assert [text_of(engine, prompt, 25) for prompt in prompts] == expected
+    for found in texts(engine, prompts):
+        if len(found[0]) == 25:
+            break
+    assert found == expected
+
+
+def test_outputs_hold_until_the_next_pass_only(engine: OnnxRuntimeCpuEngine) -> None:
+    cache = engine.new_cache()
+    first = engine.run(rows_of([3, 4, 5], 0, engine.dims), cache)
+    kept = first.logits.copy()
+    cache.commit(first, range(3))
+    np.testing.assert_array_equal(first.logits, kept)
+    second = engine.run(rows_of([6, 7, 8], 3, engine.dims), cache)
+    assert np.shares_memory(first.logits, second.logits)
+    np.testing.assert_array_equal(first.logits, second.logits)
+    assert not np.array_equal(second.logits, kept)
+    assert not second.key_new
+    assert not second.value_new
+
+
+def test_a_pass_has_the_logits_that_were_asked_for_and_no_more(engine: OnnxRuntimeCpuEngine) -> None:
+    vocab = engine.dims.vocab_size
+    # Fewer than before, and none.
+    for count, wanted in ((9, 9), (9, 2), (1, 1), (5, 0)):
+        tree = chain(list(range(count)))
+        ends = (np.arange(wanted), NOTHING, NOTHING)
+        rows = lay_out(tree, ends, engine.dims.join_order, 0, logit_rows=np.arange(wanted))
+        outputs = engine.run(rows, engine.new_cache())
+        assert outputs.logits.shape == outputs.draft_logits.shape == (wanted, vocab)
+
+
+def spread(array: np.ndarray) -> np.ndarray:
+    """Return the same values, not next to each other in memory."""
+    wide = np.zeros(tuple(3 * size for size in array.shape), dtype=array.dtype)
+    view = wide[tuple(slice(None, None, 3) for _ in array.shape)]
+    view[...] = array
+    return view
+
+
+def test_inputs_need_not_be_contiguous(engine: OnnxRuntimeCpuEngine) -> None:
+    rows = lay_out(chain([3, 1, 4, 1, 5]), (np.arange(4), np.arange(3), np.arange(2)), engine.dims.join_order, 0)
+    # A mask that reads otherwise by columns.
+    assert not np.array_equal(rows.tree_mask, rows.tree_mask.T)
+    expected = engine.run(rows, engine.new_cache()).logits.copy()
+    for change in (spread, np.asfortranarray):
+        changed = replace(
+            rows,
+            input_ids=change(rows.input_ids),
+            position_ids=change(rows.position_ids),
+            tree_mask=change(rows.tree_mask),
+            pseudo_parents=tuple(change(parents) for parents in rows.pseudo_parents),
+            logit_rows=change(rows.logit_rows),
+        )
+        assert not changed.tree_mask.flags.c_contiguous
+        np.testing.assert_array_equal(engine.run(changed, engine.new_cache()).logits, expected)
+
+
+class Spy:
+    """A session's binding that remembers what was bound where."""
+
+    def __init__(self, binding: Any) -> None:
+        self.binding = binding
+        self.addresses: dict[str, int] = {}
+        self.calls: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self.binding, name)
+        if not name.startswith("bind_"):
+            return call
+
+        def bind(value: str, device: str, number: int, dtype: Any, shape: Any, address: int) -> None:
+            self.addresses[value] = address
+            self.calls[value] += 1
+            call(value, device, number, dtype, shape, address)
+
+        return bind
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_cache_is_bound_once_at_one_address_as_input_and_output(tiny_engine: Path) -> None:
+    engine = open_cpu(tiny_engine)
+    spy = Spy(engine._binding)
+    run_session: Callable[[Any], None] = engine._session.run_with_iobinding
+    engine._binding = spy
+    engine._session = mock.Mock(run_with_iobinding=lambda bound: run_session(bound.binding))
+    cache = engine.new_cache()
+    capacities = set()
+    for _ in range(20):
+        outputs = engine.run(rows_of([1, 2], cache.length, engine.dims), cache)
+        for kind, name in enumerate(("key", "value")):
+            for layer in range(engine.dims.num_layers):
+                address = cache.arrays[kind, layer].ctypes.data
+                assert spy.addresses[f"{name}_cache_{layer}"] == address
+                assert spy.addresses[f"{name}_cache_out_{layer}"] == address
+        cache.commit(outputs, [0, 1])
+        capacities.add(cache.capacity)
+    assert 2 < len(capacities) < 20
+    assert {count for name, count in spy.calls.items() if "_cache_" in name} == {len(capacities)}
+
+
+def test_an_engine_keeps_no_cache_alive(engine: OnnxRuntimeCpuEngine) -> None:
+    cache = engine.new_cache()
+    engine.run(rows_of([1, 2], 0, engine.dims), cache)
+    arrays = weakref.ref(cache.arrays)
+    del cache
+    gc.collect()
+    assert arrays() is None
+
+
+def test_new_rows_are_those_alive_at_each_layer(engine: OnnxRuntimeCpuEngine) -> None:
+    cache = engine.new_cache()
+    # Transfer layers 3, 1, 3.
+    rows = lay_out(chain([3, 1, 4]), (np.arange(3), np.arange(2), np.arange(1)), engine.dims.join_order, 0)
+    engine.run(rows, cache)
+    for arrays in new_rows(cache, engine.dims, rows):
+        assert [array.shape[2] for array in arrays] == [3, 5, 5, 9]
+        assert all(np.abs(array).min(axis=(0, 1, 3)).max() > 0 for array in arrays)
+
+
+@pytest.fixture
+def engine_copy(tiny_engine: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tiny_engine.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / tiny_engine.name
+
+
+def test_a_graph_that_onnx_runtime_cannot_load(engine_copy: Path) -> None:
+    lowered = engine_copy.with_name("engine.cpu.onnx")
+    lowered.write_bytes(b"no graph")
+    replace(read_engine_file(engine_copy), cpu_graph=FileRecord.of(lowered)).write(engine_copy.with_suffix(".json"))
+    with pytest.raises(EngineFileError, match=r"ONNX Runtime \S+ cannot load .*engine\.cpu\.onnx: .*; update onnxru"):
+        Generator(engine_copy)
+
+
+def test_a_graph_that_is_not_the_lowered_one(engine_copy: Path) -> None:
+    lowered = engine_copy.with_name("engine.cpu.onnx")
+    shutil.copy(engine_copy, lowered)
+    replace(read_engine_file(engine_copy), cpu_graph=FileRecord.of(lowered)).write(engine_copy.with_suffix(".json"))
+    with pytest.raises(EngineFileError, match=r"engine\.cpu\.onnx does not have the graph its engine\.json describes"):
+        Generator(engine_copy)
+
+
+def test_an_engine_of_the_version_before_is_refused(engine_copy: Path) -> None:
+    described = engine_copy.with_suffix(".json")
+    about = json.loads(described.read_text())
+    del about["cpu_graph"]
+    described.write_text(json.dumps({**about, "version": FORMAT_VERSION - 1}))
+    message = f"of version {FORMAT_VERSION - 1}, and this runtime reads version {FORMAT_VERSION}; .* export the engine"
+    with pytest.raises(EngineFileError, match=message):
+        Generator(engine_copy)
+
+
+def test_an_engine_in_half_precision_has_no_lowered_graph_and_runs(half_engine: Path) -> None:
+    about = read_engine_file(half_engine)
+    assert (about.precision, about.cpu_graph) == ("float16", None)
+    assert not half_engine.with_name("engine.cpu.onnx").exists()
+    result = Generator(half_engine, threads=1).generate("Hello", max_new_tokens=20)
+    assert len(result.tokens) == 20

@@ -1,0 +1,97 @@
+"""ONNX Runtime on a simulated GPU: the session is the CPU's, and reads and writes at the addresses it is bound to."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnxruntime
+import pytest
+
+from runtime import Generator, InputError, TreeSizes
+from runtime.bundle.engine_file import read_engine_file
+from runtime.engines.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaEngine
+from runtime.engines.protocol import device_cache, onnxruntime_cuda
+
+pytest.importorskip("cuda.bindings")
+
+from tests.runtime.engines.simulated_gpu import SimulatedDriver
+
+
+@pytest.fixture
+def engine(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny engine, with a simulated GPU to run on."""
+    driver = SimulatedDriver(read_engine_file(tiny_engine).dims)
+    bindings = ModuleType("cuda.bindings")
+    bindings.driver = driver  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setattr(device_cache, "SMALLEST_CAPACITY", 16)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [PROVIDER, "CPUExecutionProvider"])
+    monkeypatch.setattr(OnnxRuntimeCudaEngine, "device", "cpu")
+    opened = onnxruntime_cuda.open_session
+
+    class Session:
+        """Runs when the stream does."""
+
+        def __init__(self, path: Path, inputs: Any, outputs: Any, providers: list[Any]) -> None:
+            ((name, options), _) = providers
+            assert (name, options) == (PROVIDER, {"user_compute_stream": "7", "use_tf32": "0"})
+            self._session = opened(path, inputs, outputs, ["CPUExecutionProvider"])
+
+        def get_providers(self) -> list[str]:
+            return [PROVIDER]
+
+        def io_binding(self) -> Any:
+            return self._session.io_binding()
+
+        def run_with_iobinding(self, binding: Any) -> None:
+            driver.enqueue(lambda: self._session.run_with_iobinding(binding))
+
+    monkeypatch.setattr(onnxruntime_cuda, "open_session", Session)
+    return tiny_engine
+
+
+@pytest.mark.parametrize("prompt", ["a", "Hello there", "x" * 40])
+def test_text_is_that_of_the_cpu(engine: Path, prompt: str) -> None:
+    tree = read_engine_file(engine).tree
+    expected = Generator(engine, threads=1).generate(prompt, max_new_tokens=100, tree=tree)
+    generator = Generator(engine, device="cuda")
+    for _ in range(2):
+        found = generator.generate(prompt, max_new_tokens=100, tree=tree)
+        assert (found.tokens, found.steps) == (expected.tokens, expected.steps)
+    assert generator.generate(prompt, max_new_tokens=100, speculate=False).tokens == expected.tokens
+
+
+def test_more_rows_than_there_are_buffers_for(engine: Path) -> None:
+    generator = Generator(engine, device="cuda")
+    with pytest.raises(InputError, match="a pass of 65 rows; this engine takes at most 64, use fewer"):
+        generator.generate("Hello there", tree=TreeSizes(65, (65, 65, 65)), max_new_tokens=50)
+
+
+def test_an_onnx_runtime_for_the_cpu_only(tiny_engine: Path) -> None:
+    if PROVIDER in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime is for GPUs")
+    with pytest.raises(InputError, match=r"for the CPU only; .*pip install 'hidden-transfer\[cuda\]'"):
+        Generator(tiny_engine, device="cuda")
+
+
+def test_libraries_that_do_not_load(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime_cuda, "open_session", lambda path, *_: onnxruntime_on_cpu(path))
+    with pytest.raises(InputError, match="its CUDA libraries did not load; install CUDA 12 and cuDNN 9"):
+        Generator(engine, device="cuda")
+
+
+def onnxruntime_on_cpu(path: Path) -> Any:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, "device must be cpu or cuda, not tpu"),
+        ({"device": "cuda", "threads": 2}, "threads is for engines on the CPU"),
+    ],
+)
+def test_options_that_cannot_be(tiny_engine: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Generator(tiny_engine, **options)

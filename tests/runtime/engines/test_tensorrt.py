@@ -1,0 +1,294 @@
+"""The TensorRT engine on a simulated GPU: addresses, copies, graphs and checks are real, kernels and plans are not."""
+
+import gc
+import json
+import shutil
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ht_export.plan.limits import profiles
+from plugins.binaries import COMMIT, Kernel, KernelBinaries
+from runtime import EngineFileError, Generator, InputError, TreeSizes
+from runtime.bundle.engine_file import EngineFile, FileRecord, Limits, PlanFile, engine_file_path, read_engine_file
+from runtime.engines.protocol import device_cache, tensorrt
+from runtime.engines.tensorrt import TensorRTEngine
+from runtime.rows import lay_out
+from runtime.tree import chain
+
+pytest.importorskip("cuda.bindings")
+
+from tests.runtime.engines.simulated_gpu import SimulatedDriver, simulated_tensorrt
+
+LIMITS = Limits(max_batch=1, max_context=200, max_rows=12, chunk=16)
+
+
+@pytest.fixture
+def plan(tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny engine as a plan for the simulated GPU."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # The tiny model's context would never need a second size.
+    monkeypatch.setattr(device_cache, "SMALLEST_CAPACITY", 16)
+    folder = tmp_path / "plan"
+    shutil.copytree(tiny_engine.parent, folder)
+    about = read_engine_file(tiny_engine)
+    (folder / "engine.onnx").unlink()
+    path = folder / "engine.plan"
+    path.write_text(str(tiny_engine))
+    kernels = folder / "engine.kernels.bin"
+    commit = {COMMIT: Kernel("commit_kernel", 32, 0, b"\x7fELF")}
+    kernels.write_bytes(KernelBinaries("float32", about.dims.head_dim, {80: commit}).to_bytes())
+    made = profiles(about.dims, LIMITS, about.tree)
+    described = PlanFile(
+        product="tensorrt-rtx",
+        version="1.7.1.116",
+        compute_capabilities=((8, 0),),
+        attention="native",
+        plugin_version=None,
+        limits=LIMITS,
+        profiles={profile.name: {name: list(map(list, r)) for name, r in profile.shapes.items()} for profile in made},
+        kernels=FileRecord.of(kernels),
+        build={},
+    )
+    record = FileRecord.of(path)
+    replace(about, graph=record, weights=None, max_context=LIMITS.max_context, plan=described).write(
+        engine_file_path(path)
+    )
+    use_gpu(path, monkeypatch)
+    return path
+
+
+def use_gpu(plan: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> SimulatedDriver:
+    """Let `cuda.bindings` and `tensorrt_rtx` be those of a simulated GPU."""
+    about = read_engine_file(plan)
+    assert about.plan is not None
+    driver = SimulatedDriver(about.dims, **options)
+    bindings = ModuleType("cuda.bindings")
+    bindings.driver = driver  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", simulated_tensorrt(driver, about.dims, about.plan))
+    return driver
+
+
+def rewrite(path: Path, **plan_fields: Any) -> None:
+    about: EngineFile = read_engine_file(path)
+    assert about.plan is not None
+    replace(about, plan=replace(about.plan, **plan_fields)).write(engine_file_path(path))
+
+
+@pytest.mark.parametrize("prompt", ["a", "Hello there", "x" * 40])
+def test_text_is_that_of_onnx_runtime(plan: Path, tiny_engine: Path, prompt: str) -> None:
+    expected = Generator(tiny_engine, threads=1, adapt=False).generate(prompt, max_new_tokens=100)
+    generator = Generator(plan)
+    # Once more with passes that are captured, over memory that the first text was in.
+    for _ in range(2):
+        found = generator.generate(prompt, max_new_tokens=100)
+        assert (found.tokens, found.steps) == (expected.tokens, expected.steps)
+    assert generator.generate(prompt, max_new_tokens=100, speculate=False).tokens == expected.tokens
+
+
+@pytest.mark.parametrize("tree", [TreeSizes(1, (1, 1, 1)), TreeSizes(3, (1, 0, 0)), TreeSizes(12, (12, 12, 12))])
+def test_other_trees_give_the_same_text(plan: Path, tiny_engine: Path, tree: TreeSizes) -> None:
+    expected = Generator(tiny_engine, threads=1).generate("Hello", max_new_tokens=50, tree=tree)
+    found = Generator(plan).generate("Hello", max_new_tokens=50, tree=tree)
+    assert (found.tokens, found.steps) == (expected.tokens, expected.steps)
+
+
+def test_a_text_that_fills_the_context(plan: Path) -> None:
+    generator = Generator(plan)
+    plain = generator.generate("y" * 80, max_new_tokens=500, speculate=False)
+    found = generator.generate("y" * 80, max_new_tokens=500)
+    assert found.tokens == plain.tokens
+    assert found.prompt_tokens + len(found.tokens) == LIMITS.max_context
+
+
+def test_few_shapes_are_captured_and_then_replayed(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = use_gpu(plan, monkeypatch)
+    generator = Generator(plan)
+    steps = 0
+    for prompt in ("Hello", "Hello there, you", "z" * 33):
+        steps += generator.generate(prompt, max_new_tokens=60).steps
+    engine = generator.engine
+    assert isinstance(engine, TensorRTEngine)
+    # The usual sizes at 16, 32, 64 and 128 rows of cache, and the first pass of each, with no node to draft from.
+    assert len(engine._passes) <= 8
+    assert driver.launched_graphs > steps / 2
+    held = len(driver._allocations) + len(driver._pinned)
+    assert held
+    del engine, generator
+    gc.collect()
+    assert not driver._allocations
+    assert not driver._pinned
+    assert not driver._graphs
+
+
+def test_a_pass_that_cannot_be_captured_runs_without(
+    plan: Path, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: SimulatedDriver, stream: int) -> None:
+        self._captured = None
+        raise MemoryError
+
+    monkeypatch.setattr(SimulatedDriver, "_cuStreamEndCapture", refuse)
+    expected = Generator(tiny_engine, threads=1).generate("Hello", max_new_tokens=60)
+    generator = Generator(plan)
+    assert generator.generate("Hello", max_new_tokens=60).tokens == expected.tokens
+    assert isinstance(generator.engine, TensorRTEngine)
+    captured, shapes = generator.engine.captured
+    assert (captured, shapes > 1) == (0, True)
+
+
+def test_one_text_at_a_time(plan: Path) -> None:
+    generator = Generator(plan)
+    first, second = generator.stream("Hello"), generator.stream("Hello there")
+    next(first)
+    next(second)
+    with pytest.raises(InputError, match="another text was begun on this engine before this one ended"):
+        next(first)
+    next(second)
+
+
+def test_what_the_library_compiled_is_kept(plan: Path, tmp_path: Path) -> None:
+    Generator(plan).generate("Hello", max_new_tokens=5)
+    (kept,) = (tmp_path / "cache" / "hidden-transfer").iterdir()
+    assert kept.read_bytes() == b"compiled"
+    assert kept.name.startswith(read_engine_file(plan).graph.sha256[:32])
+
+
+def test_more_rows_than_the_plan_was_built_for(plan: Path) -> None:
+    generator = Generator(plan)
+    with pytest.raises(InputError, match=r"built for up to 12 rows of each kind; .* --max-rows 14"):
+        generator.stream("Hello there", tree=TreeSizes(14, (13, 14, 13)))
+    engine = generator.engine
+    nothing = (np.empty(0, dtype=np.int64),) * 3
+    rows = lay_out(chain([1] * 13), nothing, engine.dims.join_order, 0)
+    with pytest.raises(
+        InputError, match=r"input_ids has 13 rows, and this plan was built for 1 to 12; .*--max-rows 13"
+    ):
+        engine.run(rows, engine.new_cache())
+    rewrite(plan, limits=replace(LIMITS, chunk=8))
+    with pytest.raises(InputError, match=r"input_ids has 16 rows, and this plan was built for 1 to 8; .* --chunk 16"):
+        Generator(plan).generate("Hello there, this is long")
+
+
+def test_a_shape_outside_the_profile_names_its_range(plan: Path) -> None:
+    about = read_engine_file(plan).plan
+    assert about is not None
+    about.profiles["verification"]["key_cache_0"][2][2] = 20
+    rewrite(plan, profiles=about.profiles)
+    generator = Generator(plan)
+    sys.modules["tensorrt_rtx"] = simulated_tensorrt(sys.modules["cuda.bindings"].driver, generator.about.dims, about)
+    with pytest.raises(
+        InputError,
+        match=r"key_cache_0 of shape \(1, 2, 32, 8\) is outside .*, \(1, 2, 0, 8\) to \(1, 2, 20, 8\); .*--max-context",
+    ):
+        Generator(plan).generate("Hello", max_new_tokens=100)
+
+
+@pytest.mark.parametrize(
+    ("capability", "plan_fields", "message"),
+    [
+        ((7, 5), {}, r"was built for compute capability 8\.0, and Simulated GPU has 7\.5; .*--compute-capability 7\.5"),
+        (
+            (8, 6),
+            {"product": "tensorrt"},
+            r"was built for compute capability 8\.0, and Simulated GPU has 8\.6; export it again on this machine",
+        ),
+        ((9, 0), {}, r"compiled for compute capabilities 8\.0, and this GPU has 9\.0"),
+    ],
+)
+def test_another_gpu(
+    plan: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    plan_fields: dict[str, Any],
+    message: str,
+) -> None:
+    rewrite(plan, **plan_fields)
+    use_gpu(plan, monkeypatch, capability=capability)
+    monkeypatch.setitem(sys.modules, "tensorrt", sys.modules["tensorrt_rtx"])
+    with pytest.raises(EngineFileError, match=message):
+        Generator(plan)
+
+
+def test_a_gpu_with_too_little_memory(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_gpu(plan, monkeypatch, memory=64 << 10)
+    with pytest.raises(InputError, match=r"the GPU has too little memory: .* MiB are needed and .* MiB are free"):
+        Generator(plan)
+
+
+def test_another_version(plan: Path) -> None:
+    rewrite(plan, version="1.6.0.5")
+    with pytest.raises(EngineFileError, match=r"built with tensorrt-rtx 1\.6\.0\.5, and 1\.7\.1\.116 is installed"):
+        Generator(plan)
+
+
+def test_another_plugin(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite(plan, attention="plugin", plugin_version="0")
+    with pytest.raises(EngineFileError, match="has tree attention of version 0, and this release runs version 2"):
+        Generator(plan)
+
+    def refuse(trt: Any) -> None:
+        raise RuntimeError("it needs a link")
+
+    monkeypatch.setattr(tensorrt, "register", refuse)
+    rewrite(plan, plugin_version="2")
+    with pytest.raises(InputError, match=r"the plugin of .*engine\.plan cannot be registered: it needs a link"):
+        Generator(plan)
+
+
+def test_no_library(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(
+        InputError, match=r"needs tensorrt-rtx 1\.7.*cannot be imported.*hidden-transfer\[tensorrt-rtx\]"
+    ):
+        Generator(plan)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    rewrite(plan, product="tensorrt-lite")
+    with pytest.raises(EngineFileError, match="the plan is for tensorrt-lite"):
+        Generator(plan)
+
+
+def test_what_the_library_itself_finds_wrong(plan: Path) -> None:
+    plan.write_text("no plan")
+    about = read_engine_file(plan)
+    replace(about, graph=FileRecord.of(plan)).write(engine_file_path(plan))
+    with pytest.raises(EngineFileError, match="cannot be used here: it is damaged; export it again"):
+        Generator(plan)
+
+
+def test_a_context_that_cannot_be_made(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator(plan)
+    engine = generator.engine
+    assert isinstance(engine, TensorRTEngine)
+    monkeypatch.setattr(type(engine._engine), "create_execution_context", lambda self, config: None)
+    with pytest.raises(InputError, match=r"the plan cannot be run \(it gives no reason\); the GPU has \d+ MiB"):
+        generator.generate("Hello")
+
+
+def test_what_the_library_logs_is_told_where_it_finds_nothing(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def validity(self: Any, plan: Any) -> tuple[int, int]:
+        self._log.log(1, "CUDA driver version is insufficient\nmore")
+        return 2, 0
+
+    runtime = sys.modules["tensorrt_rtx"].Runtime
+    monkeypatch.setattr(runtime, "get_engine_validity", validity)
+    with pytest.raises(
+        EngineFileError, match=r"engine\.plan cannot be used here: CUDA driver version is insufficient$"
+    ):
+        Generator(plan)
+
+
+def test_limits_that_cannot_be(plan: Path) -> None:
+    path = engine_file_path(plan)
+    value = json.loads(path.read_text())
+    assert value["plan"]["limits"] == asdict(LIMITS)
+    value["plan"]["limits"]["max_rows"] = 0
+    path.write_text(json.dumps(value))
+    with pytest.raises(EngineFileError, match=r"lacks or misstates max_rows \(0\)"):
+        Generator(plan)
