@@ -16,7 +16,7 @@ from runtime.errors import InputError
 from runtime.files import check_writable
 
 if TYPE_CHECKING:
-    from ht_export.training.prompts import Conversation
+    from ht_export.prompts import Conversation
     from runtime.generator import Generator
     from runtime.sizing import Sizing
     from runtime.tree import Tree, TreeSizes
@@ -59,8 +59,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def tune(options: argparse.Namespace) -> int:
     """Measure, print a table, keep the result; return the exit status. Raises `InputError` for a user's mistake."""
-    from ht_export.bench.settings import evenly
-    from ht_export.training.prompts import read_conversations
+    from ht_export.prompts import evenly, read_conversations
     from runtime.generator import Generator
     from runtime.tuning import tuning_path, write_tuning
 
