@@ -9,12 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.command_line import add_model, integers, run
-from runtime.engine_file import PlanFile
+from runtime.program import add_model, integers, run
+from runtime.bundle.engine_file import PlanFile
 from runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from ht_export.plan.planner import PlanSettings
+    from ht_export.tensorrt.planner import PlanSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -115,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _export(options: argparse.Namespace) -> None:
     from ht_export.export import UNTRAINED, ExportSettings, export
-    from ht_export.plan.planner import PlanSettings
     from ht_export.progress import stage_display
+    from ht_export.tensorrt.planner import PlanSettings
 
     plan = PlanSettings(
         runtime=options.runtime,
@@ -174,7 +174,7 @@ def _summary(plan: PlanFile) -> str:
 
 
 def _capability(text: str) -> tuple[int, int]:
-    from ht_export.plan.products import parse_capability
+    from ht_export.tensorrt.products import parse_capability
 
     try:
         return parse_capability(text)

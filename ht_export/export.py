@@ -14,42 +14,35 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from ht_export.bench.settings import evenly
-from ht_export.calibration import second_moments
-from ht_export.checkpoint import KNOWN_MODELS, BaseModel, load_base_model
-from ht_export.correction import correction_tables
-from ht_export.graph import OPSET, build_graph, graph_dims
-from ht_export.lowering import can_be_lowered, lower_for_cpu
-from ht_export.model import HiddenTransferModel
-from ht_export.parity.passes import Expected, LoweredEngine, ReferenceEngine, check, difference, record
-from ht_export.placing import CPU_SUFFIX, check_out, put_in_place, staging_folder
-from ht_export.plan.planner import DEFAULT_CHUNK, Planner, PlanSettings
-from ht_export.precision import in_float32, storage_of
+from ht_export.bundle import CPU_SUFFIX, check_out, put_in_place, staging_folder
+from ht_export.graph.domains import OPSET
+from ht_export.graph.lower_cpu import can_be_lowered, lower_for_cpu
+from ht_export.graph.trace import build_graph, graph_dims
+from ht_export.graph.widen import in_float32
+from ht_export.model.checkpoint import BaseModel, load_base_model
+from ht_export.model.correction import correction_tables
+from ht_export.model.float32 import computing_in_float32
+from ht_export.model.reference import HiddenTransferModel
+from ht_export.model.shipped import UNTRAINED as UNTRAINED
+from ht_export.model.shipped import Untrained, shipped_transfer, transfer_layers
+from ht_export.preflight import check_memory, check_space, weight_bytes
 from ht_export.progress import Stage
-from ht_export.quantise import quantise
-from ht_export.resources import check_memory, check_space, weight_bytes
-from ht_export.storage import Storage
-from ht_export.training.prompts import encode_chat, read_conversations
-from ht_export.transfer import TransferFile, TransferLayers, default_layers, load_transfer_layers
-from ht_export.weights import computing_in_float32
+from ht_export.prompts import encode_chat, evenly, read_conversations
+from ht_export.quantize.formats import Storage
+from ht_export.quantize.gptq import second_moments
+from ht_export.quantize.precision import storage_of
+from ht_export.quantize.weights import quantise
+from ht_export.tensorrt.planner import DEFAULT_CHUNK, Planner, PlanSettings
+from ht_export.verify.passes import Expected, LoweredEngine, ReferenceEngine, check, difference, record
 from runtime.bindings import GraphDims
-from runtime.engine_file import EngineFile, FileRecord, PlanFile
+from runtime.bundle.engine_file import EngineFile, FileRecord, PlanFile
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import InputError
-from runtime.files import sha256_file
 from runtime.tree import TreeSizes
-
-PRETRAINED = Path(__file__).parent / "pretrained"
 
 DEFAULT_TREE_ROWS = 4
 PLAN_TREE_ROWS = 16
 
-
-class Untrained:
-    """Stands for transfer layers that nobody has trained."""
-
-
-UNTRAINED = Untrained()
 
 # Texts that quantisation is calibrated on, and tokens of each.
 CALIBRATION_TEXTS = 64
@@ -256,32 +249,6 @@ def _lower(staged: Path, dims: GraphDims) -> Path:
     lower_for_cpu(model, dims)
     ir.save(model, lowered)
     return lowered
-
-
-def transfer_layers(chosen: Path | Untrained, base: BaseModel) -> tuple[TransferLayers, dict[str, Any]]:
-    """Return transfer layers and what `engine.json` says of them."""
-    if isinstance(chosen, Untrained):
-        config = base.model.config
-        transfer = TransferLayers(default_layers(config.num_hidden_layers), config.hidden_size).requires_grad_(False)
-        about = TransferFile(base.identity(), {"steps": 0, "init": "identity", "layers": transfer.layers})
-        return transfer, {"sha256": transfer.digest(), **_described(about)}
-    transfer, about = load_transfer_layers(chosen, base.identity())
-    return transfer, {"sha256": sha256_file(chosen), **_described(about)}
-
-
-def _described(about: TransferFile) -> dict[str, Any]:
-    return {"recipe": about.recipe, "acceptance": about.acceptance}
-
-
-def shipped_transfer(source: str) -> Path:
-    """Return the transfer layers that the package carries for `source`. Raises `InputError` when there are none."""
-    known = KNOWN_MODELS.get(source)
-    if known is None:
-        raise InputError(
-            f"no transfer layers are shipped for {source} (only for: {', '.join(KNOWN_MODELS)}); "
-            "train some with ht-train and give them with --transfer, or try the model with --random-transfer"
-        )
-    return PRETRAINED / known.transfer
 
 
 def _write_tokenizer(base: BaseModel, folder: Path, stem: str) -> tuple[FileRecord, FileRecord | None]:

@@ -12,9 +12,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ht_export.checkpoint import load_base_model
 from ht_export.export import ExportSettings, export
-from ht_export.transfer import TransferFile, TransferLayers, save_transfer_layers
+from ht_export.model.checkpoint import load_base_model
+from ht_export.model.transfer import TransferFile, TransferLayers, save_transfer_layers
 
 TINY = {
     "hidden_size": 32,

@@ -11,12 +11,13 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from ht_export.checkpoint import KNOWN_MODELS, BaseModel, load_base_model
-from ht_export.export import PRETRAINED, ExportSettings, export
-from ht_export.lowering import lower_for_cpu
-from ht_export.quantise import quantise
-from ht_export.storage import STORED
-from ht_export.transfer import load_transfer_layers
+from ht_export.export import ExportSettings, export
+from ht_export.graph.lower_cpu import lower_for_cpu
+from ht_export.model.checkpoint import KNOWN_MODELS, BaseModel, load_base_model
+from ht_export.model.shipped import PRETRAINED
+from ht_export.model.transfer import load_transfer_layers
+from ht_export.quantize.formats import STORED
+from ht_export.quantize.weights import quantise
 from runtime import Generator
 from runtime.bundle.engine_file import read_engine_file
 from runtime.drafting.best_first import best_first_tree, likely_ends

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ht_export.bench import run, tune
-from runtime import command_line
+from runtime import program
 
 # Each has add_parser(commands), which sets `work`, what the subcommand does with its options: it returns the exit
 # status; and `interrupted`, the line for Ctrl-C. Importing them loads neither an engine library nor torch.
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(given)
     options.arguments = given
     statuses: list[int] = []
-    mistake = command_line.run(
+    mistake = program.run(
         "ht-bench", lambda: statuses.append(options.work(options)), interrupted=options.interrupted
     )
     return mistake or sum(statuses)

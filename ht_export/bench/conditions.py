@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ht_export.bench.settings import BenchSettings
-from runtime.engine_file import engine_file_path
+from runtime.bundle.engine_file import engine_file_path
 from runtime.files import sha256_file
-from runtime.generator import Generator, on_cpu
+from runtime.engines.opening import runs_on_cpu
+from runtime.generator import Generator
 from runtime.tree import TreeSizes
 from runtime.tuning import cpu_name
 
@@ -44,7 +45,7 @@ def conditions_of(
         "commit": commit(),
         "model": about.base_model["name"],
         "precision": about.precision,
-        "device": cpu_name(settings.threads) if on_cpu(about, settings.device) else gpu_name(),
+        "device": cpu_name(settings.threads) if runs_on_cpu(about, settings.device) else gpu_name(),
         "engine": _engine(settings.engine, generator, settings.tree),
         "compared": {name: _engine(paths[name], other, None) for name, other in others.items()},
         "prompts": {

@@ -12,7 +12,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from ht_export.bench.settings import PROMPT_LOOKUP, TRANSFORMERS, BenchSettings, Job
 from ht_export.bench.ways import Answer, Way
-from ht_export.checkpoint import BaseModel, load_base_model
+from ht_export.model.checkpoint import BaseModel, load_base_model
 from runtime.errors import InputError
 from runtime.generator import Generator
 

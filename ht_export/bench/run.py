@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ht_export.bench.progress import progress
-from runtime.command_line import integers
+from runtime.program import integers
 from runtime.errors import InputError
 from runtime.files import check_writable
 
@@ -81,7 +81,7 @@ def _measure(
 ) -> None:
     from ht_export.bench.measure import measure
     from ht_export.bench.ways import check_jobs, engine_ways
-    from runtime.generator import on_cpu
+    from runtime.engines.opening import runs_on_cpu
 
     jobs = results.left
     check_jobs(jobs, generator, others, settings)
@@ -89,7 +89,7 @@ def _measure(
     if settings.model is not None:
         from ht_export.bench.reference import reference_ways
 
-        ways += reference_ways(generator, settings, not on_cpu(generator.about, settings.device))
+        ways += reference_ways(generator, settings, not runs_on_cpu(generator.about, settings.device))
     for _ in range(settings.warm_up):
         for way in ways:
             way.answer(jobs[0])

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ht_export.training.prompts import Conversation, read_conversations
+from ht_export.prompts import Conversation, evenly, read_conversations
 from runtime.errors import InputError
-from runtime.sampling import LARGEST_SEED, Sampling
+from runtime.sampling import Sampling
+from runtime.sampling.options import LARGEST_SEED
 from runtime.tree import TreeSizes
 
 PLAIN = "plain"
@@ -98,12 +99,6 @@ def choose_prompts(settings: BenchSettings) -> list[Conversation]:
             raise InputError(f"no prompt of task {task!r} in {settings.prompts}; it has: {', '.join(tasks)}")
     chosen = [prompt for prompt in found if not settings.tasks or prompt.task in settings.tasks]
     return evenly(chosen, settings.count or len(chosen))
-
-
-def evenly(prompts: Sequence[Conversation], count: int) -> list[Conversation]:
-    """Return `count` of `prompts`, or all if there are fewer, spread evenly over them."""
-    count = min(count, len(prompts))
-    return [prompts[index * len(prompts) // count] for index in range(count)]
 
 
 def jobs_of(prompts: Sequence[Conversation], settings: BenchSettings) -> list[Job]:

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ht_export.bench.progress import progress
-from runtime.command_line import integers
+from runtime.program import integers
 from runtime.errors import InputError
 from runtime.files import check_writable
 
 if TYPE_CHECKING:
-    from ht_export.training.prompts import Conversation
+    from ht_export.prompts import Conversation
     from runtime.generator import Generator
-    from runtime.sizing import Sizing
+    from runtime.drafting.sizing import Sizing
     from runtime.tree import Tree, TreeSizes
-    from runtime.tuning import Tuning
+    from runtime.bundle.tuning_file import Tuning
 
 CONTEXTS = (64, 512, 2048)
 COUNT = 16
@@ -59,10 +59,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def tune(options: argparse.Namespace) -> int:
     """Measure, print a table, keep the result; return the exit status. Raises `InputError` for a user's mistake."""
-    from ht_export.bench.settings import evenly
-    from ht_export.training.prompts import read_conversations
+    from ht_export.prompts import evenly, read_conversations
     from runtime.generator import Generator
-    from runtime.tuning import tuning_path, write_tuning
+    from runtime.bundle.tuning_file import tuning_path, write_tuning
 
     for name, number in (
         ("--count", options.count),
@@ -89,7 +88,8 @@ def measure_menu(
     generator: Generator, contexts: Sequence[int] | None, repeats: int, threads: int | None, quiet: bool
 ) -> Tuning:
     """Time passes of all sizes worth it, at the contexts asked for. Raises `InputError` for one too long."""
-    from runtime.tuning import Tuning, device_name, measure, menu_sizes
+    from runtime.bundle.tuning_file import Tuning
+    from runtime.tuning import device_name, measure, menu_sizes
 
     about = generator.about
     sizes = menu_sizes(about.tree)
@@ -113,8 +113,8 @@ def decode(
     generator: Generator, tuning: Tuning, texts: Sequence[Sequence[int]], max_new_tokens: int, quiet: bool
 ) -> Tuning:
     """Answer `texts` with adaptive sizes; return `tuning` with what they came to, and without sizes hardly used."""
-    from runtime.loop import draft_and_verify
-    from runtime.sizing import AdaptiveSizes, Menu
+    from runtime.decode import draft_and_verify
+    from runtime.drafting.sizing import AdaptiveSizes, Menu
 
     chosen: Counter[TreeSizes] = Counter()
     rates, values = [], []

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ht_export.bench.settings import PLAIN, SPECULATIVE, WITHOUT_NGRAMS, BenchSettings, Job
-from runtime.candidates import candidates
-from runtime.engine_file import read_engine_file
+from runtime.sampling.candidates import candidates
+from runtime.bundle.engine_file import read_engine_file
 from runtime.errors import InputError, PromptTooLongError
-from runtime.generator import Generator, on_cpu
-from runtime.noise import Noise
+from runtime.engines.opening import runs_on_cpu
+from runtime.generator import Generator
+from runtime.sampling.noise import Noise
 from runtime.sampling import Sampling
 
 # A token whose logit, with its noise when sampling, is this near to the largest one may be chosen instead of it where
@@ -70,7 +71,7 @@ def load_engines(settings: BenchSettings) -> tuple[Generator, dict[str, Generato
         return Generator(path, device=settings.device, threads=settings.threads)
 
     paths = [settings.engine, *(path for _, path in settings.compare)]
-    places = [(path, on_cpu(read_engine_file(path), settings.device)) for path in paths]
+    places = [(path, runs_on_cpu(read_engine_file(path), settings.device)) for path in paths]
     if len({cpu for _, cpu in places}) > 1:
         found = ", ".join(f"{path} on the {'CPU' if cpu else 'GPU'}" for path, cpu in places)
         raise InputError(f"--compare: engines must run on one device, not {found}; see --device")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime import command_line
+from runtime import program
 from runtime.errors import InputError
 from runtime.files import atomic_path, check_writable, write_json
 
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         "rounding explains it. Exits with 1 when something does not hold.",
         epilog="example: ht-parity smollm2-135m engine.onnx --prompts prompts.jsonl --count 10 --report parity.html",
     )
-    command_line.add_model(parser)
+    program.add_model(parser)
     parser.add_argument("engine", type=Path, help="engine file made by ht-export (.onnx or .plan)")
     parser.add_argument(
         "--transfer", type=Path, metavar="FILE", help="transfer layers of the engine (default: as ht-export takes them)"
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ht-parity` and return its exit status: 0 where parity holds, else 1; 1 with one line for a mistake."""
     options = build_parser().parse_args(arguments)
     statuses: list[int] = []
-    mistake = command_line.run(
+    mistake = program.run(
         "ht-parity", lambda: statuses.append(_run(options)), interrupted="interrupted; nothing was written"
     )
     return mistake or sum(statuses)

@@ -13,20 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ht_export.bench.settings import evenly
-from ht_export.checkpoint import BaseModel, load_base_model
-from ht_export.export import UNTRAINED, Untrained, shipped_transfer, transfer_layers
-from ht_export.model import HiddenTransferModel
-from ht_export.parity.passes import Expected, record
+from ht_export.model.checkpoint import BaseModel, load_base_model
+from ht_export.model.reference import HiddenTransferModel
+from ht_export.model.shipped import UNTRAINED, Untrained, shipped_transfer, transfer_layers
 from ht_export.parity.report import Report
 from ht_export.parity.stages import TOLERANCES, Stage, compare_passes, compare_traces
 from ht_export.parity.text import TextSummary, compare_text
-from ht_export.parity.traces import GraphTracer, ReferenceTracer, Trace, transformers_trace
-from ht_export.precision import PRECISIONS
-from ht_export.training.prompts import read_conversations
+from ht_export.prompts import evenly, read_conversations
+from ht_export.quantize.precision import PRECISIONS
+from ht_export.verify.passes import Expected, record
+from ht_export.verify.traces import GraphTracer, ReferenceTracer, Trace, transformers_trace
 from runtime.checks import MOST_THREADS, whole
-from runtime.engine_file import EngineFile, read_engine_file
-from runtime.engines import Outputs
+from runtime.bundle.engine_file import EngineFile, read_engine_file
+from runtime.rows import Outputs
 from runtime.errors import InputError
 from runtime.generator import Generator
 

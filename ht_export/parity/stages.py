@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ht_export.parity.passes import Expected, relative
-from ht_export.parity.traces import Trace, Tracer
+from ht_export.verify.passes import Expected, relative
+from ht_export.verify.traces import Trace, Tracer
 
 # How far values may be from those compared with, relative to the largest: float32 sums of a few thousand terms in
 # another order; rounding of every operation to half precision. Of quantised weights nothing is known but that they are

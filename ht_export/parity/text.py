@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ht_export.verify.logits import logits_of
 from runtime.generator import Generator
-from runtime.tree import chain, lay_out
 
 # Rows of a pass that are compared with one row a pass.
 ROWS = 8
@@ -115,29 +115,6 @@ def compare_text(
         self_error=self_error,
         flips=int((own.argmax(-1) != wide.argmax(-1)).sum()),
     )
-
-
-def logits_of(generator: Generator, text: Sequence[int], prompt_tokens: int, rows: int) -> NDArray[np.float32]:
-    """Return the engine's logits at the prompt's last token and at each token after it, `rows` of them a pass."""
-    engine, dims = generator.engine, generator.engine.dims
-    plan = generator.about.plan
-    rows = min(rows, plan.limits.max_rows) if plan else rows
-    cache = engine.new_cache()
-    nothing = (np.empty(0, dtype=np.int64),) * dims.num_steps
-    start, kept = 0, []
-    while start < len(text):
-        in_prompt = start < prompt_tokens - 1
-        end = (
-            min(prompt_tokens - 1, start + generator.about.prompt_chunk) if in_prompt else min(len(text), start + rows)
-        )
-        tree = chain(text[start:end])
-        wanted = np.array([len(tree) - 1]) if in_prompt else np.arange(len(tree))
-        outputs = engine.run(lay_out(tree, nothing, dims.join_order, start, logit_rows=wanted), cache)
-        if not in_prompt:
-            kept.append(np.array(outputs.logits))
-        cache.commit(outputs, range(len(tree)))
-        start = end
-    return np.concatenate(kept)
 
 
 def _divergence(

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ht_export.tensors import write_safetensors
+from ht_export.model.tensors import write_safetensors
+from ht_export.model.transfer import TransferLayers
 from ht_export.training.identity import first_difference
-from ht_export.transfer import TransferLayers
 from runtime.errors import InputError
 
 METADATA_KEY = "fit"

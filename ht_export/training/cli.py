@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.command_line import add_model, integers, run
+from runtime.program import add_model, integers, run
 from runtime.errors import InputError
 
 PLACEMENT_HELP = (

@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from rich.progress import Progress
 
-from ht_export.checkpoint import BaseModel, load_base_model
 from ht_export.export import ExportSettings
+from ht_export.model.checkpoint import BaseModel, load_base_model
+from ht_export.model.transfer import TransferFile, default_layers, load_transfer_layers, save_transfer_layers
 from ht_export.progress import progress_bar
 from ht_export.training.data import Sequence, read_data
 from ht_export.training.evaluate import evaluate
@@ -28,8 +29,7 @@ from ht_export.training.fit import FitSettings, MetricLog, fit
 from ht_export.training.generate import DataSettings, generate_data
 from ht_export.training.plots import plot_acceptance, plot_sweep
 from ht_export.training.sweep import SweepSettings, default_placements, recommendation, sweep, table
-from ht_export.transfer import TransferFile, default_layers, load_transfer_layers, save_transfer_layers
-from runtime.drafts import SHORTLIST
+from runtime.drafting.correction import SHORTLIST
 from runtime.errors import InputError
 from runtime.files import atomic_path, check_writable, unwritable, write_json
 

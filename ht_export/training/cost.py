@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ht_export.checkpoint import BaseModel
-from ht_export.families import decoder_parts
+from ht_export.model.checkpoint import BaseModel
+from ht_export.model.families import decoder_parts
 from ht_export.training.simulate import TextDrafts, tokens_per_step
 from runtime.errors import InputError
 from runtime.tree import TreeSizes

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ht_export.checkpoint import BaseModel
+from ht_export.model.checkpoint import BaseModel
 from ht_export.training.identity import first_difference
 from runtime.errors import InputError
 from runtime.files import atomic_path, write_json

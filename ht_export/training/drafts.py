@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from ht_export.attention import AttentionRows, LayerAttention, attention, use_attention_rows
-from ht_export.families import decoder_parts
-from ht_export.model import gather_rows
-from ht_export.transfer import TransferLayers
+from ht_export.model.attention import AttentionRows, LayerAttention, attention, use_attention_rows
+from ht_export.model.families import decoder_parts
+from ht_export.model.reference import gather_rows
+from ht_export.model.transfer import TransferLayers
 
 
 @dataclass

@@ -14,16 +14,17 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import Tensor
 
-from ht_export.checkpoint import BaseModel
-from ht_export.correction import correction_tables
-from ht_export.families import DecoderParts, decoder_parts
+from ht_export.model.checkpoint import BaseModel
+from ht_export.model.correction import correction_tables
+from ht_export.model.families import DecoderParts, decoder_parts
+from ht_export.model.transfer import TransferLayers
 from ht_export.training.batches import make_batch
 from ht_export.training.data import Sequence
 from ht_export.training.drafts import draft_hidden, run_context
 from ht_export.training.losses import CHUNK_ROWS
 from ht_export.training.simulate import TextDrafts, tokens_per_step
-from ht_export.transfer import TransferLayers
-from runtime.drafts import SHORTLIST, CorrectedDrafts, DraftStep, TokenCorrection
+from runtime.drafting.correction import CorrectedDrafts, SHORTLIST, TokenCorrection
+from runtime.drafting.drafts import DraftStep
 from runtime.tree import TreeSizes
 
 TOP = (1, 2, 4, 8)

@@ -20,9 +20,9 @@ from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ht_export.checkpoint import BaseModel
-from ht_export.families import head_dim
-from ht_export.tensors import write_safetensors
+from ht_export.model.checkpoint import BaseModel
+from ht_export.model.families import head_dim
+from ht_export.model.tensors import write_safetensors
 from ht_export.training.batches import AnchorBatch, make_batch
 from ht_export.training.data import Sequence, fingerprint
 from ht_export.training.drafts import Context, run_context

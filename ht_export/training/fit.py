@@ -16,8 +16,9 @@ from accelerate.utils import broadcast
 from rich.progress import Progress
 from torch import Tensor
 
-from ht_export.checkpoint import BaseModel
-from ht_export.families import decoder_parts
+from ht_export.model.checkpoint import BaseModel
+from ht_export.model.families import decoder_parts
+from ht_export.model.transfer import TransferLayers
 from ht_export.training.batches import AnchorBatch, BatchSampler, make_batch
 from ht_export.training.checkpoints import FitState, load_checkpoint, save_checkpoint
 from ht_export.training.data import Sequence, fingerprint
@@ -27,7 +28,6 @@ from ht_export.training.features import FeatureCache
 from ht_export.training.losses import Objective, draft_losses
 from ht_export.training.memory import estimate, peak_memory
 from ht_export.training.ridge import RidgeRegression
-from ht_export.transfer import TransferLayers
 from runtime.errors import InputError
 
 INITIALISATIONS = ("ridge", "identity", "file")

@@ -15,9 +15,9 @@ import torch
 from rich.progress import Progress
 from transformers import GenerationConfig
 
-from ht_export.checkpoint import BaseModel
+from ht_export.model.checkpoint import BaseModel
+from ht_export.prompts import Conversation, encode_chat, read_conversations, without_duplicates
 from ht_export.training.data import DataFolder, Sequence
-from ht_export.training.prompts import Conversation, encode_chat, read_conversations, without_duplicates
 from runtime.errors import InputError
 from runtime.files import sha256_file
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ht_export.families import DecoderParts
+from ht_export.model.families import DecoderParts
 from runtime.errors import InputError
 
 CHUNK_ROWS = 64

@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from ht_export.checkpoint import BaseModel
-from ht_export.families import head_dim
+from ht_export.model.checkpoint import BaseModel
+from ht_export.model.families import head_dim
+from ht_export.model.transfer import TransferLayers
 from ht_export.training.losses import CHUNK_ROWS
-from ht_export.transfer import TransferLayers
 from runtime.errors import InputError
 
 MEBIBYTE = 1 << 20

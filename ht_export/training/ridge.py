@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ht_export.model.transfer import TransferLayers
 from ht_export.training.drafts import Context
-from ht_export.transfer import TransferLayers
 from runtime.errors import InputError
 
 # Relative to the mean square of a feature.

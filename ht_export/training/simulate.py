@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.drafts import SHORTLIST, Drafts, DraftStep, TokenCorrection, corrected
-from runtime.tree import TreeSizes, best_first_tree, likely_ends
+from runtime.drafting.correction import SHORTLIST, TokenCorrection, corrected
+from runtime.drafting.drafts import DraftStep, Drafts
+from runtime.drafting.best_first import best_first_tree, likely_ends
+from runtime.tree import TreeSizes
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from typing import Any
 
 from rich.progress import Progress
 
-from ht_export.checkpoint import BaseModel
+from ht_export.model.checkpoint import BaseModel
+from ht_export.model.transfer import TransferLayers
 from ht_export.training.cost import RowCosts, best_choice
 from ht_export.training.data import Sequence, fingerprint
 from ht_export.training.evaluate import predict, statistics
 from ht_export.training.features import FeatureCache
 from ht_export.training.fit import FitSettings, fit
 from ht_export.training.identity import first_difference
-from ht_export.transfer import TransferLayers
 from runtime.errors import InputError
 from runtime.files import write_json
 

@@ -10,13 +10,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from ht_export import cli, placing, resources
+from ht_export import bundle, cli, preflight
 from ht_export import export as export_module
-from ht_export.checkpoint import load_base_model
 from ht_export.export import ExportSettings, export
-from ht_export.transfer import TransferFile, save_transfer_layers
+from ht_export.model.checkpoint import load_base_model
+from ht_export.model.transfer import TransferFile, save_transfer_layers
 from runtime import Generator
-from runtime.engine_file import read_engine_file
+from runtime.bundle.engine_file import read_engine_file
 from runtime.errors import InputError
 from runtime.files import sha256_file
 from tests.conftest import random_transfer
@@ -156,7 +156,7 @@ def test_a_full_disk_leaves_nothing_behind(
 def test_too_little_space_is_said_before_the_work(
     tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(InputError, match="MiB free, and the export needs about"):
         run(tiny_checkpoint, tiny_transfer, tmp_path / "engine.onnx")
 
@@ -192,7 +192,7 @@ def test_files_of_an_earlier_export_that_the_new_one_lacks_are_gone(
 ) -> None:
     out = tmp_path / "engine.onnx"
     others = [tmp_path / "other.cpu.onnx", tmp_path / "engine.txt"]
-    stale = [tmp_path / f"engine{suffix}" for suffix in placing.OPTIONAL_SUFFIXES]
+    stale = [tmp_path / f"engine{suffix}" for suffix in bundle.OPTIONAL_SUFFIXES]
     for path in (*others, *stale):
         path.write_text("earlier")
     run(tiny_checkpoint, tiny_transfer, out)

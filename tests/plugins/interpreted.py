@@ -13,7 +13,8 @@ from plugins.compile import tunings
 from plugins.kernel import attention_kernel, combine_kernel, commit_kernel
 from plugins.launch import POINTER, Buffers, Launch, Scores, Shapes, launches, workspace_size
 from plugins.reference import tree_attention
-from runtime.tree import Tree, lay_out
+from runtime.rows import lay_out
+from runtime.tree import Tree
 from tests.strategies import trees
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}

@@ -3,10 +3,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ht_export.attention import LayerAttention
-from ht_export.attention import tree_attention as torch_tree_attention
+from ht_export.model.attention import LayerAttention
+from ht_export.model.attention import tree_attention as torch_tree_attention
 from plugins.reference import tree_attention
-from runtime.tree import Tree, lay_out
+from runtime.rows import lay_out
+from runtime.tree import Tree
 from tests.strategies import trees
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ht_export.checkpoint import load_base_model
+from ht_export.model.checkpoint import load_base_model
 from runtime import Generator, InputError, PromptTooLongError, Sampling, TreeSizes
 from tests.runtime.conftest import change
 

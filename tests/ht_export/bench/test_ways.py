@@ -8,7 +8,7 @@ import torch
 from ht_export.bench.reference import reference_ways
 from ht_export.bench.settings import BenchSettings, Job
 from ht_export.bench.ways import engine_ways, plain_gap
-from ht_export.checkpoint import load_base_model
+from ht_export.model.checkpoint import load_base_model
 from runtime import Generator, InputError, Sampling
 
 from .conftest import job

@@ -15,12 +15,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from ht_export.checkpoint import load_base_model
 from ht_export.export import UNTRAINED, ExportSettings, export
+from ht_export.model.checkpoint import load_base_model
+from ht_export.model.transfer import TransferFile, save_transfer_layers
 from ht_export.parity import run as run_module
 from ht_export.parity.cli import main
-from ht_export.transfer import TransferFile, save_transfer_layers
-from runtime.engine_file import FileRecord, Limits, PlanFile, engine_file_path, read_engine_file
+from runtime.bundle.engine_file import FileRecord, Limits, PlanFile, engine_file_path, read_engine_file
 from runtime.errors import InputError
 from tests.conftest import random_transfer, save_checkpoint, tiny_llama
 from tests.families import tiny_model

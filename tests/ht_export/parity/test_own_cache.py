@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ht_export.checkpoint import load_base_model
-from ht_export.model import HiddenTransferModel
-from ht_export.parity.passes import Expected, record
+from ht_export.model.checkpoint import load_base_model
+from ht_export.model.reference import HiddenTransferModel
+from ht_export.model.transfer import load_transfer_layers
 from ht_export.parity.run import _in_its_own_cache
-from ht_export.parity.traces import ReferenceTracer, Trace
-from ht_export.transfer import load_transfer_layers
+from ht_export.verify.passes import Expected, record
+from ht_export.verify.traces import ReferenceTracer, Trace
 from runtime import Generator
 from runtime.engines.onnxruntime_cpu import InPlaceCache
 

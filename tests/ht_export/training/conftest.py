@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 
-from ht_export.checkpoint import BaseModel, load_base_model
+from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.training.data import Sequence, read_data
 from ht_export.training.generate import DataSettings, generate_data
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ht_export.checkpoint import load_base_model
+from ht_export.model.checkpoint import load_base_model
+from ht_export.model.transfer import TransferLayers, load_transfer_layers, save_transfer_layers
 from ht_export.training import cli
 from ht_export.training.data import read_data
-from ht_export.transfer import TransferLayers, load_transfer_layers, save_transfer_layers
 
 PNG = b"\x89PNG"
 SHORT = ["--sequences", "2", "--anchors", "4", "--dtype", "float32"]

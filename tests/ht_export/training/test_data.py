@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ht_export.checkpoint import BaseModel, load_base_model
+from ht_export.model.checkpoint import BaseModel, load_base_model
+from ht_export.prompts import Conversation, encode_chat, read_conversations, without_duplicates
 from ht_export.training import generate
 from ht_export.training.data import Sequence, fingerprint, read_data
 from ht_export.training.generate import DataSettings, answer, generate_data
-from ht_export.training.prompts import Conversation, encode_chat, read_conversations, without_duplicates
 from runtime.errors import InputError
 from tests.conftest import save_checkpoint, tiny_llama
 from tests.ht_export.training.conftest import QUIET, SETTINGS

@@ -3,20 +3,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ht_export.checkpoint import BaseModel
-from ht_export.correction import correction_tables
 from ht_export.export import ExportSettings
-from ht_export.model import HiddenTransferModel
-from ht_export.parity.passes import ReferenceEngine
+from ht_export.model.checkpoint import BaseModel
+from ht_export.model.correction import correction_tables
+from ht_export.model.reference import HiddenTransferModel
+from ht_export.model.transfer import TransferLayers
 from ht_export.training.cost import RowCosts, best_choice
 from ht_export.training.data import Sequence
 from ht_export.training.evaluate import evaluate, predict, statistics
 from ht_export.training.simulate import TextDrafts, advances, tokens_per_step
-from ht_export.transfer import TransferLayers
-from runtime.drafter import Drafter
+from ht_export.verify.passes import ReferenceEngine
+from runtime.drafting.drafter import Drafter
 from runtime.errors import InputError
-from runtime.loop import draft_and_verify
-from runtime.sizing import FixedSizes
+from runtime.decode import draft_and_verify
+from runtime.drafting.sizing import FixedSizes
 from runtime.tree import TreeSizes
 from tests.conftest import random_transfer
 

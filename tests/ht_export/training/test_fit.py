@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ht_export.checkpoint import BaseModel
+from ht_export.model.checkpoint import BaseModel
+from ht_export.model.transfer import TransferLayers, load_transfer_layers
 from ht_export.training import fit as fit_module
 from ht_export.training.batches import make_batch
 from ht_export.training.data import Sequence
@@ -24,7 +25,6 @@ from ht_export.training.features import FeatureCache
 from ht_export.training.fit import FitSettings, anchor_losses, fit
 from ht_export.training.memory import estimate
 from ht_export.training.ridge import RidgeRegression
-from ht_export.transfer import TransferLayers, load_transfer_layers
 from runtime.errors import InputError
 from tests.ht_export.training.conftest import QUIET
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from ht_export.checkpoint import BaseModel
-from ht_export.families import decoder_parts
+from ht_export.model.checkpoint import BaseModel
+from ht_export.model.families import decoder_parts
 from ht_export.training import losses
 from ht_export.training.losses import Objective, draft_losses
 from runtime.errors import InputError

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ht_export.checkpoint import BaseModel
+from ht_export.model.checkpoint import BaseModel
 from ht_export.training import cli
 from ht_export.training import sweep as sweep_module
 from ht_export.training.data import Sequence

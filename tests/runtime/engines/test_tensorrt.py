@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ht_export.plan.limits import profiles
+from ht_export.tensorrt.limits import profiles
 from plugins.binaries import COMMIT, Kernel, KernelBinaries
 from runtime import EngineFileError, Generator, InputError, TreeSizes
 from runtime.bundle.engine_file import EngineFile, FileRecord, Limits, PlanFile, engine_file_path, read_engine_file

@@ -1,0 +1,85 @@
+"""What an export needs of the disk and the memory, checked before the work."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from ht_export.quantize.formats import Storage
+from runtime.errors import InputError
+
+# Of the disk, in weights and besides them.
+SPACE_FACTOR = 1.05
+SPACE_CONSTANT = 64 << 20
+# Of the memory, besides the loaded model: for each value of the largest matrix, which is converted as a whole, and for
+# everything else.
+MEMORY_PER_VALUE = 12
+MEMORY_CONSTANT = 1 << 30
+# Of quantised weights, which ONNX Runtime arranges anew when it runs the engine.
+ARRANGED = 1.3
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of the weights: of the `graph` that is traced and checked, and `quantised`, 0 where they are not."""
+
+    graph: int
+    quantised: int = 0
+
+    @property
+    def engine(self) -> int:
+        """Of the engine that is made of the graph."""
+        return self.quantised or self.graph
+
+
+def weight_bytes(
+    model: PreTrainedModel, dtype: torch.dtype, storage: Storage | None, *, as_stored: bool
+) -> WeightBytes:
+    """Return what the weights of the base model `model` take: in `dtype`, or with `as_stored` as the checkpoint has
+    them where that is less, and then quantised if there is a `storage`.
+    """
+    parameters = list(model.parameters())
+    graph = sum(
+        parameter.numel() * (min(parameter.dtype.itemsize, dtype.itemsize) if as_stored else dtype.itemsize)
+        for parameter in parameters
+    )
+    if storage is None:
+        return WeightBytes(graph)
+    embedding = model.get_input_embeddings().weight
+    quantised = sum(parameter.numel() for parameter in parameters if parameter is not embedding)
+    if model.get_output_embeddings().weight is embedding:
+        # Of which then both exist.
+        quantised += embedding.numel()
+    return WeightBytes(graph, embedding.numel() * dtype.itemsize + int(quantised * storage.bits / 8))
+
+
+def check_space(weights: WeightBytes, out: Path) -> None:
+    """Raise `InputError` unless there is room beside `out` for these weights and what goes with them: for those of the
+    graph, and until the engine is written for the quantised ones too.
+    """
+    needed = int(SPACE_FACTOR * (weights.graph + weights.quantised)) + SPACE_CONSTANT
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise InputError(
+            f"{out.parent} has {free / 2**20:.0f} MiB free, and the export needs about {needed / 2**20:.0f} MiB; "
+            "free some space or choose another folder"
+        )
+
+
+def check_memory(model: PreTrainedModel, arranged: int) -> None:
+    """Raise `InputError` unless there is memory to export the base model `model`, and to run an engine that has
+    `arranged` bytes of weights arranged anew for that.
+    """
+    largest = max(parameter.numel() for parameter in model.parameters())
+    needed = max(MEMORY_PER_VALUE * largest, int(ARRANGED * arranged)) + MEMORY_CONSTANT
+    free = psutil.virtual_memory().available
+    if free < needed:
+        raise InputError(
+            f"the export needs about {needed >> 20} MiB of memory besides the model, and {free >> 20} MiB are free; "
+            "close other programs, or export on a larger machine"
+        )

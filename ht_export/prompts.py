@@ -1,0 +1,114 @@
+"""Prompts: conversations of user turns, read from JSON lines, without duplicates, and encoded for a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The user's turns of one conversation, in order; the base model's answers go between them."""
+
+    id: str
+    task: str
+    turns: tuple[str, ...]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What makes two conversations duplicates: their words, whatever the case and the space between them."""
+        return tuple(" ".join(turn.split()).casefold() for turn in self.turns)
+
+
+def read_conversations(path: Path) -> list[Conversation]:
+    """Read a JSON-lines file of prompts: each line has `prompt` (a string) or `turns` (a list of strings).
+
+    Optional fields: `id`, `task`. Raises `InputError` with the line number of the first line that does not fit.
+    """
+    if not path.is_file():
+        raise InputError(f"no prompts file at {path}; give a JSON-lines file with a 'prompt' on each line")
+    conversations = []
+    # Not splitlines(): JSON strings may hold other Unicode line separators unescaped.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            # Decoded here: text that is not UTF-8 has a line number too.
+            row = json.loads(line.decode("utf-8"))
+            # JSON can spell half of a surrogate pair, which no tokenizer takes.
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
+        turns = _turns(row)
+        if turns is None:
+            raise InputError(
+                f"{path}, line {number}: needs 'prompt' (a string) or 'turns' (a list of strings), not empty"
+            )
+        conversations.append(Conversation(str(row.get("id", number)), str(row.get("task", "")), turns))
+    if not conversations:
+        raise InputError(f"{path} holds no prompts")
+    return conversations
+
+
+def without_duplicates(
+    conversations: Iterable[Conversation], excluded: Iterable[Conversation] = (), max_turns: int | None = None
+) -> list[Conversation]:
+    """Return the first of each group of duplicates, leaving out those that begin as one of `excluded` does.
+
+    Only the first `max_turns` turns count.
+    """
+    first_turns = {conversation.words[0] for conversation in excluded}
+    seen: set[tuple[str, ...]] = set()
+    kept = []
+    for conversation in conversations:
+        words = conversation.words[:max_turns]
+        if words not in seen and words[0] not in first_turns:
+            seen.add(words)
+            kept.append(conversation)
+    return kept
+
+
+def evenly(prompts: Sequence[Conversation], count: int) -> list[Conversation]:
+    """Return `count` of `prompts`, or all if there are fewer, spread evenly over them."""
+    count = min(count, len(prompts))
+    return [prompts[index * len(prompts) // count] for index in range(count)]
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Iterable[str], answers: Iterable[str] = ()) -> list[int]:
+    """Return the ids of a conversation up to where the model speaks: `turns` with an answer after each but the last.
+
+    In the model's chat template; without one, the bare texts follow each other.
+    """
+    turns, answers = list(turns), list(answers)
+    if not tokenizer.chat_template:
+        parts = [part for pair in zip(turns, answers, strict=False) for part in pair] + turns[len(answers) :]
+        return list(tokenizer("".join(parts)).input_ids)
+    messages = []
+    for index, turn in enumerate(turns):
+        messages.append({"role": "user", "content": turn})
+        if index < len(answers):
+            messages.append({"role": "assistant", "content": answers[index]})
+    try:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    except TemplateError as error:
+        raise InputError(f"the model's chat template refuses a conversation of {len(turns)} turns: {error}") from error
+    return list(ids)
+
+
+def _turns(row: Any) -> tuple[str, ...] | None:
+    if not isinstance(row, dict):
+        return None
+    turns = [row["prompt"]] if row.get("prompt") else row.get("turns")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        return None
+    return tuple(turns)

@@ -1,0 +1,1 @@
+"""Precisions, and weights rounded to fewer bits."""

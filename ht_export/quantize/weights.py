@@ -1,0 +1,122 @@
+"""Weight-only quantisation of a graph: weights rounded to the nearest, or as `ht_export.quantize.gptq` rounds them.
+
+How they are stored, and what multiplies with them, depends on the engine: `ht_export.quantize.formats`. The embedding
+stays as it is: a pass reads a few rows of it only.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from ht_export.graph.lazy_weights import widen_weights
+from ht_export.quantize.formats import Storage
+from ht_export.quantize.gptq import round_calibrated
+
+# Second moments of rows [K, K], by the name of the value that has them.
+Moments = dict[str, NDArray[np.float64]]
+
+
+def quantise(graph: Path, out: Path, storage: Storage, moments: Iterable[Moments] = ({},)) -> None:
+    """Write the graph at `graph` to `out`, weights quantised as `storage` has them; those for which there are second
+    `moments` of the rows that they meet calibrated, all others rounded to the nearest.
+
+    Its own weights may be at the place where those of `out` will be.
+    """
+    model = ir.load(graph)
+    # Quantised weights are kept on the disk: those of a large model would fill the memory.
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder:
+        for number, (product, rows) in enumerate(_products(model.graph, moments)):
+            before = set(model.graph.initializers)
+            _replace(model.graph, product, storage, rows)
+            added = [value for name, value in model.graph.initializers.items() if name not in before]
+            _put_away(added, Path(folder) / f"{number}.data")
+        model.opset_imports.update(storage.opsets)
+        RemoveUnusedNodesPass()(model)
+        _take_the_rest(model.graph, folder)
+        widen_weights(model.graph)
+        weights_file = out.with_name(f"{out.name}.data")
+        # Gone from the disk, where nothing maps it any more, before more is written.
+        gc.collect()
+        weights_file.unlink(missing_ok=True)
+        ir.save(model, out, external_data=weights_file.name)
+
+
+def _put_away(values: Sequence[ir.Value], path: Path) -> None:
+    """Let initializers be mapped from a new file at `path`."""
+    tensors = [value.const_value for value in values if value.const_value is not None]
+    kept = ir.external_data.convert_tensors_to_external(tensors, path.parent, path.name) if tensors else []
+    for value, tensor in zip(values, kept, strict=True):
+        value.const_value = tensor
+
+
+def _take_the_rest(graph: ir.Graph, folder: str) -> None:
+    """Read initializers that are in files elsewhere than in `folder`."""
+    values = [
+        value
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor) and Path(value.const_value.base_dir) != Path(folder)
+    ]
+    tensors = [value.const_value for value in values if value.const_value is not None]
+    for value, tensor in zip(values, ir.external_data.convert_tensors_from_external(tensors), strict=True):
+        value.const_value = tensor
+
+
+def _products(graph: ir.Graph, moments: Iterable[Moments]) -> Iterator[tuple[ir.Node, NDArray[np.float64] | None]]:
+    """Yield products with weights, and the second moments of their rows: those that have some as these come, and with
+    the last ones all others.
+    """
+    for found, last in _with_last(moments):
+        for node in list(graph):
+            if node.op_type == "MatMul" and _weights(node) is not None:
+                rows = node.inputs[0]
+                assert rows is not None
+                if rows.name in found or last:
+                    yield node, found.get(rows.name or "")
+
+
+def _with_last(found: Iterable[Moments]) -> Iterator[tuple[Moments, bool]]:
+    """Yield each with whether it is the last one."""
+    found = iter(found)
+    held = next(found, {})
+    for one in found:
+        yield held, False
+        held = one
+    yield held, True
+
+
+def _weights(product: ir.Node) -> tuple[ir.Value, bool] | None:
+    """Return the weights of a product where it has any, and whether they are transposed before it, as the head's are
+    where they are tied; they may be cast too.
+    """
+    value, is_transposed = product.inputs[1], False
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type not in ("Transpose", "Cast"):
+            return None
+        value, is_transposed = producer.inputs[0], is_transposed or producer.op_type == "Transpose"
+    if value is None or value.const_value is None or not value.is_initializer() or len(value.const_value.shape) != 2:
+        return None
+    return value, is_transposed
+
+
+def _replace(graph: ir.Graph, product: ir.Node, storage: Storage, moments: NDArray[np.float64] | None) -> None:
+    found = _weights(product)
+    assert found is not None
+    weights, is_transposed = found
+    assert weights.const_value is not None
+    columns, _ = weights.const_value.shape.numpy()[:: -1 if is_transposed else 1]
+    if not storage.takes(columns):
+        return
+    array, ends = weights.const_value.numpy().astype(np.float32), None
+    if not is_transposed:
+        array = array.T
+    if moments is not None and storage.grid is not None:
+        array, ends = round_calibrated(array, moments, storage.grid)
+    storage.replace(graph, product, weights.name or "", array, ends)

@@ -1,0 +1,88 @@
+"""Whether the limits of a plan can be, and the optimisation profiles that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime import bindings
+from runtime.bindings import GraphDims, dynamic_dims
+from runtime.bundle.engine_file import Limits
+from runtime.engines.device_cache import capacities
+from runtime.errors import InputError
+from runtime.tree import TreeSizes
+
+# What profiles are tuned for, where the limits allow it.
+TYPICAL_CONTEXT = 512
+
+
+def check_limits(limits: Limits, tree: TreeSizes, model_context: int) -> None:
+    """Raise `InputError` when the limits contradict each other, the tree or the model."""
+    for flag, value in (
+        ("--max-batch", limits.max_batch),
+        ("--max-context", limits.max_context),
+        ("--max-rows", limits.max_rows),
+        ("--chunk", limits.chunk),
+    ):
+        if value < 1:
+            raise InputError(f"{flag} must be at least 1, not {value}")
+    if limits.max_context > model_context:
+        raise InputError(
+            f"--max-context {limits.max_context}: the model's own context is {model_context} tokens; give at most that"
+        )
+    if limits.max_context < tree.tree_rows:
+        raise InputError(
+            f"--max-context {limits.max_context} is less than the default tree's {tree.tree_rows} rows; raise it, or "
+            "give fewer --tree-rows"
+        )
+    if limits.max_rows < tree.tree_rows:
+        raise InputError(
+            f"--max-rows {limits.max_rows} is less than the default tree's {tree.tree_rows} rows; raise it, or give "
+            "fewer --tree-rows"
+        )
+    for flag, value in (("--max-rows", limits.max_rows), ("--chunk", limits.chunk)):
+        if value > limits.max_context:
+            raise InputError(f"{flag} {value} is more than --max-context {limits.max_context}; lower it")
+
+
+Shape = tuple[int, ...]
+Range = tuple[Shape, Shape, Shape]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One optimisation profile: for each input its least, typical and largest shape."""
+
+    name: str
+    shapes: dict[str, Range]
+
+
+def profiles(dims: GraphDims, limits: Limits, tree: TreeSizes) -> tuple[Profile, Profile]:
+    """Return the profiles of verification and of prompt chunks."""
+    typical = min(TYPICAL_CONTEXT, limits.max_context)
+    nothing, one = (0,) * dims.num_steps, (1,) * dims.num_steps
+    most, batch, capacity = (limits.max_rows,) * dims.num_steps, limits.max_batch, limits.capacity
+    verification = (
+        dynamic_dims(1, nothing, 1, 0),
+        dynamic_dims(tree.tree_rows, tree.pseudo_rows, tree.tree_rows, typical),
+        dynamic_dims(limits.max_rows, most, limits.max_rows, capacity, batch),
+    )
+    prompt = (
+        dynamic_dims(1, nothing, 1, 0),
+        dynamic_dims(limits.chunk, one, 1, typical),
+        dynamic_dims(limits.chunk, one, 1, capacity, batch),
+    )
+    return Profile("verification", _shapes(dims, verification)), Profile("prompt", _shapes(dims, prompt))
+
+
+def _shapes(dims: GraphDims, values: tuple[dict[str, int], ...]) -> dict[str, Range]:
+    least, typical, most = values
+    return {
+        binding.name: (binding.sizes(least), binding.sizes(typical), binding.sizes(most)) for binding in dims.inputs()
+    }
+
+
+def cache_bytes(dims: GraphDims, limits: Limits) -> int:
+    """Return the bytes of the key and value caches at the limits, of all capacities that they grew through."""
+    element = bindings.BYTES[dims.dtype]
+    row = 2 * dims.num_layers * dims.key_value_heads * dims.head_dim * element
+    return limits.max_batch * sum(capacities(limits.capacity)) * row

@@ -1,0 +1,199 @@
+"""From an exported graph to a plan and its description."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from ht_export.tensorrt.build_process import ATTENTIONS, build_plan, check_resources
+from ht_export.tensorrt.graph import attention_forms, write_for_tensorrt
+from ht_export.tensorrt.limits import Profile, cache_bytes, check_limits, profiles
+from ht_export.tensorrt.products import Capability, Product, find_product, show
+from plugins.binaries import ARCHITECTURES, COMMIT_ARCHITECTURES, HEAD_DIMS, PLUGIN_DTYPES, best_architecture
+from plugins.tensorrt_plugin import VERSION
+from runtime.bindings import GraphDims
+from runtime.bundle.engine_file import FileRecord, Limits, PlanFile
+from runtime.errors import InputError
+from runtime.files import check_writable
+from runtime.tree import TreeSizes
+
+DEFAULT_CONTEXT = 4096
+DEFAULT_ROWS = 32
+DEFAULT_CHUNK = 256
+# Plans of TensorRT for RTX run on later GPUs than they name; these get kernels too.
+LATER = ((9, 0), (10, 0))
+# From which on GPUs compute in a precision, where not all do.
+LEAST_CAPABILITY: dict[str, Capability] = {"bf16": (8, 0), "fp8": (8, 9)}
+FUSED_ATTENTION = "mha"
+INSTALL_TRITON = "pip install 'hidden-transfer[plan]'"
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What a plan may choose. `runtime` None takes the product that is installed, no `capabilities` the product's
+    default. `attention` is "plugin", "native" or "auto".
+    """
+
+    runtime: str | None = None
+    max_batch: int = 1
+    max_rows: int | None = None
+    capabilities: Sequence[Capability] = ()
+    attention: str = "auto"
+    timing_cache: Path | None = None
+
+
+class Planner:
+    """One plan: `prepare` finds everything that could go wrong before the work begins, `build` does it."""
+
+    def __init__(self, settings: PlanSettings, precision: str = "fp16") -> None:
+        self.settings = settings
+        if settings.attention not in ATTENTIONS:
+            raise InputError(f"--attention must be one of {', '.join(ATTENTIONS)}, not {settings.attention}")
+        self.product: Product = find_product(settings.runtime)
+        least = LEAST_CAPABILITY.get(precision, (0, 0))
+        self.capabilities = self.product.check_capabilities(settings.capabilities, least)
+        if not self.product.builds_without_gpu:
+            self.capabilities = (_own_capability(),)
+        if old := [capability for capability in self.capabilities if capability < least]:
+            raise InputError(
+                f"--precision {precision}: compute capability {show(old)} does not compute in it, only {show([least])} "
+                "and later; use fp16, or build for later ones"
+            )
+        unknown = [c for c in self.capabilities if best_architecture(*c, COMMIT_ARCHITECTURES) is None]
+        if unknown:
+            known = show([(sm // 10, sm % 10) for sm in COMMIT_ARCHITECTURES])
+            raise InputError(f"there are no kernels for compute capability {show(unknown)}; there are for {known}")
+        if settings.timing_cache is not None:
+            check_writable(settings.timing_cache)
+        if not find_spec("triton"):
+            raise InputError(f"a plan carries compiled kernels, and Triton is not installed; {INSTALL_TRITON}")
+
+    def prepare(
+        self,
+        dims: GraphDims,
+        tree: TreeSizes,
+        asked: tuple[int | None, int | None],
+        model_context: int,
+        weight_bytes: int,
+        folder: Path,
+    ) -> Limits:
+        """Check limits, kernels, memory and disk; return the plan's limits, with the prompt chunk and the context that
+        were `asked` for where they are not None. Raises `InputError`.
+        """
+        settings = self.settings
+        chunk, max_context = asked
+        context = min(model_context, DEFAULT_CONTEXT) if max_context is None else max_context
+        # What the user asked for is taken as it is, or refused.
+        max_rows = min(max(DEFAULT_ROWS, tree.tree_rows), context) if settings.max_rows is None else settings.max_rows
+        self.dims = dims
+        self.limits = Limits(
+            settings.max_batch, context, max_rows, min(DEFAULT_CHUNK, context) if chunk is None else chunk
+        )
+        check_limits(self.limits, tree, model_context)
+        self.attention = self._attention()
+        self.profiles: tuple[Profile, Profile] = profiles(dims, self.limits, tree)
+        check_resources(weight_bytes, folder)
+        self.cache_bytes = cache_bytes(dims, self.limits)
+        return self.limits
+
+    def build(self, graph: Path, plan: Path, tell: Callable[[str], None]) -> PlanFile:
+        """Build the plan from the graph. Raises `InputError`."""
+        from plugins.compile import compile_commit, compile_kernels
+
+        dims = self.dims
+        targets = self.capabilities
+        if self.product.builds_without_gpu:
+            targets = tuple(dict.fromkeys((*targets, *LATER)))
+
+        def architectures(known: Sequence[int]) -> list[int]:
+            found = (best_architecture(*capability, known) for capability in targets)
+            return list(dict.fromkeys(sm for sm in found if sm is not None))
+
+        uses_plugin = self.attention == "plugin"
+        kernels = None
+        if uses_plugin:
+            kernels = compile_kernels(
+                dims.dtype,
+                dims.head_dim,
+                architectures(ARCHITECTURES),
+                lambda sm: tell(f"kernels for SM {sm / 10}"),
+                attention_forms(graph),
+            ).to_bytes()
+        kernels_path = plan.with_name(f"{plan.stem}.kernels.bin")
+        commit = compile_commit(dims.dtype, dims.head_dim, architectures(COMMIT_ARCHITECTURES))
+        kernels_path.write_bytes(commit.to_bytes())
+        marked = graph.with_name(f"{graph.stem}.tensorrt.onnx")
+        count = write_for_tensorrt(graph, marked, dims, plugin=uses_plugin, decomposable=True)
+        result = build_plan(
+            self.product,
+            marked,
+            plan,
+            self.profiles,
+            self.capabilities,
+            kernels=kernels,
+            plugin_layers=count,
+            timing_cache=self.settings.timing_cache,
+            progress=lambda phase, step, steps: tell(f"{phase} {step}/{steps}" if steps else phase),
+        )
+        marked.unlink()
+        layers = result.engine_layers or []
+        kinds = Counter(line.split("LayerType: ", 1)[1].split(",", 1)[0] for line in layers)
+        build = {
+            "seconds": round(result.seconds, 1),
+            "peak_memory": result.peak_memory,
+            "peak_private_memory": result.peak_private_memory,
+            "network_layers": result.network_layers,
+            "engine_layers": dict(kinds),
+            "plugin_layers": (result.network_layers or {}).get("PLUGIN_V3", 0),
+            "fused_attention_layers": sum(FUSED_ATTENTION in line.split(",", 1)[0] for line in layers)
+            // len(self.profiles),
+            "cache_bytes_at_limits": self.cache_bytes,
+        }
+        return PlanFile(
+            product=self.product.name,
+            version=self.product.version,
+            compute_capabilities=self.capabilities,
+            attention=self.attention,
+            plugin_version=VERSION if uses_plugin else None,
+            limits=self.limits,
+            profiles={
+                profile.name: {name: [list(shape) for shape in ranges] for name, ranges in profile.shapes.items()}
+                for profile in self.profiles
+            },
+            kernels=FileRecord.of(kernels_path),
+            build=build,
+        )
+
+    def _attention(self) -> str:
+        wanted = self.settings.attention
+        reason = None
+        if self.dims.dtype not in PLUGIN_DTYPES:
+            reason = f"it computes in {' or '.join(PLUGIN_DTYPES)}, not {self.dims.dtype}"
+        elif self.dims.head_dim not in HEAD_DIMS:
+            reason = f"it takes head sizes from 16 to 256 that 8 divides, not {self.dims.head_dim}"
+        elif unknown := [c for c in self.capabilities if best_architecture(*c, ARCHITECTURES) is None]:
+            reason = f"it has no kernel for compute capability {show(unknown)}"
+        if reason is None and wanted != "native":
+            return "plugin"
+        if self.dims.dtype != "float32" and self.dims.head_dim % 8:
+            raise InputError(
+                f"in half precision {self.product.name} takes head sizes that 8 divides, and the model's is "
+                f"{self.dims.head_dim}; use --precision fp32"
+            )
+        if wanted == "plugin":
+            raise InputError(f"--attention plugin: {reason}; use --attention native, or change that")
+        return "native"
+
+
+def _own_capability() -> Capability:
+    from runtime.engines.cuda import Cuda
+
+    try:
+        return Cuda().capability
+    except InputError as error:
+        raise InputError(
+            f"{error}. TensorRT builds for the GPU in the machine; --runtime tensorrt-rtx needs none"
+        ) from error

@@ -1,0 +1,225 @@
+"""The numerical check of an exported graph against the PyTorch reference."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ht_export.graph.trace import graph_dims
+from ht_export.model.reference import HiddenTransferModel
+from runtime.bindings import GraphDims
+from runtime.engines.host_cache import KeyValueCache
+from runtime.engines.protocol import Engine
+from runtime.rows import Outputs
+from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine, new_rows
+from runtime.errors import InputError
+from runtime.rows import Rows, lay_out
+from runtime.tree import Tree, chain
+
+# Relative to the largest value of the output compared: float32 sums of a few thousand terms in another order.
+TOLERANCE = 1e-4
+# Tokens of a prompt, and those of its last pass.
+PROMPT_TOKENS, PROMPT_END = 24, 5
+# Of recorded caches, behind the valid ones.
+SPARE_ROWS = 8
+
+
+class ReferenceEngine:
+    """The PyTorch reference behind the runtime's engine protocol."""
+
+    def __init__(self, model: HiddenTransferModel) -> None:
+        self.model = model
+        self.dims = graph_dims(model.base.config, model.transfer)
+
+    def new_cache(self) -> KeyValueCache:
+        """See `Engine.new_cache`."""
+        return KeyValueCache(self.dims)
+
+    @torch.inference_mode()
+    def run(self, rows: Rows, cache: KeyValueCache) -> Outputs:
+        """See `Engine.run`."""
+        output = self.model(
+            torch.from_numpy(rows.input_ids)[None],
+            torch.from_numpy(rows.position_ids)[None],
+            torch.from_numpy(rows.tree_mask)[None],
+            [torch.from_numpy(parents)[None] for parents in rows.pseudo_parents],
+            torch.from_numpy(rows.logit_rows)[None],
+            torch.tensor([cache.length]),
+            list(torch.from_numpy(cache.keys)),
+            list(torch.from_numpy(cache.values)),
+        )
+        return Outputs(
+            output.logits[0].numpy(),
+            output.draft_logits[0].numpy(),
+            [key.numpy() for key in output.key_new],
+            [value.numpy() for value in output.value_new],
+        )
+
+
+class LoweredEngine:
+    """The graph lowered for the CPU, over the portable graph's cache and with its outputs."""
+
+    def __init__(self, path: Path, dims: GraphDims, *, small: bool = False) -> None:
+        self.dims = dims
+        self._engine = OnnxRuntimeCpuEngine(path, dims, small=small)
+        # One for all passes: those of a large model are large.
+        self._in_place = self._engine.new_cache()
+
+    def new_cache(self) -> KeyValueCache:
+        """See `Engine.new_cache`."""
+        return KeyValueCache(self.dims)
+
+    def run(self, rows: Rows, cache: KeyValueCache) -> Outputs:
+        """See `Engine.run`."""
+        in_place = self._in_place
+        in_place.length = 0
+        in_place.reserve(cache.length)
+        for kind, arrays in enumerate((cache.keys, cache.values)):
+            in_place.arrays[kind, ..., : cache.length, :] = arrays[..., : cache.length, :]
+        in_place.length = cache.length
+        outputs = self._engine.run(rows, in_place)
+        keys, values = new_rows(in_place, self.dims, rows)
+        return Outputs(
+            outputs.logits, outputs.draft_logits, [key.copy() for key in keys], [value.copy() for value in values]
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference of one output in one case, relative to the output's largest value; and `of_norm`, the norm
+    of all differences relative to the output's norm.
+    """
+
+    case: str
+    output: str
+    relative: float
+    of_norm: float
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One pass of the reference: its inputs, the cache as it was, and the outputs."""
+
+    case: str
+    rows: Rows
+    cache: KeyValueCache
+    outputs: Outputs
+    accepted: Sequence[int]
+
+
+def record(reference: Engine, seed: int = 0, tokens: Sequence[int] = ()) -> list[Expected]:
+    """Run the reference over a prompt, `tokens` or random ones, random trees with and without pseudo rows, and a plain
+    step.
+
+    What it computed is kept, so that it need not be in memory together with what it is compared with.
+    """
+    passes = []
+    rng = np.random.default_rng(seed)
+    cache = reference.new_cache()
+    for case, chained, tree_rows, pseudo_rows in _cases(reference.dims.num_steps, len(tokens) or PROMPT_TOKENS):
+        rows = _random_rows(reference.dims, rng, cache.length, tree_rows, pseudo_rows, chained)
+        given = tokens[cache.length : cache.length + tree_rows]
+        rows.input_ids[: len(given)] = given
+        outputs = reference.run(rows, cache)
+        accepted = range(tree_rows) if chained else [0]
+        passes.append(Expected(case, rows, _as_it_is(cache), outputs, accepted))
+        cache.commit(outputs, accepted)
+    return passes
+
+
+def _as_it_is(cache: KeyValueCache) -> KeyValueCache:
+    """Return a copy that is no larger than it must be to have rows that are not valid."""
+    kept = copy.copy(cache)
+    rows = cache.length + SPARE_ROWS
+    kept.keys, kept.values = (array[..., :rows, :].copy() for array in (cache.keys, cache.values))
+    return kept
+
+
+def compare(engine: Engine, expected: Sequence[Expected]) -> list[Difference]:
+    """Run the engine over recorded passes; return all differences."""
+    differences = []
+    for one in expected:
+        found = engine.run(one.rows, one.cache)
+        pairs = {name: [(getattr(found, name), getattr(one.outputs, name))] for name in ("logits", "draft_logits")}
+        for name in ("key_new", "value_new"):
+            pairs[name] = list(zip(getattr(found, name), getattr(one.outputs, name), strict=True))
+        for name, arrays in pairs.items():
+            largest, of_norm = (max(measure(*both) for both in arrays) for measure in (relative, _of_norm))
+            differences.append(Difference(one.case, name, largest, of_norm))
+    return differences
+
+
+def difference(engine: Engine, expected: Sequence[Expected]) -> float:
+    """Return the largest relative difference of any output of a graph with quantised weights.
+
+    Raises `InputError` when it computes something else: no numbers, or less alike than nothing at all.
+    """
+    found = compare(engine, expected)
+    worst = max(found, key=lambda one: one.of_norm)
+    if not worst.of_norm < 1.0:
+        raise InputError(
+            f"with quantised weights the graph does not compute what the PyTorch reference does: {worst.output} "
+            f"differs by {worst.of_norm:.2g} of its norm ({worst.case}); nothing was written, use --precision fp32"
+        )
+    return max(one.relative for one in found)
+
+
+def check(engine: Engine, expected: Sequence[Expected]) -> float:
+    """Return the largest relative difference; raise `InputError` naming case and output when it is too large."""
+    worst = max(compare(engine, expected), key=lambda difference: difference.relative)
+    if not worst.relative <= TOLERANCE:
+        raise InputError(
+            f"the exported graph does not compute what the PyTorch reference does: {worst.output} differs by "
+            f"{worst.relative:.1e} of its largest value ({worst.case}; at most {TOLERANCE:.0e} is allowed). "
+            "Nothing was written; please report this with the model's name and the versions of torch and onnxruntime"
+        )
+    return worst.relative
+
+
+def _cases(num_steps: int, prompt_tokens: int) -> list[tuple[str, bool, int, tuple[int, ...]]]:
+    """Return each case's name, whether it is a chain, its tree rows and its pseudo rows; the cache begins empty."""
+    return [
+        ("prompt", True, prompt_tokens - PROMPT_END, (0,) * num_steps),
+        ("prompt's end", True, PROMPT_END, (1,) * num_steps),
+        ("tree", False, 9, tuple(max(1, 6 - 2 * k) for k in range(num_steps))),
+        ("tree, first step only", False, 4, (4, *(0,) * (num_steps - 1))),
+        ("plain", False, 1, (0,) * num_steps),
+    ]
+
+
+def _random_rows(
+    dims: GraphDims, rng: np.random.Generator, start: int, tree_rows: int, pseudo_rows: tuple[int, ...], chained: bool
+) -> Rows:
+    """Return rows of random tokens: a chain as in a prompt, or a random tree."""
+    tokens = rng.integers(0, dims.vocab_size, tree_rows)
+    tree = chain(tokens.tolist())
+    if not chained:
+        parents = [-1, *(int(rng.integers(0, node)) for node in range(1, tree_rows))]
+        depths = [0]
+        for parent in parents[1:]:
+            depths.append(depths[parent] + 1)
+        tree = Tree(tree.tokens, np.array(parents), np.array(depths), tree.probabilities)
+    ends = tuple(np.sort(rng.permutation(tree_rows)[:count]) for count in pseudo_rows)
+    return lay_out(tree, ends, dims.join_order, start)
+
+
+def _of_norm(found: np.ndarray, expected: np.ndarray) -> float:
+    if not expected.size:
+        return 0.0
+    of_norm = float(np.linalg.norm(found - expected) / max(1e-6, float(np.linalg.norm(expected))))
+    return math.inf if math.isnan(of_norm) else of_norm
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference, relative to the largest value expected; infinite where there is no number."""
+    if not expected.size:
+        return 0.0
+    found_one = float(np.abs(found - expected).max() / max(1e-6, float(np.abs(expected).max())))
+    # `max` would pass over what is not a number.
+    return math.inf if math.isnan(found_one) else found_one
