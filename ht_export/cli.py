@@ -9,9 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.program import add_model, integers, run
 from runtime.bundle.engine_file import PlanFile
 from runtime.errors import InputError
+from runtime.program import add_model, integers, run
 
 if TYPE_CHECKING:
     from ht_export.tensorrt.planner import PlanSettings

@@ -20,7 +20,7 @@ from runtime.drafting.drafter import Drafter
 from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import AdaptiveSizes, FixedSizes, Sizing
 from runtime.drafting.source import DraftSource
-from runtime.drafting.transfer_layers import TransferLayers
+from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.engines.opening import open_engine, runs_on_cpu
 from runtime.engines.protocol import Engine
 from runtime.errors import InputError, PromptTooLongError
@@ -184,7 +184,7 @@ class Generator:
         `noise`; `ngrams=False` leaves out continuations from the text itself.
         """
         bundle = self._bundle
-        sources: list[DraftSource] = [TransferLayers(bundle.correction, bundle.reliability, temperature, noise)]
+        sources: list[DraftSource] = [TransferDrafts(bundle.correction, bundle.reliability, temperature, noise)]
         if ngrams:
             sources.append(Ngrams())
         return Drafter(sizing, sources)

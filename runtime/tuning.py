@@ -22,7 +22,7 @@ from runtime.drafting.best_first import likely_ends
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.drafts import DraftStep
 from runtime.drafting.sizing import FixedSizes, Menu, Sizing
-from runtime.drafting.transfer_layers import TransferLayers
+from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.engines.protocol import Batch, Engine
 from runtime.errors import InputError
 from runtime.rows import lay_out, prompt_rows
@@ -45,7 +45,7 @@ NewDrafter = Callable[[Sizing], Drafter]
 
 def default_drafter(sizing: Sizing) -> Drafter:
     """Return what drafts a text by transfer layers alone."""
-    return Drafter(sizing, [TransferLayers()])
+    return Drafter(sizing, [TransferDrafts()])
 
 
 def cpu_name(threads: int | None) -> str:

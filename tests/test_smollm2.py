@@ -24,9 +24,10 @@ from runtime.drafting.best_first import best_first_tree, likely_ends
 from runtime.drafting.drafts import DraftStep, IndependentDrafts
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine
-from runtime.engines.protocol import Engine
-from runtime.rows import lay_out
+from runtime.engines.protocol import Engine, Result
+from runtime.rows import Rows, lay_out
 from runtime.tree import chain
+from tests.passes import run_one
 
 KNOWN = KNOWN_MODELS["smollm2-135m"]
 pytestmark = [
@@ -120,16 +121,21 @@ def test_a_conversation_and_streaming(generator: Generator, base: BaseModel) -> 
 
 def passes_over_text(engine: Engine, tokens: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the logits and the draft logits of a text's chunks, and of a tree with pseudo rows after it."""
-    cache, order = engine.new_cache(), engine.dims.join_order
+    slot, order = engine.new_slot(), engine.dims.join_order
+
+    def computed(rows: Rows) -> tuple[Result, tuple[np.ndarray, np.ndarray]]:
+        result = run_one(engine, rows, slot)
+        outputs = result.outputs(0)
+        return result, (np.array(outputs.logits), np.array(outputs.draft_logits))
+
     for start in range(0, len(tokens), 256):
         tree = chain(tokens[start : start + 256])
         rows = lay_out(tree, (np.array([len(tree) - 1]),) * 3, order, start)
-        outputs = engine.run(rows, cache)
-        yield outputs.logits.copy(), np.array(outputs.draft_logits)
-        cache.commit(outputs, range(len(tree)))
+        result, found = computed(rows)
+        yield found
+        engine.commit(result, [range(len(tree))])
     tree = best_first_tree(tokens[0], IndependentDrafts([DraftStep(np.arange(9), np.full(9, 0.1))] * 3), 12)
-    outputs = engine.run(lay_out(tree, likely_ends(tree, (12, 6, 6)), order, cache.length), cache)
-    yield outputs.logits.copy(), np.array(outputs.draft_logits)
+    yield computed(lay_out(tree, likely_ends(tree, (12, 6, 6)), order, slot.length))[1]
 
 
 @pytest.fixture(scope="module")

@@ -33,9 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(given)
     options.arguments = given
     statuses: list[int] = []
-    mistake = program.run(
-        "ht-bench", lambda: statuses.append(options.work(options)), interrupted=options.interrupted
-    )
+    mistake = program.run("ht-bench", lambda: statuses.append(options.work(options)), interrupted=options.interrupted)
     return mistake or sum(statuses)
 
 

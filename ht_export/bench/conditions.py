@@ -14,8 +14,8 @@ from typing import Any
 
 from ht_export.bench.settings import BenchSettings
 from runtime.bundle.engine_file import engine_file_path
-from runtime.files import sha256_file
 from runtime.engines.opening import runs_on_cpu
+from runtime.files import sha256_file
 from runtime.generator import Generator
 from runtime.tree import TreeSizes
 from runtime.tuning import cpu_name

@@ -31,9 +31,9 @@ from ht_export.quantize.formats import STORED_IN_PLANS
 from ht_export.quantize.gptq import second_moments
 from ht_export.quantize.weights import quantise
 from runtime import Generator
-from runtime.program import run
 from runtime.bundle.engine_file import FileRecord, read_engine_file
 from runtime.errors import InputError
+from runtime.program import run
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ht_export.bench.progress import progress
-from runtime.program import integers
 from runtime.errors import InputError
 from runtime.files import check_writable
+from runtime.program import integers
 
 if TYPE_CHECKING:
     from ht_export.bench.results import Results

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ht_export.bench.progress import progress
-from runtime.program import integers
 from runtime.errors import InputError
 from runtime.files import check_writable
+from runtime.program import integers
 
 if TYPE_CHECKING:
     from ht_export.prompts import Conversation
-    from runtime.generator import Generator
-    from runtime.drafting.sizing import Sizing
-    from runtime.tree import Tree, TreeSizes
     from runtime.bundle.tuning_file import Tuning
+    from runtime.drafting.sizing import Sizing
+    from runtime.generator import Generator
+    from runtime.tree import Tree, TreeSizes
 
 CONTEXTS = (64, 512, 2048)
 COUNT = 16
@@ -60,8 +60,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def tune(options: argparse.Namespace) -> int:
     """Measure, print a table, keep the result; return the exit status. Raises `InputError` for a user's mistake."""
     from ht_export.prompts import evenly, read_conversations
-    from runtime.generator import Generator
     from runtime.bundle.tuning_file import tuning_path, write_tuning
+    from runtime.generator import Generator
 
     for name, number in (
         ("--count", options.count),
@@ -113,7 +113,8 @@ def decode(
     generator: Generator, tuning: Tuning, texts: Sequence[Sequence[int]], max_new_tokens: int, quiet: bool
 ) -> Tuning:
     """Answer `texts` with adaptive sizes; return `tuning` with what they came to, and without sizes hardly used."""
-    from runtime.decode import draft_and_verify
+    from runtime import driver
+    from runtime.decode import Request
     from runtime.drafting.sizing import AdaptiveSizes, Menu
 
     chosen: Counter[TreeSizes] = Counter()
@@ -122,16 +123,20 @@ def decode(
     with progress("decoding prompts", quiet) as tell:
         for number, ids in enumerate(texts):
             sizing = AdaptiveSizes(tuning.menu, tuning.rate, tuning.draft_value)
-            answer = draft_and_verify(
-                generator.engine,
+            drafter = generator.new_drafter(_Counted(sizing, chosen))
+            engine = generator.about
+            request = Request(
                 ids,
-                generator.new_drafter(_Counted(sizing, chosen)),
-                generator.about.prompt_chunk,
-                max_new_tokens=min(max_new_tokens, generator.about.max_context - len(ids)),
-                ends=generator.about.stop_tokens.__contains__,
+                drafter,
+                engine.prompt_chunk,
+                engine.dims.join_order,
+                max_new_tokens=min(max_new_tokens, engine.max_context - len(ids)),
+                ends=engine.stop_tokens.__contains__,
             )
-            lengths = [len(certain) for certain in answer]
-            tokens, steps = tokens + sum(lengths), steps + len(lengths)
+            for _ in driver.run(generator.engine, [request]):
+                # Chunks of the prompt before its last make no token certain.
+                steps += bool(request.tokens)
+            tokens += len(request.tokens)
             rates.append(sizing.rate)
             values.append(sizing.draft_value)
             tell(number + 1, len(texts))

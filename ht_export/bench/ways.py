@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ht_export.bench.settings import PLAIN, SPECULATIVE, WITHOUT_NGRAMS, BenchSettings, Job
-from runtime.sampling.candidates import candidates
 from runtime.bundle.engine_file import read_engine_file
-from runtime.errors import InputError, PromptTooLongError
 from runtime.engines.opening import runs_on_cpu
+from runtime.errors import InputError, PromptTooLongError
 from runtime.generator import Generator
-from runtime.sampling.noise import Noise
 from runtime.sampling import Sampling
+from runtime.sampling.candidates import candidates
+from runtime.sampling.noise import Noise
 
 # A token whose logit, with its noise when sampling, is this near to the largest one may be chosen instead of it where
 # arithmetic is done in another order.

@@ -21,11 +21,11 @@ from ht_export.parity.stages import TOLERANCES, Stage, compare_passes, compare_t
 from ht_export.parity.text import TextSummary, compare_text
 from ht_export.prompts import evenly, read_conversations
 from ht_export.quantize.precision import PRECISIONS
-from ht_export.verify.passes import Expected, record
+from ht_export.verify.passes import Computed, Expected, record
 from ht_export.verify.traces import GraphTracer, ReferenceTracer, Trace, transformers_trace
-from runtime.checks import MOST_THREADS, whole
 from runtime.bundle.engine_file import EngineFile, read_engine_file
-from runtime.rows import Outputs
+from runtime.checks import MOST_THREADS, whole
+from runtime.engines.protocol import Batch
 from runtime.errors import InputError
 from runtime.generator import Generator
 
@@ -153,7 +153,7 @@ def _on_text(expected: Sequence[tuple[Expected, Trace]], theirs: Trace) -> Itera
         if start + count > len(theirs.outputs.logits):
             return
         part = slice(start, start + count)
-        outputs = Outputs(
+        outputs = Computed(
             theirs.outputs.logits[part],
             theirs.outputs.logits[:0],
             [key[:, :, part] for key in theirs.outputs.key_new],
@@ -161,17 +161,21 @@ def _on_text(expected: Sequence[tuple[Expected, Trace]], theirs: Trace) -> Itera
         )
         own = trace.outputs
         keys, values = ([array[:, :, :count] for array in kind] for kind in (own.key_new, own.value_new))
-        yield from compare_traces(one.case, Trace(Outputs(own.logits, own.logits[:0], keys, values)), Trace(outputs))
+        yield from compare_traces(one.case, Trace(Computed(own.logits, own.logits[:0], keys, values)), Trace(outputs))
 
 
 def _in_its_own_cache(generator: Generator, expected: Sequence[tuple[Expected, Trace]]) -> Iterator[Any]:
     """Yield how the outputs of an engine whose cache is its own differ."""
-    cache = generator.engine.new_cache()
+    engine = generator.engine
+    slot = engine.new_slot()
     for one, trace in expected:
-        found = generator.engine.run(one.rows, cache)
-        drafts = np.array([found.draft_logits[row] for row in range(len(found.draft_logits))])
-        yield from compare_traces(one.case, Trace(Outputs(found.logits, drafts, (), ())), trace)
-        cache.commit(found, one.accepted)
+        result = engine.run(Batch.of([one.rows], [slot]))
+        found = result.outputs(0)
+        logits, drafts = (
+            np.array([rows[row] for row in range(len(rows))]) for rows in (found.logits, found.draft_logits)
+        )
+        yield from compare_traces(one.case, Trace(Computed(logits, drafts)), trace)
+        engine.commit(result, [one.accepted])
 
 
 def _generator(settings: ParitySettings, about: EngineFile) -> Generator | str:

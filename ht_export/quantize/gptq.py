@@ -18,7 +18,9 @@ from ht_export.quantize.grid import Grid
 from ht_export.verify.traces import tapped_session
 from runtime.bindings import GraphDims
 from runtime.engines.host_cache import KeyValueCache
+from runtime.engines.layout import stack
 from runtime.engines.onnxruntime import graph_inputs
+from runtime.engines.protocol import Batch
 from runtime.rows import lay_out
 from runtime.tree import chain
 
@@ -118,4 +120,5 @@ def _inputs(text: Sequence[int], dims: GraphDims) -> dict[str, NDArray]:
     tree = chain(text)
     every = np.arange(len(text))
     rows = lay_out(tree, (every,) * dims.num_steps, dims.join_order, 0)
-    return graph_inputs(rows, KeyValueCache(dims), dims)
+    batch = Batch.of([rows], [KeyValueCache(dims)])
+    return graph_inputs(stack(batch, dims.join_order), batch)

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.program import add_model, integers, run
 from runtime.errors import InputError
+from runtime.program import add_model, integers, run
 
 PLACEMENT_HELP = (
     "transfer layer of each draft step, 0-based, the number of layers meaning the last one's output; as many numbers "

@@ -23,7 +23,7 @@ from ht_export.training.data import Sequence
 from ht_export.training.drafts import draft_hidden, run_context
 from ht_export.training.losses import CHUNK_ROWS
 from ht_export.training.simulate import TextDrafts, tokens_per_step
-from runtime.drafting.correction import CorrectedDrafts, SHORTLIST, TokenCorrection
+from runtime.drafting.correction import SHORTLIST, CorrectedDrafts, TokenCorrection
 from runtime.drafting.drafts import DraftStep
 from runtime.tree import TreeSizes
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.drafting.correction import SHORTLIST, TokenCorrection, corrected
-from runtime.drafting.drafts import DraftStep, Drafts
 from runtime.drafting.best_first import best_first_tree, likely_ends
+from runtime.drafting.correction import SHORTLIST, TokenCorrection, corrected
+from runtime.drafting.drafts import Drafts, DraftStep
 from runtime.tree import TreeSizes
 
 

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ht_export.graph.trace import graph_dims
 from ht_export.model.reference import HiddenTransferModel
+from runtime import bindings
 from runtime.bindings import GraphDims
-from runtime.engines.host_cache import KeyValueCache
-from runtime.engines.protocol import Engine
-from runtime.rows import Outputs
+from runtime.engines.host_cache import HostCacheEngine, HostResult, KeyValueCache, cache_of, caches_of
+from runtime.engines.layout import stack
 from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine, new_rows
+from runtime.engines.protocol import Batch
 from runtime.errors import InputError
 from runtime.rows import Rows, lay_out
 from runtime.tree import Tree, chain
@@ -30,64 +32,64 @@ PROMPT_TOKENS, PROMPT_END = 24, 5
 SPARE_ROWS = 8
 
 
-class ReferenceEngine:
+class ReferenceEngine(HostCacheEngine):
     """The PyTorch reference behind the runtime's engine protocol."""
+
+    max_batch = 8
 
     def __init__(self, model: HiddenTransferModel) -> None:
         self.model = model
         self.dims = graph_dims(model.base.config, model.transfer)
 
-    def new_cache(self) -> KeyValueCache:
-        """See `Engine.new_cache`."""
-        return KeyValueCache(self.dims)
-
     @torch.inference_mode()
-    def run(self, rows: Rows, cache: KeyValueCache) -> Outputs:
+    def run(self, batch: Batch) -> HostResult:
         """See `Engine.run`."""
+        laid_out = stack(batch, self.dims.join_order)
+        inputs = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in laid_out.values.items()}
+        keys, values = ([torch.from_numpy(cache) for cache in kind] for kind in caches_of(batch))
         output = self.model(
-            torch.from_numpy(rows.input_ids)[None],
-            torch.from_numpy(rows.position_ids)[None],
-            torch.from_numpy(rows.tree_mask)[None],
-            [torch.from_numpy(parents)[None] for parents in rows.pseudo_parents],
-            torch.from_numpy(rows.logit_rows)[None],
-            torch.tensor([cache.length]),
-            list(torch.from_numpy(cache.keys)),
-            list(torch.from_numpy(cache.values)),
+            inputs[bindings.INPUT_IDS],
+            inputs[bindings.POSITION_IDS],
+            inputs[bindings.TREE_MASK],
+            [inputs[bindings.pseudo_parent(step)] for step in range(1, self.dims.num_steps + 1)],
+            inputs[bindings.LOGIT_ROWS],
+            inputs[bindings.CACHE_LENGTH],
+            keys,
+            values,
         )
-        return Outputs(
-            output.logits[0].numpy(),
-            output.draft_logits[0].numpy(),
+        return HostResult(
+            batch,
+            output.logits.numpy(),
+            output.draft_logits.numpy(),
             [key.numpy() for key in output.key_new],
             [value.numpy() for value in output.value_new],
+            laid_out.pseudo,
         )
 
 
-class LoweredEngine:
+class LoweredEngine(HostCacheEngine):
     """The graph lowered for the CPU, over the portable graph's cache and with its outputs."""
+
+    max_batch = 1
 
     def __init__(self, path: Path, dims: GraphDims, *, small: bool = False) -> None:
         self.dims = dims
         self._engine = OnnxRuntimeCpuEngine(path, dims, small=small)
         # One for all passes: those of a large model are large.
-        self._in_place = self._engine.new_cache()
+        self._in_place = self._engine.new_slot()
 
-    def new_cache(self) -> KeyValueCache:
-        """See `Engine.new_cache`."""
-        return KeyValueCache(self.dims)
-
-    def run(self, rows: Rows, cache: KeyValueCache) -> Outputs:
+    def run(self, batch: Batch) -> HostResult:
         """See `Engine.run`."""
-        in_place = self._in_place
+        (rows,), (slot,) = batch.rows, batch.slots
+        cache, in_place = cache_of(slot), self._in_place
         in_place.length = 0
         in_place.reserve(cache.length)
         for kind, arrays in enumerate((cache.keys, cache.values)):
             in_place.arrays[kind, ..., : cache.length, :] = arrays[..., : cache.length, :]
         in_place.length = cache.length
-        outputs = self._engine.run(rows, in_place)
-        keys, values = new_rows(in_place, self.dims, rows)
-        return Outputs(
-            outputs.logits, outputs.draft_logits, [key.copy() for key in keys], [value.copy() for value in values]
-        )
+        result = self._engine.run(Batch.of([rows], [in_place]))
+        keys, values = ([new.copy() for new in kind] for kind in new_rows(in_place, self.dims, rows))
+        return HostResult(batch, result.logits[None], result.draft_logits[None], keys, values)
 
 
 @dataclass(frozen=True)
@@ -103,17 +105,34 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Computed:
+    """All that a pass of one request computes: logits [M, V]; draft_logits [sum R_k, V]; key_new and value_new L arrays
+    [1, Hkv, R_l, D], none where they are not told.
+    """
+
+    logits: NDArray
+    draft_logits: NDArray
+    key_new: Sequence[NDArray] = ()
+    value_new: Sequence[NDArray] = ()
+
+    @classmethod
+    def of(cls, result: HostResult) -> Computed:
+        """Return what a pass of one request computed."""
+        return cls(result.logits[0], result.draft_logits[0], result.key_new, result.value_new)
+
+
+@dataclass(frozen=True)
 class Expected:
     """One pass of the reference: its inputs, the cache as it was, and the outputs."""
 
     case: str
     rows: Rows
     cache: KeyValueCache
-    outputs: Outputs
+    outputs: Computed
     accepted: Sequence[int]
 
 
-def record(reference: Engine, seed: int = 0, tokens: Sequence[int] = ()) -> list[Expected]:
+def record(reference: HostCacheEngine, seed: int = 0, tokens: Sequence[int] = ()) -> list[Expected]:
     """Run the reference over a prompt, `tokens` or random ones, random trees with and without pseudo rows, and a plain
     step.
 
@@ -121,15 +140,15 @@ def record(reference: Engine, seed: int = 0, tokens: Sequence[int] = ()) -> list
     """
     passes = []
     rng = np.random.default_rng(seed)
-    cache = reference.new_cache()
+    cache = reference.new_slot()
     for case, chained, tree_rows, pseudo_rows in _cases(reference.dims.num_steps, len(tokens) or PROMPT_TOKENS):
         rows = _random_rows(reference.dims, rng, cache.length, tree_rows, pseudo_rows, chained)
         given = tokens[cache.length : cache.length + tree_rows]
         rows.input_ids[: len(given)] = given
-        outputs = reference.run(rows, cache)
+        result = reference.run(Batch.of([rows], [cache]))
         accepted = range(tree_rows) if chained else [0]
-        passes.append(Expected(case, rows, _as_it_is(cache), outputs, accepted))
-        cache.commit(outputs, accepted)
+        passes.append(Expected(case, rows, _as_it_is(cache), Computed.of(result), accepted))
+        reference.commit(result, [accepted])
     return passes
 
 
@@ -141,11 +160,11 @@ def _as_it_is(cache: KeyValueCache) -> KeyValueCache:
     return kept
 
 
-def compare(engine: Engine, expected: Sequence[Expected]) -> list[Difference]:
+def compare(engine: HostCacheEngine, expected: Sequence[Expected]) -> list[Difference]:
     """Run the engine over recorded passes; return all differences."""
     differences = []
     for one in expected:
-        found = engine.run(one.rows, one.cache)
+        found = Computed.of(engine.run(Batch.of([one.rows], [one.cache])))
         pairs = {name: [(getattr(found, name), getattr(one.outputs, name))] for name in ("logits", "draft_logits")}
         for name in ("key_new", "value_new"):
             pairs[name] = list(zip(getattr(found, name), getattr(one.outputs, name), strict=True))
@@ -155,7 +174,7 @@ def compare(engine: Engine, expected: Sequence[Expected]) -> list[Difference]:
     return differences
 
 
-def difference(engine: Engine, expected: Sequence[Expected]) -> float:
+def difference(engine: HostCacheEngine, expected: Sequence[Expected]) -> float:
     """Return the largest relative difference of any output of a graph with quantised weights.
 
     Raises `InputError` when it computes something else: no numbers, or less alike than nothing at all.
@@ -170,7 +189,7 @@ def difference(engine: Engine, expected: Sequence[Expected]) -> float:
     return max(one.relative for one in found)
 
 
-def check(engine: Engine, expected: Sequence[Expected]) -> float:
+def check(engine: HostCacheEngine, expected: Sequence[Expected]) -> float:
     """Return the largest relative difference; raise `InputError` naming case and output when it is too large."""
     worst = max(compare(engine, expected), key=lambda difference: difference.relative)
     if not worst.relative <= TOLERANCE:

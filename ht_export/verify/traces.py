@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ht_export.graph.domains import DOMAIN
 from ht_export.model.reference import HiddenTransferModel
-from ht_export.verify.passes import ReferenceEngine
+from ht_export.verify.passes import Computed, ReferenceEngine
 from runtime import bindings
 from runtime.bindings import GraphDims
 from runtime.engines.host_cache import KeyValueCache
-from runtime.rows import Outputs
+from runtime.engines.layout import stack
 from runtime.engines.onnxruntime import graph_inputs, use_little_memory
+from runtime.engines.protocol import Batch
 from runtime.rows import Rows
 
 LOWERED_ATTENTION = "GroupQueryAttention"
@@ -32,7 +33,7 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 class Trace:
     """One pass: the outputs, and each layer's attention [R_l, Hq D] where it was asked for."""
 
-    outputs: Outputs
+    outputs: Computed
     attention: Sequence[NDArray] = ()
 
 
@@ -63,7 +64,7 @@ class ReferenceTracer:
 
         model.attention = tapped
         try:
-            return Trace(self.engine.run(rows, cache), attention)
+            return Trace(Computed.of(self.engine.run(Batch.of([rows], [cache]))), attention)
         finally:
             model.attention = compute
 
@@ -85,13 +86,14 @@ class GraphTracer:
     def run(self, rows: Rows, cache: KeyValueCache) -> Trace:
         """See `Tracer.run`."""
         layers = self.dims.num_layers
-        feed = graph_inputs(rows, cache, self.dims)
+        batch = Batch.of([rows], [cache])
+        feed = graph_inputs(stack(batch, self.dims.join_order), batch)
         for binding in self.dims.inputs():
             if binding.dtype == self.dims.dtype:
                 feed[binding.name] = self._cache_input(feed[binding.name], len(rows.position_ids))
         found = self._compute(self._names, feed)
         logits, drafts, *new = found[: 2 + 2 * layers]
-        outputs = Outputs(logits[0], drafts[0], *self._new(new[:layers], new[layers:], rows, cache))
+        outputs = Computed(logits[0], drafts[0], *self._new(new[:layers], new[layers:], rows, cache))
         return Trace(outputs, [_by_row(array) for array in found[2 + 2 * layers :]])
 
     def _cache_input(self, cached: NDArray, rows: int) -> NDArray:
@@ -105,8 +107,7 @@ class GraphTracer:
         """Return new keys and values; a lowered graph's outputs are whole caches."""
         if not self._lowered:
             return keys, values
-        counts = [len(parents) for parents in rows.pseudo_parents]
-        sizes = bindings.dynamic_dims(len(rows.input_ids), counts, 0, 0)
+        sizes = bindings.dynamic_dims(len(rows.input_ids), rows.counts, 0, 0)
         return tuple(
             [
                 array[:, :, cache.length : cache.length + binding.sizes(sizes)[2]]
@@ -128,7 +129,7 @@ def transformers_trace(base: Any, ids: Sequence[int]) -> Trace:
     with torch.inference_mode():
         logits = base(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0].float().numpy()
     keys, values = ([getattr(layer, kind).float().numpy() for layer in cache.layers] for kind in ("keys", "values"))
-    return Trace(Outputs(logits, logits[:0], keys, values))
+    return Trace(Computed(logits, logits[:0], keys, values))
 
 
 def attention_outputs(model: onnx.ModelProto) -> list[str]:

@@ -52,14 +52,14 @@ def merge(root: int, proposals: Iterable[Tree], max_rows: int) -> Tree:
     merged = chain([root])
     for tree in proposals:
         if len(merged) == 1:
-            merged = tree.first(max_rows)
+            merged = tree
         elif len(tree) > 1:
-            merged = _joined(merged, tree, max_rows)
-    return merged
+            merged = _joined(merged, tree)
+    return merged.first(max_rows)
 
 
-def _joined(tree: Tree, other: Tree, max_rows: int) -> Tree:
-    """Return the best `max_rows` nodes of both.
+def _joined(tree: Tree, other: Tree) -> Tree:
+    """Return the nodes of both, by falling path probabilities.
 
     Below each node the two are mixed, `other` with the more weight the surer it is. Where `tree` knows better what
     follows, `other` counts for less: the odds of its likeliest token are multiplied by those that `tree` leaves it,
@@ -101,7 +101,7 @@ def _joined(tree: Tree, other: Tree, max_rows: int) -> Tree:
         paths.append(paths[parents[child]] * given[child])
     # A node is never more probable than its parent, and among equals the nearer one comes first: parents before
     # children.
-    order = sorted(range(len(paths)), key=lambda node: (-paths[node], depths[node]))[:max_rows]
+    order = sorted(range(len(paths)), key=lambda node: (-paths[node], depths[node]))
     new = {node: index for index, node in enumerate(order)}
     return Tree(
         np.array([tokens[node] for node in order], dtype=np.int64),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,10 +84,15 @@ class HostResult:
         return Outputs(rows, self.logits[index, : len(rows.logit_rows)], own)
 
 
-class HostCacheEngine:
+class HostCacheEngine(ABC):
     """What engines share whose results are `HostResult`s."""
 
     dims: GraphDims
+    max_batch: int
+
+    @abstractmethod
+    def run(self, batch: Batch) -> HostResult:
+        """See `Engine.run`."""
 
     def new_slot(self) -> KeyValueCache:
         """See `Engine.new_slot`."""
@@ -104,3 +110,24 @@ def cache_of(slot: Slot) -> KeyValueCache:
     """Return the cache that a slot of these engines is."""
     assert isinstance(slot, KeyValueCache), "a slot of another engine"
     return slot
+
+
+def caches_of(batch: Batch) -> tuple[list[NDArray], list[NDArray]]:
+    """Return the keys and the values that a pass of `batch` reads: L arrays [B, Hkv, S, D] each."""
+    caches = [cache_of(slot) for slot in batch.slots]
+    if len(caches) == 1:
+        return list(caches[0].keys), list(caches[0].values)
+    capacity = max(cache.capacity for cache in caches)
+    keys, values = (
+        [_together([getattr(cache, kind)[layer] for cache in caches], capacity) for layer in range(len(caches[0].keys))]
+        for kind in ("keys", "values")
+    )
+    return keys, values
+
+
+def _together(caches: Sequence[NDArray], capacity: int) -> NDArray:
+    """Return [B, Hkv, S, D] of B caches [1, Hkv, S', D], S' up to S = `capacity`."""
+    together = np.zeros((len(caches), caches[0].shape[1], capacity, caches[0].shape[3]), dtype=caches[0].dtype)
+    for place, cache in zip(together, caches, strict=True):
+        place[:, : cache.shape[2]] = cache[0]
+    return together

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from runtime import bindings
 from runtime.bindings import Binding, GraphDims
 from runtime.checks import MOST_THREADS, whole
-from runtime.engines.host_cache import HostCacheEngine, HostResult, cache_of
+from runtime.engines.host_cache import HostCacheEngine, HostResult, caches_of
 from runtime.engines.layout import LaidOut, stack
 from runtime.engines.protocol import Batch
 from runtime.errors import EngineFileError, InputError
@@ -41,30 +40,18 @@ class OnnxRuntimeEngine(HostCacheEngine):
     def run(self, batch: Batch) -> HostResult:
         """See `Engine.run`."""
         laid_out = stack(batch, self.dims.join_order)
-        logits, draft_logits, *new = self._session.run(self._outputs, graph_inputs(laid_out, batch, self.dims))
+        logits, draft_logits, *new = self._session.run(self._outputs, graph_inputs(laid_out, batch))
         layers = self.dims.num_layers
         return HostResult(batch, logits, draft_logits, new[:layers], new[layers:], laid_out.pseudo)
 
 
-def graph_inputs(laid_out: LaidOut, batch: Batch, dims: GraphDims) -> dict[str, NDArray]:
+def graph_inputs(laid_out: LaidOut, batch: Batch) -> dict[str, NDArray]:
     """Return the inputs of the graph for a pass of `batch`, `laid_out`, by name."""
-    caches = [cache_of(slot) for slot in batch.slots]
-    capacity = max(cache.capacity for cache in caches)
     feed = dict(laid_out.values)
-    for layer in range(dims.num_layers):
-        feed[bindings.key_cache(layer)] = _together([cache.keys[layer] for cache in caches], capacity)
-        feed[bindings.value_cache(layer)] = _together([cache.values[layer] for cache in caches], capacity)
+    for layer, (keys, values) in enumerate(zip(*caches_of(batch), strict=True)):
+        feed[bindings.key_cache(layer)] = keys
+        feed[bindings.value_cache(layer)] = values
     return feed
-
-
-def _together(caches: Sequence[NDArray], capacity: int) -> NDArray:
-    """Return [B, Hkv, S, D] of B caches [1, Hkv, S', D], S' up to S = `capacity`; of one, as it is."""
-    if len(caches) == 1:
-        return caches[0]
-    together = np.zeros((len(caches), caches[0].shape[1], capacity, caches[0].shape[3]), dtype=caches[0].dtype)
-    for place, cache in zip(together, caches, strict=True):
-        place[:, : cache.shape[2]] = cache[0]
-    return together
 
 
 def use_little_memory(options: Any) -> list[str]:

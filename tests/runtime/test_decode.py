@@ -13,7 +13,7 @@ from runtime.drafting.correction import TokenCorrection
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import FixedSizes
-from runtime.drafting.transfer_layers import TransferLayers
+from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.rows import Outputs, Phase, Rows, lay_out
 from runtime.tree import Tree, TreeSizes
 from tests.runtime.known_engine import KnownEngine, Text, steps
@@ -52,7 +52,7 @@ def random_correction(seed: int) -> TokenCorrection:
 
 
 def fixed(tree_rows: int, *pseudo_rows: int) -> Drafter:
-    return Drafter(FixedSizes(TreeSizes(tree_rows, pseudo_rows)), [TransferLayers()])
+    return Drafter(FixedSizes(TreeSizes(tree_rows, pseudo_rows)), [TransferDrafts()])
 
 
 def plain(prompt: list[int], count: int) -> list[int]:
@@ -80,7 +80,7 @@ def test_any_tree_and_any_drafts_give_the_tokens_of_plain_decoding(
     correction: TokenCorrection | None,
     ngrams: bool,
 ) -> None:
-    sources = [TransferLayers(correction), *([Ngrams()] if ngrams else [])]
+    sources = [TransferDrafts(correction), *([Ngrams()] if ngrams else [])]
     drafter = Drafter(FixedSizes(TreeSizes(tree_rows, pseudo_rows)), sources)
     found = islice(steps(known_engine(right), prompt, drafter, chunk), 15)
     tokens = [token for certain in found for token in certain]

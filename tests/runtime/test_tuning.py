@@ -15,8 +15,10 @@ from runtime import EngineFileError, Generator
 from runtime.bindings import GraphDims
 from runtime.bundle.tuning_file import Tuning, read_tuning, tuning_path, write_tuning
 from runtime.drafting.sizing import Menu
+from runtime.engines.onnxruntime_cpu import InPlaceResult
+from runtime.engines.protocol import Batch, Result
 from runtime.errors import InputError
-from runtime.rows import Outputs, Rows
+from runtime.rows import Rows
 from runtime.tree import TreeSizes
 from runtime.tuning import QUICK_CONTEXTS, QUICK_REPEATS, QUICK_SECONDS, cpu_name, measure, menu_sizes, quick
 
@@ -42,41 +44,44 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @dataclass
-class TimedCache:
+class TimedSlot:
     length: int = 0
-
-    def commit(self, outputs: Outputs, rows: Sequence[int]) -> None:
-        self.length += len(rows)
 
 
 @dataclass
 class TimedEngine:
     """An engine that does nothing in the time of `seconds`, of the rows of a pass and those cached.
 
-    As on a GPU, a new cache takes the place of the one before.
+    As on a GPU, a new slot takes the place of the one before.
     """
 
     clock: Clock
     seconds: Callable[[Rows, int], float]
     dims: GraphDims = DIMS
+    max_batch: int = 1
     passes: list[tuple[TreeSizes, int]] = field(default_factory=list)
-    newest: TimedCache | None = None
+    newest: TimedSlot | None = None
 
-    def new_cache(self) -> TimedCache:
-        self.newest = TimedCache()
+    def new_slot(self) -> TimedSlot:
+        self.newest = TimedSlot()
         return self.newest
 
-    def run(self, rows: Rows, cache: TimedCache) -> Outputs:
-        assert cache is self.newest
-        counts = tuple(len(parents) for parents in rows.pseudo_parents)
-        assert rows.position_ids.min(initial=99999) >= cache.length
-        self.passes.append((TreeSizes(len(rows.input_ids), counts), cache.length))
-        self.clock.now += self.seconds(rows, cache.length)
+    def run(self, batch: Batch) -> InPlaceResult:
+        (rows,), (slot,) = batch.rows, batch.slots
+        assert slot is self.newest
+        assert rows.position_ids.min(initial=99999) >= slot.length
+        self.passes.append((TreeSizes(len(rows.input_ids), rows.counts), slot.length))
+        self.clock.now += self.seconds(rows, slot.length)
         rng = np.random.default_rng(0)
         logits, draft_logits = (
-            rng.standard_normal((count, 11), dtype=np.float32) for count in (len(rows.logit_rows), sum(counts))
+            rng.standard_normal((count, 11), dtype=np.float32) for count in (len(rows.logit_rows), sum(rows.counts))
         )
-        return Outputs(logits, draft_logits, (), ())
+        return InPlaceResult(batch, logits, draft_logits)
+
+    def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
+        for slot, rows in zip(result.batch.slots, accepted, strict=True):
+            assert isinstance(slot, TimedSlot)
+            slot.length += len(rows)
 
 
 def by_rows(plain: float, row: float = 0.1) -> Callable[[Rows, int], float]:
@@ -353,7 +358,7 @@ def test_an_engine_is_measured_when_it_is_first_loaded(engine_copy: Path, monkey
     assert first.tuning is not None
     assert first.tuning.menu.sizes == menu_sizes(first.about.tree)
     assert tuning_path(engine_copy).is_file()
-    monkeypatch.setattr("runtime.generator.quick", unmeasured)
+    monkeypatch.setattr("runtime.tuning.quick", unmeasured)
     second = Generator(engine_copy, threads=1)
     assert_same(second.tuning, first.tuning)
     plain = first.generate("Hello", max_new_tokens=40, speculate=False)
@@ -365,7 +370,7 @@ def test_an_engine_is_measured_when_it_is_first_loaded(engine_copy: Path, monkey
 def test_an_engine_that_is_not_to_adapt_is_neither_measured_nor_is_its_tuning_read(
     engine_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.generator.quick", unmeasured)
+    monkeypatch.setattr("runtime.tuning.quick", unmeasured)
     assert Generator(engine_copy, threads=1, adapt=False).tuning is None
     assert not tuning_path(engine_copy).exists()
     tuning_path(engine_copy).write_text("damaged")
@@ -378,7 +383,7 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(engine_copy: Path, monke
     def refuse(*arguments: Any) -> None:
         raise InputError("cannot write")
 
-    monkeypatch.setattr("runtime.generator.write_tuning", refuse)
+    monkeypatch.setattr("runtime.tuning.write_tuning", refuse)
     assert Generator(engine_copy, threads=1).tuning is not None
     assert not tuning_path(engine_copy).exists()
 

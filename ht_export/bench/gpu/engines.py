@@ -22,9 +22,8 @@ from ht_export.bench.gpu.passes import TOLERANCE, compare_outputs, compare_shape
 from ht_export.example_prompts import HELD_OUT_TOPICS, QUESTIONS
 from runtime import GenerationResult, Generator, InputError, TreeSizes
 from runtime.bundle.engine_file import EngineFile, Limits, read_engine_file
-from runtime.engines.protocol import Engine
-from runtime.decode import process_prompt
-from runtime.rows import lay_out
+from runtime.engines.protocol import Batch, Engine
+from runtime.rows import lay_out, prompt_rows
 from runtime.tree import chain
 
 # Two tokens whose logits are nearer than this, relative to the largest, may change places by rounding alone.
@@ -199,14 +198,14 @@ def first_difference(generator: Generator, question: str, plain: list[int], fast
 
 def logits_after(generator: Generator, tokens: Sequence[int]) -> NDArray[np.float32]:
     """Return the engine's logits [V] for what follows `tokens`."""
-    engine, kept = engine_of(generator), []
-
-    def keep(logits: NDArray[np.float32]) -> int:
-        kept.append(logits.copy())
-        return 0
-
-    process_prompt(engine, engine.new_cache(), tokens, 0, generator.about.prompt_chunk, keep, 0)
-    return kept[0]
+    engine = engine_of(generator)
+    slot = engine.new_slot()
+    for start in range(0, len(tokens), generator.about.prompt_chunk):
+        chunk = tokens[start : start + generator.about.prompt_chunk]
+        result = engine.run(Batch.of([prompt_rows(chunk, engine.dims.join_order, start)], [slot]))
+        logits = result.outputs(0).logits[0].copy()
+        engine.commit(result, [range(len(chunk))])
+    return logits
 
 
 def compare_reference(
@@ -255,16 +254,19 @@ def token_gaps(engine: Engine, prompt: Sequence[int], tokens: Sequence[int], chu
     """
     ids = [*prompt, *tokens[:-1]]
     nothing = (np.empty(0, dtype=np.int64),) * engine.dims.num_steps
-    cache = engine.new_cache()
+    slot = engine.new_slot()
     gaps: list[float] = []
     for start in range(0, len(ids), chunk):
         tree = chain(ids[start : start + chunk])
         first = len(prompt) - 1 - start
         wanted = np.arange(min(max(first, 0), len(tree) - 1), len(tree), dtype=np.int64)
-        outputs = engine.run(lay_out(tree, nothing, engine.dims.join_order, start, logit_rows=wanted), cache)
-        cache.commit(outputs, range(len(tree)))
-        for row, logits in zip(wanted.tolist(), outputs.logits, strict=True):
+        rows = lay_out(tree, nothing, engine.dims.join_order, start, logit_rows=wanted)
+        result = engine.run(Batch.of([rows], [slot]))
+        engine.commit(result, [range(len(tree))])
+        outputs = result.outputs(0)
+        for index, row in enumerate(wanted.tolist()):
             if row >= first:
+                logits = outputs.logits[index]
                 behind = float(logits.max() - logits[tokens[len(gaps)]])
                 gaps.append(behind / float(np.abs(logits).max()))
     return np.array(gaps)

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from ht_export.bench.gpu.parts import finite
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import Limits
-from runtime.engines.protocol import Engine
-from runtime.rows import LogitRows
-from runtime.rows import Rows, lay_out
+from runtime.engines.protocol import Batch, Engine, Slot
+from runtime.rows import LogitRows, Rows, lay_out, prompt_rows
 from runtime.tree import Tree, chain
 
 # How far outputs may be from those of an fp32 engine on the CPU, relative to the largest of the pass. SmolLM2-135M in
@@ -35,14 +34,14 @@ def compare_shapes(engine: Engine, limits: Limits, seed: int) -> dict[str, Any]:
     """
     dims = engine.dims
     rng = np.random.default_rng(seed)
-    cache = engine.new_cache()
-    fill(engine, cache, rng, min(100, limits.max_context // 2), limits.chunk)
+    slot = engine.new_slot()
+    fill(engine, slot, rng, min(100, limits.max_context // 2), limits.chunk)
     alone: NDArray[np.float32] | None = None
     rows, faults = [], []
     for count in tree_sizes(limits):
-        asked = random_rows(dims, rng, cache.length, count, pseudo_rows(dims, count))
+        asked = random_rows(dims, rng, slot.length, count, pseudo_rows(dims, count))
         asked.input_ids[0] = 1
-        logits = engine.run(asked, cache).logits[0].copy()
+        logits = engine.run(Batch.of([asked], [slot])).outputs(0).logits[0].copy()
         if alone is None:
             alone = logits
             continue
@@ -57,18 +56,19 @@ def compare_outputs(engine: Engine, reference: Engine, limits: Limits, seed: int
     """Run random passes in both engines, each over the cache that it made itself; yield how each output differs."""
     dims = engine.dims
     rng = np.random.default_rng(seed)
-    mine, theirs = engine.new_cache(), reference.new_cache()
+    mine, theirs = engine.new_slot(), reference.new_slot()
     for case, chained, count, pseudo in compared_passes(dims, limits):
         rows = random_rows(dims, rng, mine.length, count, pseudo, chained=chained)
-        found, expected = engine.run(rows, mine), reference.run(rows, theirs)
+        results = engine.run(Batch.of([rows], [mine])), reference.run(Batch.of([rows], [theirs]))
+        found, expected = (result.outputs(0) for result in results)
         for name in ("logits", "draft_logits"):
             values, wanted = stacked(getattr(found, name)), stacked(getattr(expected, name))
             if len(wanted):
                 yield {"case": case, "context": mine.length, "output": name, **difference(values, wanted)}
         # The way to a tree's last node: its rows need not lie together.
         accepted = range(count) if chained else np.flatnonzero(rows.tree_mask[count - 1, :count]).tolist()
-        mine.commit(found, accepted)
-        theirs.commit(expected, accepted)
+        engine.commit(results[0], [accepted])
+        reference.commit(results[1], [accepted])
 
 
 def stacked(rows: LogitRows) -> NDArray[np.float32]:
@@ -99,21 +99,22 @@ def pass_times(
     One row drafts nothing, as in plain decoding; more have a pseudo row of each step for every one of them.
     """
     rng = np.random.default_rng(seed)
-    cache = engine.new_cache()
+    slot = engine.new_slot()
     for context in contexts(limits):
-        fill(engine, cache, rng, context, limits.chunk)
+        fill(engine, slot, rng, context, limits.chunk)
         for count in tree_sizes(limits):
             if not in_time():
                 yield None
                 continue
             pseudo = pseudo_rows(engine.dims, count)
             rows = random_rows(engine.dims, rng, context, count, pseudo)
+            batch = Batch.of([rows], [slot])
             for _ in range(WARMUP):
-                engine.run(rows, cache)
+                engine.run(batch)
             times = []
             for _ in range(REPEATS):
                 start = time.perf_counter()
-                engine.run(rows, cache)
+                engine.run(batch)
                 times.append((time.perf_counter() - start) * 1e3)
             low, median, high = statistics.quantiles(times, n=4)
             yield {
@@ -140,13 +141,13 @@ def pseudo_rows(dims: GraphDims, tree_rows: int) -> tuple[int, ...]:
     return (tree_rows if tree_rows > 1 else 0,) * dims.num_steps
 
 
-def fill(engine: Engine, cache: Any, rng: np.random.Generator, length: int, chunk: int) -> None:
-    """Bring a cache to `length` rows, with a prompt of random tokens."""
+def fill(engine: Engine, slot: Slot, rng: np.random.Generator, length: int, chunk: int) -> None:
+    """Bring a slot to `length` rows, with a prompt of random tokens."""
     nothing = (0,) * engine.dims.num_steps
-    while cache.length < length:
-        count = min(chunk, length - cache.length)
-        rows = random_rows(engine.dims, rng, cache.length, count, nothing, chained=True)
-        cache.commit(engine.run(rows, cache), range(count))
+    while slot.length < length:
+        count = min(chunk, length - slot.length)
+        rows = random_rows(engine.dims, rng, slot.length, count, nothing, chained=True)
+        engine.commit(engine.run(Batch.of([rows], [slot])), [range(count)])
 
 
 def random_rows(
@@ -163,8 +164,7 @@ def random_rows(
     """
     tree = chain(rng.integers(0, dims.vocab_size, tree_rows).tolist())
     if chained:
-        last = np.array([tree_rows - 1], dtype=np.int64)
-        return lay_out(tree, tuple(last[:count] for count in pseudo_counts), dims.join_order, start, logit_rows=last)
+        return prompt_rows(tree.tokens.tolist(), dims.join_order, start, sum(pseudo_counts))
     parents = [-1, *(int(rng.integers(0, node)) for node in range(1, tree_rows))]
     depths = [0]
     for parent in parents[1:]:

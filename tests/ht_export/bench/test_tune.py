@@ -10,9 +10,9 @@ import pytest
 from ht_export.bench.cli import main
 from runtime import Generator
 from runtime.bundle.engine_file import read_engine_file
+from runtime.bundle.tuning_file import tuning_path
 from runtime.drafting.sizing import AdaptiveSizes
 from runtime.tree import TreeSizes
-from runtime.bundle.tuning_file import tuning_path
 from runtime.tuning import menu_sizes
 
 FEW = ["--repeats", "2", "--threads", "1", "--quiet"]

@@ -14,11 +14,12 @@ from ht_export.training.evaluate import evaluate, predict, statistics
 from ht_export.training.simulate import TextDrafts, advances, tokens_per_step
 from ht_export.verify.passes import ReferenceEngine
 from runtime.drafting.drafter import Drafter
-from runtime.errors import InputError
-from runtime.decode import draft_and_verify
 from runtime.drafting.sizing import FixedSizes
+from runtime.drafting.transfer_drafts import TransferDrafts
+from runtime.errors import InputError
 from runtime.tree import TreeSizes
 from tests.conftest import random_transfer
+from tests.runtime.known_engine import steps
 
 
 def test_acceptance_counts_the_greedy_token_of_every_position(base: BaseModel, sequences: list[Sequence]) -> None:
@@ -45,7 +46,7 @@ def test_simulated_steps_are_those_of_the_loop(
     engine = ReferenceEngine(HiddenTransferModel(base.model, transfer))
     for text, sequence in zip(predict(base, transfer, sequences), sorted(sequences, key=len), strict=True):
         simulated = list(advances(text, sizes))
-        loop = draft_and_verify(engine, sequence.prompt, Drafter(FixedSizes(sizes), correction), chunk=64)
+        loop = steps(engine, sequence.prompt, Drafter(FixedSizes(sizes), [TransferDrafts(correction)]), chunk=64)
         assert next(loop) == sequence.answer[:1]
         lengths = [len(next(loop)) for _ in simulated]
         assert lengths == simulated

@@ -12,7 +12,7 @@ from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.reliability import Reliability
 from runtime.drafting.sizing import AdaptiveSizes, FixedSizes, Menu
 from runtime.drafting.source import Context, DraftSource
-from runtime.drafting.transfer_layers import TransferLayers, tempered
+from runtime.drafting.transfer_drafts import TransferDrafts, tempered
 from runtime.tree import Tree, TreeSizes, candidate_path
 from tests.runtime.known_engine import steps
 from tests.runtime.test_decode import VOCAB, known_engine, plain, random_correction
@@ -52,7 +52,7 @@ def test_sizes_that_adapt_and_ngrams_give_the_tokens_of_plain_decoding(
 ) -> None:
     reliability = Reliability([[{"predicted": 0.5, "observed": 0.9}]])
     own = Ngrams()
-    layers = TransferLayers(correction, reliability, temperature)
+    layers = TransferDrafts(correction, reliability, temperature)
     drafter = Drafter(AdaptiveSizes(menu, rate), [layers, own] if ngrams else [layers])
     tokens: list[int] = []
     for count, certain in enumerate(islice(steps(known_engine(right), prompt, drafter), 25)):
@@ -66,7 +66,7 @@ def test_sizes_that_adapt_and_ngrams_give_the_tokens_of_plain_decoding(
 def test_a_proposal_is_of_a_size_on_the_menu_or_smaller(
     prompt: list[int], drafts: IndependentDrafts, menu: Menu, ngrams: bool, context: int
 ) -> None:
-    drafter = Drafter(AdaptiveSizes(menu), [TransferLayers(), *([Ngrams()] if ngrams else [])])
+    drafter = Drafter(AdaptiveSizes(menu), [TransferDrafts(), *([Ngrams()] if ngrams else [])])
     drafter.begin([*prompt, prompt[0]])
     for token in prompt:
         tree, ends = drafter.propose(token, drafts, context)
@@ -96,7 +96,7 @@ def step(*probabilities: float) -> DraftStep:
 
 def test_greedy_drafts_are_worth_what_was_observed() -> None:
     reliability = Reliability([[{"predicted": 0.4, "observed": 0.3}], [{"predicted": 0.4, "observed": 0.2}]])
-    drafter = Drafter(FixedSizes(TreeSizes(9, (1,))), [TransferLayers(reliability=reliability)])
+    drafter = Drafter(FixedSizes(TreeSizes(9, (1,))), [TransferDrafts(reliability=reliability)])
     tree, _ = drafter.propose(7, [step(0.4), step(0.4)], 0)
     np.testing.assert_allclose(tree.probabilities, [1.0, 0.3, 0.3 * 0.2])
 
@@ -104,7 +104,7 @@ def test_greedy_drafts_are_worth_what_was_observed() -> None:
 def test_candidates_are_never_right_more_often_than_always() -> None:
     # One by one each was right more often than its draft said.
     reliability = Reliability([[{"predicted": 0.4, "observed": 0.7}]])
-    drafter = Drafter(FixedSizes(TreeSizes(9, (9,))), [TransferLayers(reliability=reliability)])
+    drafter = Drafter(FixedSizes(TreeSizes(9, (9,))), [TransferDrafts(reliability=reliability)])
     tree, _ = drafter.propose(7, [step(0.4, 0.4, 0.2)], 0)
     assert tree.probabilities[1:].sum() <= 1 + 1e-9
     assert tree.probabilities[1] == tree.probabilities[2] > tree.probabilities[3]
@@ -112,7 +112,7 @@ def test_candidates_are_never_right_more_often_than_always() -> None:
 
 def test_drafts_for_sampling_have_its_temperature_and_no_calibration() -> None:
     reliability = Reliability([[{"predicted": 0.5, "observed": 0.01}]])
-    drafter = Drafter(FixedSizes(TreeSizes(3, (3,))), [TransferLayers(None, reliability, 2.0)])
+    drafter = Drafter(FixedSizes(TreeSizes(3, (3,))), [TransferDrafts(None, reliability, 2.0)])
     drafted = step(0.5, 0.3, 0.2)
     tree, _ = drafter.propose(7, [drafted], 0)
     np.testing.assert_allclose(tree.probabilities[1:], tempered(drafted, 2.0).probabilities[:2])
@@ -124,11 +124,11 @@ def test_as_many_candidates_are_asked_for_as_are_of_use() -> None:
     def candidates(*sources: DraftSource) -> int:
         return Drafter(sizing, sources).candidates
 
-    assert candidates(TransferLayers()) == 5
-    assert candidates(TransferLayers(random_correction(0))) > 5
-    assert candidates(TransferLayers(temperature=0.5)) > 5
-    assert candidates(Ngrams(), TransferLayers()) == 5
-    assert Drafter(sizing, [TransferLayers()]).draft_steps == 3
+    assert candidates(TransferDrafts()) == 5
+    assert candidates(TransferDrafts(random_correction(0))) > 5
+    assert candidates(TransferDrafts(temperature=0.5)) > 5
+    assert candidates(Ngrams(), TransferDrafts()) == 5
+    assert Drafter(sizing, [TransferDrafts()]).draft_steps == 3
 
 
 def test_pseudo_rows_that_no_source_reads_are_not_asked_for() -> None:
@@ -162,7 +162,7 @@ def test_a_source_added_later_touches_nothing_else(
     prompt: list[int], right: list[bool], rows: int, foretold: int
 ) -> None:
     known = [*prompt, *plain(prompt, foretold), 99 % VOCAB, 0, 1]
-    sources = [TransferLayers(), Ngrams(), Foretold(known)]
+    sources = [TransferDrafts(), Ngrams(), Foretold(known)]
     drafter = Drafter(FixedSizes(TreeSizes(rows, (rows, rows, rows))), sources)
     tokens = [token for certain in islice(steps(known_engine(right), prompt, drafter), 12) for token in certain]
     assert tokens == plain(prompt, len(tokens))

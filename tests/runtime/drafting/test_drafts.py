@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from runtime.drafting.best_first import best_first_tree
 from runtime.drafting.correction import CorrectedDrafts, TokenCorrection, corrected
 from runtime.drafting.drafts import AdjustedDrafts, DraftStep, IndependentDrafts, most_probable
-from runtime.drafting.transfer_layers import foreseen, tempered
+from runtime.drafting.transfer_drafts import foreseen, tempered
 from runtime.errors import EngineFileError
 from runtime.sampling.noise import Noise
 from tests.strategies import draft_steps

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.drafting.ngrams import Continuation, LONGEST, Ngrams, SHORTEST
+from runtime.drafting.ngrams import LONGEST, SHORTEST, Continuation, Ngrams
 
 # Few different tokens, so that they repeat; few enough of them that every place they repeat at is looked at.
 texts = st.integers(1, 4).flatmap(lambda most: st.lists(st.integers(0, most), max_size=50))

@@ -4,33 +4,27 @@ from hypothesis import strategies as st
 
 from runtime.bindings import GraphDims
 from runtime.engines.host_cache import BLOCK, KeyValueCache
-from runtime.rows import Outputs
 
 DIMS = GraphDims(3, 4, 2, 5, 20, 50, (2,))
 
 
-def outputs(keys: list[np.ndarray], values: list[np.ndarray]) -> Outputs:
-    nothing = np.empty((0, 50), dtype=np.float32)
-    return Outputs(nothing, nothing, keys, values)
-
-
 def new_rows(rng: np.random.Generator, rows: int) -> list[np.ndarray]:
-    return [rng.standard_normal((1, 2, rows, 5)).astype(np.float32) for _ in range(DIMS.num_layers)]
+    return [rng.standard_normal((2, rows, 5)).astype(np.float32) for _ in range(DIMS.num_layers)]
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=8), st.integers(0, 1000))
 def test_the_cache_holds_accepted_rows_in_order_and_nothing_else(passes: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     cache = KeyValueCache(DIMS)
-    expected = [np.empty((1, 2, 0, 5), dtype=np.float32) for _ in range(DIMS.num_layers)]
+    expected = [np.empty((2, 0, 5), dtype=np.float32) for _ in range(DIMS.num_layers)]
     for rows in passes:
         keys, values = new_rows(rng, rows), new_rows(rng, rows)
         accepted = sorted(rng.permutation(rows)[: rng.integers(1, rows + 1)].tolist())
-        cache.commit(outputs(keys, values), accepted)
-        expected = [np.concatenate([e, k[:, :, accepted]], axis=2) for e, k in zip(expected, keys, strict=True)]
-    assert cache.length == expected[0].shape[2] <= cache.capacity
+        cache.append(keys, values, accepted)
+        expected = [np.concatenate([e, k[:, accepted]], axis=1) for e, k in zip(expected, keys, strict=True)]
+    assert cache.length == expected[0].shape[1] <= cache.capacity
     for layer in range(DIMS.num_layers):
-        np.testing.assert_array_equal(cache.keys[layer, :, :, : cache.length], expected[layer])
+        np.testing.assert_array_equal(cache.keys[layer, 0, :, : cache.length], expected[layer])
         assert not cache.keys[layer, :, :, cache.length :].any()
 
 
@@ -40,7 +34,7 @@ def test_an_engine_reads_little_more_than_the_valid_rows() -> None:
     grown = 0
     for _ in range(2000):
         before = cache.capacity
-        cache.commit(outputs(new_rows(rng, 1), new_rows(rng, 1)), [0])
+        cache.append(new_rows(rng, 1), new_rows(rng, 1), [0])
         grown += cache.capacity != before
         assert cache.capacity <= max(cache.length * 9 / 8, cache.length) + BLOCK
     assert grown < 25

@@ -14,9 +14,9 @@ def test_padding_adds_rows_that_nothing_sees_and_keeps_the_others(
     tree: Tree, counts: tuple[int, int], usual: int, join_order: tuple[int, int]
 ) -> None:
     rows = lay_out(tree, likely_ends(tree, counts), join_order, start=5)
-    sizes = bucket(rows, TreeSizes(usual, (usual, usual)), 9)
+    sizes = bucket([rows], TreeSizes(usual, (usual, usual)), 9)
     assert max(sizes.tree_rows, *sizes.pseudo_rows) <= 9
-    padded = pad(rows, sizes, join_order)
+    padded = pad(rows, sizes, sizes.tree_rows, join_order)
     size = len(tree)
     assert len(padded.rows.input_ids) == sizes.tree_rows >= size
     assert [len(p) for p in padded.rows.pseudo_parents] == list(sizes.pseudo_rows)
@@ -40,10 +40,10 @@ def test_padding_adds_rows_that_nothing_sees_and_keeps_the_others(
 def test_usual_passes_have_the_usual_sizes() -> None:
     tree = Tree(np.arange(3), np.array([-1, 0, 0]), np.array([0, 1, 1]), np.array([1.0, 0.5, 0.2]))
     usual = TreeSizes(4, (4, 2))
-    assert bucket(lay_out(tree, likely_ends(tree, (3, 1)), (0, 1), 0), usual, 32) == usual
-    assert bucket(lay_out(tree, likely_ends(tree, (3, 0)), (0, 1), 0), usual, 32) == TreeSizes(4, (4, 0))
-    assert bucket(lay_out(tree, likely_ends(tree, (0, 0)), (0, 1), 0), usual, 3) == TreeSizes(3, (0, 0))
-    assert bucket(lay_out(tree, likely_ends(tree, (3, 3)), (0, 1), 0), usual, 32) == TreeSizes(4, (4, 4))
+    assert bucket([lay_out(tree, likely_ends(tree, (3, 1)), (0, 1), 0)], usual, 32) == usual
+    assert bucket([lay_out(tree, likely_ends(tree, (3, 0)), (0, 1), 0)], usual, 32) == TreeSizes(4, (4, 0))
+    assert bucket([lay_out(tree, likely_ends(tree, (0, 0)), (0, 1), 0)], usual, 3) == TreeSizes(3, (0, 0))
+    assert bucket([lay_out(tree, likely_ends(tree, (3, 3)), (0, 1), 0)], usual, 32) == TreeSizes(4, (4, 4))
     root = Tree(np.array([7]), np.array([-1]), np.array([0]), np.array([1.0]))
-    assert bucket(lay_out(root, likely_ends(root, (0, 0)), (0, 1), 0), usual, 32) == TreeSizes(1, (0, 0))
-    assert bucket(lay_out(root, likely_ends(root, (1, 1)), (0, 1), 0), usual, 32) == TreeSizes(4, (4, 2))
+    assert bucket([lay_out(root, likely_ends(root, (0, 0)), (0, 1), 0)], usual, 32) == TreeSizes(1, (0, 0))
+    assert bucket([lay_out(root, likely_ends(root, (1, 1)), (0, 1), 0)], usual, 32) == TreeSizes(4, (4, 2))

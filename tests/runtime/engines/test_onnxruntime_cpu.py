@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from runtime import EngineFileError, Generator
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import FORMAT_VERSION, FileRecord, read_engine_file
+from runtime.engines import onnxruntime_cpu as module
 from runtime.engines.host_cache import KeyValueCache
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.engines.onnxruntime_cpu import InPlaceCache, OnnxRuntimeCpuEngine, new_rows
 from runtime.engines.protocol import Engine
-from runtime.engines.protocol import onnxruntime_cpu as module
-from runtime.rows import Outputs, Rows, lay_out
+from runtime.rows import Rows, lay_out
 from runtime.tree import Tree, TreeSizes, chain
+from tests.passes import run_one
 from tests.strategies import trees
 
 DIMS = GraphDims(3, 4, 2, 5, 20, 50, (2,))
@@ -74,12 +75,12 @@ def texts(engine: Engine, prompts: list[list[int]]) -> Iterator[list[list[int]]]
     dims = engine.dims
     found: list[list[int]] = [[] for _ in prompts]
     waiting = [list(prompt) for prompt in prompts]
-    caches = [engine.new_cache() for _ in prompts]
+    slots = [engine.new_slot() for _ in prompts]
     while True:
-        for text, tokens, cache in zip(found, waiting, caches, strict=True):
-            outputs = engine.run(rows_of(tokens, cache.length, dims), cache)
-            cache.commit(outputs, range(len(tokens)))
-            text.append(int(outputs.logits[-1].argmax()))
+        for text, tokens, slot in zip(found, waiting, slots, strict=True):
+            result = run_one(engine, rows_of(tokens, slot.length, dims), slot)
+            engine.commit(result, [range(len(tokens))])
+            text.append(int(result.outputs(0).logits[len(tokens) - 1].argmax()))
             tokens[:] = text[-1:]
         yield found
 
@@ -97,15 +98,14 @@ def test_the_cache_holds_accepted_rows_in_order_as_one_that_is_copied_to(
 ) -> None:
     rng = np.random.default_rng(seed)
     cache, copied = InPlaceCache(DIMS), KeyValueCache(DIMS)
-    nothing = np.empty((0, DIMS.vocab_size), dtype=np.float32)
     for tree_rows, pseudo_rows in passes:
         count = tree_rows + pseudo_rows
         cache.reserve(count)
         new = rng.standard_normal((2, DIMS.num_layers, 1, 2, count, 5)).astype(np.float32)
         cache.arrays[..., cache.length : cache.length + count, :] = new
         accepted = sorted(rng.permutation(tree_rows)[: rng.integers(1, tree_rows + 1)].tolist())
-        cache.commit(Outputs(nothing, nothing, (), ()), accepted)
-        copied.commit(Outputs(nothing, nothing, list(new[0]), list(new[1])), accepted)
+        cache.commit(accepted)
+        copied.append(list(new[0, :, 0]), list(new[1, :, 0]), accepted)
         length = copied.length
         assert cache.length == length <= cache.capacity
         for found, expected in zip(cache.arrays, (copied.keys, copied.values), strict=True):
@@ -130,15 +130,15 @@ def test_after_any_accepted_paths_the_cache_is_that_of_the_portable_engine(
 ) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     with mock.patch.object(module, "BLOCK", 8):
-        cache, copied = engine.new_cache(), portable.new_cache()
+        cache, copied = engine.new_slot(), portable.new_slot()
         for tree in data.draw(st.lists(trees(max_rows=10), min_size=1, max_size=6)):
             rows = random_pass(rng, engine.dims, tree, copied.length)
-            found, expected = engine.run(rows, cache), portable.run(rows, copied)
-            np.testing.assert_allclose(found.logits, expected.logits, atol=2e-4, strict=True)
-            np.testing.assert_allclose(found.draft_logits, expected.draft_logits, atol=2e-4, strict=True)
+            found, expected = run_one(engine, rows, cache), run_one(portable, rows, copied)
+            np.testing.assert_allclose(found.logits, expected.logits[0], atol=2e-4, strict=True)
+            np.testing.assert_allclose(found.draft_logits, expected.draft_logits[0], atol=2e-4, strict=True)
             accepted = path_to(tree, int(rng.integers(len(tree))))
-            cache.commit(found, accepted)
-            copied.commit(expected, accepted)
+            engine.commit(found, [accepted])
+            portable.commit(expected, [accepted])
             length = copied.length
             assert cache.length == length
             for ours, theirs in zip(cache.arrays, (copied.keys, copied.values), strict=True):
@@ -180,17 +180,15 @@ def test_a_text_does_not_disturb_one_that_begins_after_it_or_alternates_with_it(
 
 
 def test_outputs_hold_until_the_next_pass_only(engine: OnnxRuntimeCpuEngine) -> None:
-    cache = engine.new_cache()
-    first = engine.run(rows_of([3, 4, 5], 0, engine.dims), cache)
+    cache = engine.new_slot()
+    first = run_one(engine, rows_of([3, 4, 5], 0, engine.dims), cache)
     kept = first.logits.copy()
-    cache.commit(first, range(3))
+    engine.commit(first, [range(3)])
     np.testing.assert_array_equal(first.logits, kept)
-    second = engine.run(rows_of([6, 7, 8], 3, engine.dims), cache)
+    second = run_one(engine, rows_of([6, 7, 8], 3, engine.dims), cache)
     assert np.shares_memory(first.logits, second.logits)
     np.testing.assert_array_equal(first.logits, second.logits)
     assert not np.array_equal(second.logits, kept)
-    assert not second.key_new
-    assert not second.value_new
 
 
 def test_a_pass_has_the_logits_that_were_asked_for_and_no_more(engine: OnnxRuntimeCpuEngine) -> None:
@@ -200,7 +198,7 @@ def test_a_pass_has_the_logits_that_were_asked_for_and_no_more(engine: OnnxRunti
         tree = chain(list(range(count)))
         ends = (np.arange(wanted), NOTHING, NOTHING)
         rows = lay_out(tree, ends, engine.dims.join_order, 0, logit_rows=np.arange(wanted))
-        outputs = engine.run(rows, engine.new_cache())
+        outputs = run_one(engine, rows, engine.new_slot())
         assert outputs.logits.shape == outputs.draft_logits.shape == (wanted, vocab)
 
 
@@ -216,7 +214,7 @@ def test_inputs_need_not_be_contiguous(engine: OnnxRuntimeCpuEngine) -> None:
     rows = lay_out(chain([3, 1, 4, 1, 5]), (np.arange(4), np.arange(3), np.arange(2)), engine.dims.join_order, 0)
     # A mask that reads otherwise by columns.
     assert not np.array_equal(rows.tree_mask, rows.tree_mask.T)
-    expected = engine.run(rows, engine.new_cache()).logits.copy()
+    expected = run_one(engine, rows, engine.new_slot()).logits.copy()
     for change in (spread, np.asfortranarray):
         changed = replace(
             rows,
@@ -227,7 +225,7 @@ def test_inputs_need_not_be_contiguous(engine: OnnxRuntimeCpuEngine) -> None:
             logit_rows=change(rows.logit_rows),
         )
         assert not changed.tree_mask.flags.c_contiguous
-        np.testing.assert_array_equal(engine.run(changed, engine.new_cache()).logits, expected)
+        np.testing.assert_array_equal(run_one(engine, changed, engine.new_slot()).logits, expected)
 
 
 class Spy:
@@ -258,24 +256,24 @@ def test_the_cache_is_bound_once_at_one_address_as_input_and_output(tiny_engine:
     run_session: Callable[[Any], None] = engine._session.run_with_iobinding
     engine._binding = spy
     engine._session = mock.Mock(run_with_iobinding=lambda bound: run_session(bound.binding))
-    cache = engine.new_cache()
+    cache = engine.new_slot()
     capacities = set()
     for _ in range(20):
-        outputs = engine.run(rows_of([1, 2], cache.length, engine.dims), cache)
+        result = run_one(engine, rows_of([1, 2], cache.length, engine.dims), cache)
         for kind, name in enumerate(("key", "value")):
             for layer in range(engine.dims.num_layers):
                 address = cache.arrays[kind, layer].ctypes.data
                 assert spy.addresses[f"{name}_cache_{layer}"] == address
                 assert spy.addresses[f"{name}_cache_out_{layer}"] == address
-        cache.commit(outputs, [0, 1])
+        engine.commit(result, [[0, 1]])
         capacities.add(cache.capacity)
     assert 2 < len(capacities) < 20
     assert {count for name, count in spy.calls.items() if "_cache_" in name} == {len(capacities)}
 
 
 def test_an_engine_keeps_no_cache_alive(engine: OnnxRuntimeCpuEngine) -> None:
-    cache = engine.new_cache()
-    engine.run(rows_of([1, 2], 0, engine.dims), cache)
+    cache = engine.new_slot()
+    run_one(engine, rows_of([1, 2], 0, engine.dims), cache)
     arrays = weakref.ref(cache.arrays)
     del cache
     gc.collect()
@@ -283,10 +281,10 @@ def test_an_engine_keeps_no_cache_alive(engine: OnnxRuntimeCpuEngine) -> None:
 
 
 def test_new_rows_are_those_alive_at_each_layer(engine: OnnxRuntimeCpuEngine) -> None:
-    cache = engine.new_cache()
+    cache = engine.new_slot()
     # Transfer layers 3, 1, 3.
     rows = lay_out(chain([3, 1, 4]), (np.arange(3), np.arange(2), np.arange(1)), engine.dims.join_order, 0)
-    engine.run(rows, cache)
+    run_one(engine, rows, cache)
     for arrays in new_rows(cache, engine.dims, rows):
         assert [array.shape[2] for array in arrays] == [3, 5, 5, 9]
         assert all(np.abs(array).min(axis=(0, 1, 3)).max() > 0 for array in arrays)

@@ -10,8 +10,8 @@ import pytest
 
 from runtime import Generator, InputError, TreeSizes
 from runtime.bundle.engine_file import read_engine_file
-from runtime.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine, PROVIDER
-from runtime.engines.protocol import device_cache, onnxruntime_cuda
+from runtime.engines import device_cache, onnxruntime_cuda
+from runtime.engines.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaEngine
 
 pytest.importorskip("cuda.bindings")
 

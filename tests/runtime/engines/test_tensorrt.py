@@ -16,13 +16,14 @@ from ht_export.tensorrt.limits import profiles
 from plugins.binaries import COMMIT, Kernel, KernelBinaries
 from runtime import EngineFileError, Generator, InputError, TreeSizes
 from runtime.bundle.engine_file import EngineFile, FileRecord, Limits, PlanFile, engine_file_path, read_engine_file
-from runtime.engines.protocol import device_cache, tensorrt
+from runtime.engines import device_cache, tensorrt
 from runtime.engines.tensorrt import TensorRTEngine
 from runtime.rows import lay_out
 from runtime.tree import chain
 
 pytest.importorskip("cuda.bindings")
 
+from tests.passes import run_one
 from tests.runtime.engines.simulated_gpu import SimulatedDriver, simulated_tensorrt
 
 LIMITS = Limits(max_batch=1, max_context=200, max_rows=12, chunk=16)
@@ -170,7 +171,7 @@ def test_more_rows_than_the_plan_was_built_for(plan: Path) -> None:
     with pytest.raises(
         InputError, match=r"input_ids has 13 rows, and this plan was built for 1 to 12; .*--max-rows 13"
     ):
-        engine.run(rows, engine.new_cache())
+        run_one(engine, rows, engine.new_slot())
     rewrite(plan, limits=replace(LIMITS, chunk=8))
     with pytest.raises(InputError, match=r"input_ids has 16 rows, and this plan was built for 1 to 8; .* --chunk 16"):
         Generator(plan).generate("Hello there, this is long")

@@ -30,7 +30,7 @@ from runtime.bindings import GraphDims
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import FixedSizes
-from runtime.drafting.transfer_layers import TransferLayers
+from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.sampling.noise import Noise
 from runtime.sampling.sampler import Sampler
 from runtime.tree import TreeSizes
@@ -191,7 +191,7 @@ def decode(
     ngrams: Ngrams | None = None,
 ) -> tuple[list[list[int]], Sampler]:
     sampler = Sampler(sampling, prompt, VOCAB, stop_tokens)
-    layers = TransferLayers(temperature=sampling.temperature, noise=sampler.noise)
+    layers = TransferDrafts(temperature=sampling.temperature, noise=sampler.noise)
     drafter = Drafter(FixedSizes(sizes), [layers] if ngrams is None else [layers, ngrams])
     ends = frozenset(stop_tokens).__contains__
     found = steps_of(two_token_engine(), prompt, drafter, 4, choose=sampler, max_new_tokens=count, ends=ends)

@@ -19,9 +19,9 @@ from ht_export.bench.gpu import parts as gpu_parts
 from ht_export.bench.gpu import passes as gpu_passes
 from plugins.launch import Scores
 from runtime.bundle.engine_file import engine_file_path, read_engine_file
-from runtime.rows import Outputs
+from runtime.engines.buffers import DeviceResult
+from runtime.engines.protocol import Batch
 from runtime.engines.tensorrt import TensorRTEngine
-from runtime.rows import Rows
 from tests.ht_export.bench.gpu import parts
 from tests.runtime import test_onnxruntime_cuda, test_tensorrt
 
@@ -86,9 +86,9 @@ def test_a_wrong_engine_is_found(
 ) -> None:
     run = TensorRTEngine.run
 
-    def wrong(engine: TensorRTEngine, rows: Rows, cache: Any) -> Outputs:
-        found = run(engine, rows, cache)
-        if len(rows.logit_rows) > 1:
+    def wrong(engine: TensorRTEngine, batch: Batch) -> DeviceResult:
+        found = run(engine, batch)
+        if len(batch.rows[0].logit_rows) > 1:
             found.logits[:] = np.roll(found.logits, 7, axis=-1)
         return found
 

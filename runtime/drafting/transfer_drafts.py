@@ -21,7 +21,7 @@ TRUST = (0.6, 0.5, 0.4)
 MEDIAN_WAIT = 0.6931
 
 
-class TransferLayers:
+class TransferDrafts:
     """Drafts of the transfer layers, reordered by a token correction if there is one.
 
     Their probabilities are turned into those of acceptance: for greedy decoding by `reliability`; for sampling at a
