@@ -16,6 +16,8 @@ from runtime.drafting.sizing import FixedSizes
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.rows import Outputs, Phase, Rows, lay_out
 from runtime.tree import Tree, TreeSizes
+from tests.five_nodes import EXAMPLE
+from tests.passes import run_one
 from tests.runtime.known_engine import KnownEngine, Text, steps
 from tests.strategies import trees
 
@@ -123,20 +125,21 @@ def request_for(drafter: Drafter, prompt: Sequence[int] = (1,), **options: objec
     return Request(prompt, drafter, 8, DIMS.join_order, **options)  # type: ignore[arg-type]
 
 
-def test_a_drawn_tree_of_five_nodes_is_verified_down_to_the_first_choice_that_no_child_holds() -> None:
-    """The tree, after a text that ends with the certain token 7; the base model's choices in brackets:
+def test_the_drawn_tree_is_verified_down_to_the_first_choice_that_no_child_holds() -> None:
+    """The tree of `docs/architecture.md`, the base model's choices in brackets:
 
-    7 [3] ─┬─ 3 [5] ─┬─ 4
-           │         └─ 5 [9]
-           └─ 8
+    the [cat] -+- cat [is] -+- sat
+               |            +- is [9]
+               +- dog
     """
-    tree = Tree(np.array([7, 3, 8, 4, 5]), np.array([-1, 0, 0, 1, 1]), np.array([0, 1, 1, 2, 2]), np.ones(5))
+    tree = EXAMPLE.TREE
+    cat, is_ = tree.tokens[1], tree.tokens[4]
     logits = np.zeros((5, VOCAB), dtype=np.float32)
-    for node, choice in ((0, 3), (1, 5), (4, 9)):
+    for node, choice in ((0, cat), (1, is_), (4, 9)):
         logits[node, choice] = 1
     request = request_for(fixed(5, 0, 0, 0))
     assert verify(tree, outputs_of(tree, logits, request), request) == [0, 1, 4]
-    assert request.tokens == [3, 5, 9]
+    assert request.tokens == [cat, is_, 9]
 
 
 @given(trees(max_rows=8, vocab_size=8), st.integers(0, 1000))
@@ -195,16 +198,10 @@ def test_the_loop_runs_nothing_itself_and_says_what_is_to_be_committed() -> None
     rows = next(decoding)
     assert isinstance(rows, Rows)
     assert rows.input_ids.tolist() == [1, 2, 3]
-    # Handed the outputs of a pass that somebody else ran.
-    outputs = next(driver_outputs(engine, rows))
+    # A pass that somebody else ran.
+    outputs = run_one(engine, rows, engine.new_slot()).outputs(0)
     accepted = decoding.send(outputs)
     assert isinstance(accepted, Accepted)
     assert list(accepted.rows) == [0, 1, 2]
     assert (request.committed, request.tokens) == (3, plain([1, 2, 3], 1))
     assert isinstance(next(decoding), Rows)
-
-
-def driver_outputs(engine: KnownEngine, rows: Rows):  # type: ignore[no-untyped-def]
-    from runtime.engines.protocol import Batch
-
-    yield engine.run(Batch.of([rows], [engine.new_slot()])).outputs(0)

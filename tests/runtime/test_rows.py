@@ -4,7 +4,33 @@ from hypothesis import strategies as st
 
 from runtime.rows import Phase, lay_out, prompt_rows
 from runtime.tree import Tree, chain
+from tests.five_nodes import EXAMPLE
 from tests.strategies import trees
+
+
+def test_the_drawn_pass() -> None:
+    """The tree of `docs/architecture.md`: the certain "the", then "cat" or "dog", then "sat" or "is" after "cat"; two
+    draft steps, for "cat" and "is", and for "is".
+    """
+    rows = EXAMPLE.example_rows()
+    drawn = """
+        the    T . . . . . . .
+        cat    T T . . . . . .
+        dog    T . T . . . . .
+        sat    T T . T . . . .
+        is     T T . . T . . .
+        cat+1  T T . . . T . .
+        is+1   T T . . T . T .
+        is+2   T T . . T . T T
+    """
+    expected = [[mark == "T" for mark in line.split()[1:]] for line in drawn.strip().splitlines()]
+    assert rows.tree_mask.tolist() == expected
+    assert rows.position_ids.tolist() == [10, 11, 11, 12, 12, 12, 13, 14]
+    assert [parents.tolist() for parents in rows.pseudo_parents] == [[1, 4], [4]]
+
+
+def test_the_picture_is_that_of_the_rows() -> None:
+    assert EXAMPLE.PICTURE.read_text(encoding="utf-8") == EXAMPLE.draw(), "draw it again: python docs/draw_pass.py"
 
 
 @given(trees(), st.data())
