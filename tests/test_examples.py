@@ -1,0 +1,53 @@
+"""Every example runs as its first lines say."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_embed(tiny_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("embed").main([str(tiny_engine), "Hello", "x" * 300, "there"])
+    out = capsys.readouterr().out
+    assert out.count(" per step, first after ") == 2
+    assert "skipped: the prompt has" in out
+
+
+def test_stream(tiny_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("stream").main([str(tiny_engine)])
+    assert "; steps by drafted tokens accepted: (" in capsys.readouterr().out
+
+
+def test_sample_with_a_processor(tiny_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("sample_with_a_processor").main([str(tiny_engine), "Hello"])
+    out = capsys.readouterr().out
+    assert out.endswith("the same tokens both ways\n")
+    # Once for each token, however many a step made certain.
+    calls = [int(line.split("called ")[1].split()[0]) for line in out.splitlines() if "called" in line]
+    assert calls[0] == calls[1]
+
+
+def test_train_in_small(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert example("train_in_small").main([str(tiny_checkpoint), str(tmp_path / "work")]) == 0
+    assert "tokens per step" in capsys.readouterr().err
+    assert (tmp_path / "work" / "engine.onnx").is_file()
+
+
+def test_no_example_is_without_a_test() -> None:
+    tests = Path(__file__).read_text(encoding="utf-8")
+    for path in EXAMPLES.glob("*.py"):
+        assert f'example("{path.stem}")' in tests, path.name
