@@ -61,7 +61,7 @@ class GenerationChunk:
 
 
 class Answer:
-    """What has come of a request's answer: call `step` after each step that made tokens certain.
+    """The part of a request's answer that has come: call `step` after each step that made tokens certain.
 
     `ends` is for `Request.ends`: text decides where an answer ends, by its `stop` strings as well as by `stop_tokens`.
     """

@@ -19,7 +19,7 @@ DRAFT_LOGITS = "draft_logits"
 
 Dim = int | str
 
-# Of the names of the inputs that are the cache.
+# Prefixes of the names of the inputs that are the cache.
 CACHE_PREFIXES = ("key_cache_", "value_cache_")
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

@@ -1,4 +1,4 @@
-"""What all command lines here share: a user's mistake is one line on stderr, never a traceback."""
+"""Shared by all command lines: a user's mistake is one line on stderr, never a traceback."""
 
 from __future__ import annotations
 

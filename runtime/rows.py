@@ -17,7 +17,7 @@ from runtime.tree import IntArray, Tree, chain
 
 
 class Phase(Enum):
-    """What a pass is for. Engines may prepare for each in another way, and never guess which one it is."""
+    """The purpose of a pass. Engines may prepare for each in another way, and never guess which one it is."""
 
     # A chunk of a prompt: tokens without branches, of which the last alone has logits and drafts.
     PROMPT = "prompt"

@@ -27,7 +27,7 @@ class TreeSizes:
 
     @property
     def draft_steps(self) -> int:
-        """How many draft steps have pseudo rows: a step is of use only if those before it have some."""
+        """The number of draft steps with pseudo rows: a step is of use only if those before it have some."""
         return next((k for k, rows in enumerate(self.pseudo_rows) if not rows), len(self.pseudo_rows))
 
     @classmethod

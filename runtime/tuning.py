@@ -1,4 +1,4 @@
-"""How long an engine's steps take on a device.
+"""Measures how long an engine's steps take on a device.
 
 A menu of sizes is timed quickly at first load; `ht-bench tune` takes its time, and decodes prompts too. What was found
 is kept beside the engine: see `runtime.bundle.tuning_file`.

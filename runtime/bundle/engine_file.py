@@ -54,7 +54,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a plan can run: sequences at once, tokens of context, tree rows of a pass (and pseudo rows of each step),
+    """The limits of a plan: requests at once, tokens of context, tree rows of a pass (and pseudo rows of each step),
     tokens of a prompt chunk.
     """
 
@@ -74,7 +74,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class PlanFile:
-    """What a TensorRT plan is: which product and version built it, for which GPUs and limits.
+    """A TensorRT plan: the product and version that built it, the GPUs and limits that it is for.
 
     `attention` is "plugin" or "native"; `kernels` are those that the runtime itself runs; `build` tells seconds, peak
     memory in bytes, and what the engine's layers are.
@@ -121,7 +121,7 @@ class EngineFile:
 
     @property
     def computed_in(self) -> str:
-        """What the graph computes in besides products with quantised weights, as `--precision` names it."""
+        """The precision of everything but products with quantised weights, as `--precision` names it."""
         return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[self.dims.dtype]
 
     @property

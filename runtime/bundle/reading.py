@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bundle:
-    """What lies beside an engine, read and checked; None for what not every engine has."""
+    """The files beside an engine, read and checked; None for those that not every engine has."""
 
     about: EngineFile
     tokenizer: Tokenizer

@@ -25,7 +25,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was measured of one engine on one device.
+    """Measurements of one engine on one device.
 
     `engine_sha256` is the engine's identity; `rate` and `draft_value` are as for `AdaptiveSizes`. `kind` is "quick" or
     "full"; `about` tells how it was measured.

@@ -1,1 +1,1 @@
-"""What to verify next: draft sources, and the best-first tree that is made of what they propose."""
+"""Drafting: sources of candidates, and the best-first tree that is made of what they propose."""

@@ -1,4 +1,4 @@
-"""What to verify next: one tree from the proposals of all draft sources, as large as it pays."""
+"""The tree to verify next: the proposals of all draft sources merged, as large as it pays."""
 
 from __future__ import annotations
 

@@ -15,15 +15,15 @@ from runtime.tree import Tree, candidate_path
 
 SHORTEST = 2
 LONGEST = 8
-# How often the token after a match of 2, 3, ... tokens was right in development texts, and the weight of that against
-# what is seen in a text.
+# Prior: the share of development texts in which the token after a match of 2, 3, ... tokens was right; and its weight
+# against what is seen in a text.
 PRIOR = (0.35, 0.5, 0.6, 0.68, 0.74, 0.78, 0.8)
 PRIOR_WEIGHT = 8.0
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What followed an earlier match: tokens [N], and the probability of each, given that those before it are right."""
+    """The tokens [N] that followed an earlier match, and the probability of each, given that those before are right."""
 
     tokens: tuple[int, ...] = ()
     probabilities: tuple[float, ...] = ()

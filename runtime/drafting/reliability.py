@@ -1,4 +1,4 @@
-"""How reliable drafts' probabilities are: the share of right ones that was observed on held-out text."""
+"""Reliability of drafts' probabilities: the share of right drafts that was observed on held-out text."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ FloatArray = NDArray[np.float64]
 
 # Weight of what was seen before against one more step: about 25 steps are remembered.
 MEMORY = 0.96
-# How much the promises of drafts are believed before any were seen kept or broken, in tokens, and the rate, in passes.
+# Prior weight of the promises of drafts, in tokens, and of the rate, in passes.
 PRIOR_TOKENS = 8.0
 RATE_PASSES = 16.0
-# How fast the worth of drafts follows what is seen.
+# Learning rate of the worth of drafts.
 DRAFT_VALUE_STEP = 0.08
 # Steps without drafts before they are tried again; doubled each time that they were not worth it.
 FIRST_PAUSE = 4
@@ -40,7 +40,7 @@ LONGEST_PAUSE = 64
 FIRST_CREDIT = 1.5
 PASS_CREDIT = 0.015
 MOST_CREDIT = 4.0
-# What the drafts of further steps add to those of the first.
+# Worth of the drafts of each step, relative to each other.
 STEP_VALUES = (0.62, 0.26, 0.12, 0.06, 0.03)
 
 
@@ -54,7 +54,7 @@ class Sizing(Protocol):
 
     @property
     def draft_steps(self) -> int:
-        """How many draft steps may get pseudo rows."""
+        """The number of draft steps that may get pseudo rows."""
         ...
 
     def choose(self, tree: Tree, context: int, drafted: bool) -> TreeSizes:
@@ -200,9 +200,9 @@ class AdaptiveSizes:
         self._credit = min(self._credit + accepted + 1 - time + PASS_CREDIT, MOST_CREDIT)
 
     def _left_drafted(self, tree: Tree) -> FloatArray:
-        """Return [N]: of the worth of one node's drafts, how much each size may expect to leave to the next step."""
+        """Return [N]: the share of one node's drafts that each size may expect to leave to the next step."""
         nodes = np.arange(len(tree))
-        # Of the tree's first T nodes, for each T on the menu: how probable it is that acceptance ends at them, summed
+        # For each T on the menu, the probabilities that acceptance ends at each of the tree's first T nodes, summed
         # from the likeliest on.
         paths = np.where(nodes < self._tops[:, None], tree.probabilities, 0.0)
         child_of = (tree.parents[:, None] == nodes).astype(np.float64)

@@ -14,7 +14,7 @@ from runtime.drafting.source import Context
 from runtime.sampling.noise import Noise
 from runtime.tree import Tree
 
-# How far to trust waits, by draft step (see `foreseen`): the values tried that had the most tokens per step in
+# Trust in waits, by draft step (see `foreseen`): the values tried that had the most tokens per step in
 # development texts.
 TRUST = (0.6, 0.5, 0.4)
 # The median of an exponentially distributed wait: log 2.

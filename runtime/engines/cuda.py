@@ -1,4 +1,4 @@
-"""What an engine on a GPU needs of the CUDA driver: memory, a stream, copies and graphs."""
+"""The part of the CUDA driver that engines on a GPU need: memory, a stream, copies and graphs."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Cuda:
         """Return a graph of what `work` enqueues. Raises `RuntimeError` when that cannot be captured."""
         driver = self.driver
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        # What is collected may be device memory, which cannot be freed meanwhile.
+        # Garbage may hold device memory, which cannot be freed meanwhile.
         collecting = gc.isenabled()
         gc.disable()
         try:

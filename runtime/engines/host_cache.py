@@ -85,7 +85,7 @@ class HostResult:
 
 
 class HostCacheEngine(ABC):
-    """What engines share whose results are `HostResult`s."""
+    """Base of the engines whose results are `HostResult`s."""
 
     dims: GraphDims
     max_batch: int

@@ -16,7 +16,7 @@ from runtime.errors import EngineFileError, InputError
 from runtime.files import atomic_path
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-# What the library's own check of a plan can find, in words.
+# Findings of the library's own check of a plan, in words.
 DIAGNOSTICS = {
     "VERSION_MISMATCH": "it was built by another version; export it again",
     "UNSUPPORTED_CC": "it was not built for this GPU's compute capability; export it again",
@@ -113,7 +113,7 @@ def make_logger(trt: Any) -> Any:
 
 
 class RuntimeCache:
-    """What TensorRT for RTX compiles for this GPU when a plan first runs, kept for the next time.
+    """The kernels that TensorRT for RTX compiles for this GPU when a plan first runs, kept for the next time.
 
     Elsewhere there is no such thing, and this does nothing. `plan_hash` is the plan's SHA-256.
     """
@@ -134,7 +134,7 @@ class RuntimeCache:
                 held = self._path.read_bytes()
             except OSError:
                 held = b""
-            # What another driver or GPU compiled is refused, and made anew.
+            # A cache of another driver or GPU is refused, and made anew.
             if held and self._cache.deserialize(held):
                 self._written = len(held)
         config.set_runtime_cache(self._cache)

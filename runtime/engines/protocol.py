@@ -1,4 +1,4 @@
-"""What an engine is: it runs the rows of several requests in one pass, and keeps what of them was accepted."""
+"""The engine protocol: run the rows of several requests in one pass, and keep those that were accepted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Slot(Protocol):
 
     @property
     def length(self) -> int:
-        """How many rows are committed."""
+        """The number of committed rows."""
         ...
 
 
@@ -43,11 +43,11 @@ class Batch:
 
 
 class Result(Protocol):
-    """What came of one pass. It holds until the engine's next pass."""
+    """The outputs of one pass. They hold until the engine's next pass."""
 
     @property
     def batch(self) -> Batch:
-        """What was run."""
+        """The batch that was run."""
         ...
 
     def outputs(self, index: int) -> Outputs:

@@ -78,7 +78,7 @@ class TensorRTEngine:
 
     @property
     def captured(self) -> tuple[int, int]:
-        """How many of the shapes that decoding has had are captured as a CUDA graph, and how many there are."""
+        """The number of shapes that are captured as a CUDA graph, and of all shapes that decoding has had."""
         return sum(one.graph is not None for one in self._passes.values()), len(self._passes)
 
     @property
@@ -238,7 +238,7 @@ class _Context:
         self._logit_rows = logit_rows
 
     def may_be_captured(self) -> bool:
-        """Whether the library can run with these shapes while a graph is captured."""
+        """Return whether the library can run with these shapes while a graph is captured."""
         check = getattr(self._context, "is_stream_capturable", None)
         return check is None or check(self._cuda.stream)
 

@@ -1,4 +1,4 @@
-"""How the next token is chosen: what users ask for, the base model's own choice, and the noise of draws."""
+"""Choosing the next token: the options of users, the base model's own choice, and the noise of draws."""
 
 from runtime.sampling.options import LogitsProcessor, Sampling, TokenLogProbability
 

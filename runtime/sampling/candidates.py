@@ -57,7 +57,7 @@ def largest(logits: Float32Array, count: int) -> IntArray:
 def _most_probable(logits: Float32Array, weights: Float32Array, top: float, top_p: float) -> IntArray:
     """Return where the most probable tokens are, up to the first with which they have `top_p` of all weights [N].
 
-    Of equals at the end the larger tokens are kept, as transformers keeps them where its sort happens to be stable.
+    Among equals at the end the larger tokens are kept, as transformers keeps them where its sort happens to be stable.
     """
     total = float(weights.sum(dtype=np.float64))
     wanted = top_p * total

@@ -1,4 +1,4 @@
-"""What a request wants back of a row of logits, and what it gets.
+"""Choices: a request says what it wants back of a row of logits, and gets that.
 
 The whole vocabulary is seldom needed: a greedy request wants the most probable token, a sampled one the winner of its
 race. Saying so leaves it to the engine where the choice is made. An engine whose logits are on the host uses `of`; one
@@ -28,12 +28,12 @@ class Chosen:
     top: float
 
 
-# What comes back of one row: a token, or the logits [V] to choose from.
+# One row comes back as a token, or as the logits [V] to choose from.
 Choice = Chosen | Logits
 
 
 class Wanted(Protocol):
-    """What is wanted back of each row of a pass."""
+    """A kind of choice to be made of each row of a pass."""
 
     def of(self, logits: Logits, position: int) -> Choice:
         """Return it, of logits [V] for the token at the absolute `position`; they stay as they are."""

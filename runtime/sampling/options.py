@@ -22,14 +22,14 @@ LogitsProcessor = Callable[[Sequence[int], NDArray[np.float32]], NDArray[np.floa
 # Temperatures and repetition penalties: beyond these, float32 may overflow.
 LEAST_FACTOR = 0.01
 LARGEST_FACTOR = 100.0
-# What may be added to a logit or, per token, subtracted.
+# The most that may be added to a logit or, per token, subtracted.
 LARGEST_SHIFT = 100.0
 LARGEST_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. The defaults are greedy decoding. Options act in this order:
+    """Options for choosing tokens. The defaults are greedy decoding. Options act in this order:
 
     - `logit_bias`, token -> what is added to its logit, -100 to 100.
     - `repetition_penalty`, 0.01 to 100: the logits of all tokens of the prompt and the answer are divided by it where

@@ -136,7 +136,7 @@ class Sampler:
 
 
 class TokenCounts:
-    """How often tokens have come: `tokens` [N], each once, and their `counts` [N]. A new one costs the same always."""
+    """Counts of tokens: `tokens` [N] that have come, each once, and their `counts` [N]. Adding one takes constant time."""
 
     def __init__(self, vocab_size: int, tokens: Sequence[int] = ()) -> None:
         # A prompt may have tokens that the model cannot choose.
@@ -154,7 +154,7 @@ class TokenCounts:
 
     @property
     def counts(self) -> NDArray[np.float32]:
-        """How often each of `tokens` has come."""
+        """The number of times that each of `tokens` has come."""
         return self._counts[self.tokens]
 
     def add(self, token: int) -> None:

@@ -36,7 +36,7 @@ def menu_of(tree_row: float, pseudo_row: float, sizes: tuple[TreeSizes, ...] = S
     return Menu(sizes, (128,), np.array([times]))
 
 
-# Whether the drafts made at a position, of a text of so many tokens, are worth what they say.
+# Tells whether the drafts made at a position are worth what they say, by the tokens before it.
 Honest = Callable[[int], bool]
 
 
@@ -213,7 +213,7 @@ def test_drafts_that_are_right_again_are_used_again(times: str) -> None:
     rate = decode(AdaptiveSizes(menu), Text(500), menu).rate
     later = decode(AdaptiveSizes(menu), Text(1100, lambda position: position >= 500), menu)
     useless = decode(AdaptiveSizes(menu), Text(500, never), menu)
-    # Of the time of the last 600 tokens, some passes before it is noticed are plain.
+    # Some passes of the last 600 tokens are plain, before it is noticed.
     assert 600 / (later.time - useless.time) > 1 + 0.6 * (rate - 1)
 
 

@@ -1,4 +1,4 @@
-"""What is kept and drawn, against the warpers of transformers."""
+"""The tokens that are kept and drawn, against the warpers of transformers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def by_transformers(
 
 
 def on_a_border(logits: np.ndarray, top_k: int | None, top_p: float | None, min_p: float | None) -> bool:
-    """Whether rounding decides what is kept."""
+    """Return whether rounding decides what is kept."""
     scores = np.sort(logits.astype(np.float64))[::-1]
     if top_k is not None:
         scores = scores[scores >= scores[min(top_k, len(scores)) - 1]]
