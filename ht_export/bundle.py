@@ -1,4 +1,4 @@
-"""Where the files of an engine go: checked before the work, unfinished beside their place, then all put there."""
+"""The files of an engine: their place checked before the work, written beside it, and all put there when finished."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtime.bundle.engine_file import EngineFile, engine_file_path
+from transformers import PreTrainedModel
+
+from ht_export.model.checkpoint import BaseModel
+from ht_export.model.correction import correction_tables
+from ht_export.model.transfer import TransferLayers
+from runtime.bundle.engine_file import EngineFile, FileRecord, engine_file_path
 from runtime.errors import InputError
 from runtime.files import check_writable, unwritable
 
-# Of the name of the graph lowered for the CPU, in the place of the engine's own suffix.
+# Suffix of the graph lowered for the CPU, in the place of the engine's own.
 CPU_SUFFIX = ".cpu.onnx"
-# Of files that not every engine has.
+# Suffixes of files that not every engine has.
 OPTIONAL_SUFFIXES = (CPU_SUFFIX, ".correction.npy", ".chat_template.jinja", ".tuning.json")
 
 
@@ -50,6 +55,34 @@ def staging_folder(out: Path) -> Iterator[Path]:
         raise unwritable(out, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_tokenizer(base: BaseModel, folder: Path, stem: str) -> tuple[FileRecord, FileRecord | None]:
+    """Write the tokenizer, and the chat template if there is one. Raises `InputError` for a tokenizer without a file
+    of the `tokenizers` library.
+    """
+    backend = getattr(base.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError(f"{base.source} has no fast tokenizer (tokenizer.json); convert its tokenizer first")
+    path = folder / f"{stem}.tokenizer.json"
+    path.write_text(backend.to_str(pretty=True), encoding="utf-8")
+    template = base.tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        return FileRecord.of(path), None
+    template_path = folder / f"{stem}.chat_template.jinja"
+    template_path.write_text(template, encoding="utf-8")
+    return FileRecord.of(path), FileRecord.of(template_path)
+
+
+def write_correction(base: PreTrainedModel, transfer: TransferLayers, folder: Path, stem: str) -> FileRecord | None:
+    """Write the tables of the token correction, if the transfer layers have one."""
+    if transfer.correction is None:
+        return None
+    path = folder / f"{stem}.correction.npy"
+    correction_tables(base, transfer.correction).write(path)
+    return FileRecord.of(path)
 
 
 def put_in_place(folder: Path, out: Path, description: EngineFile) -> None:

@@ -34,9 +34,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PlanFile]
         about = read_engine_file(graph)
         planner = Planner(PlanSettings("tensorrt-rtx", capabilities=CAPABILITIES, attention=attention))
         weights = (graph.parent / "engine.onnx.data").stat().st_size
-        planner.prepare(about.dims, about.tree, (256, None), about.max_context, weights, graph.parent)
+        prepared = planner.prepare(about.dims, about.tree, (256, None), about.max_context, weights, graph.parent)
         plan = graph.with_name(f"{attention}.plan")
-        described = planner.build(graph, plan, lambda _: None)
+        described = prepared.build(graph, plan, lambda _: None)
         assert weights < plan.stat().st_size < 1.5 * weights
         plan.unlink()
         return described

@@ -23,13 +23,13 @@ import onnxruntime
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ht_export.bundle import CPU_SUFFIX, check_out, put_in_place, staging_folder
-from ht_export.export import CALIBRATION_TEXTS, CALIBRATION_TOKENS
 from ht_export.graph.lower_cpu import lower_for_cpu
 from ht_export.graph.widen import in_float32, write_widened
 from ht_export.prompts import evenly, read_conversations
 from ht_export.quantize.formats import STORED_IN_PLANS
 from ht_export.quantize.gptq import second_moments
 from ht_export.quantize.weights import quantise
+from ht_export.request import CALIBRATION_TEXTS, CALIBRATION_TOKENS
 from runtime import Generator
 from runtime.bundle.engine_file import FileRecord, read_engine_file
 from runtime.errors import InputError

@@ -26,16 +26,30 @@ HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 @contextlib.contextmanager
 def hollow(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
-    """Put parameters of `dtype` that take no memory in the place of the model's; yield the real ones by name."""
-    named = list(model.named_parameters(remove_duplicate=False))
-    real = {name: parameter.data for name, parameter in named}
+    """Put parameters of `dtype` that take no memory in the place of the model's; yield the real ones by name.
+
+    The hollow parameters are objects of their own: the tracer keeps what it has seen for as long as the process lives,
+    and would keep the weights.
+    """
+    owners = [
+        (module, name, f"{prefix}.{name}" if prefix else name, parameter)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    # Tied parameters stay tied.
+    hollows = {parameter: _without_memory(parameter, dtype) for _, _, _, parameter in owners}
     try:
-        for _, parameter in named:
-            parameter.data = torch.zeros((), dtype=dtype).expand(parameter.shape)
-        yield real
+        for module, name, _, parameter in owners:
+            setattr(module, name, hollows[parameter])
+        yield {path: parameter.data for _, _, path, parameter in owners}
     finally:
-        for name, parameter in named:
-            parameter.data = real[name]
+        for module, name, _, parameter in owners:
+            setattr(module, name, parameter)
+
+
+def _without_memory(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    zeros = torch.zeros((), dtype=dtype).expand(parameter.shape)
+    return nn.Parameter(zeros, requires_grad=parameter.requires_grad)
 
 
 def written_as(tensor: Tensor, dtype: torch.dtype, name: str) -> ir.LazyTensor:

@@ -6,7 +6,6 @@ stays as it is: a pass reads a few rows of it only.
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,9 +18,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from ht_export.graph.lazy_weights import widen_weights
 from ht_export.quantize.formats import Storage
 from ht_export.quantize.gptq import round_calibrated
+from ht_export.scopes import collected
 
 # Second moments of rows [K, K], by the name of the value that has them.
 Moments = dict[str, NDArray[np.float64]]
+# Bytes of an initializer that need no place in a file of weights.
+SMALL = 256
 
 
 def quantise(graph: Path, out: Path, storage: Storage, moments: Iterable[Moments] = ({},)) -> None:
@@ -30,23 +32,32 @@ def quantise(graph: Path, out: Path, storage: Storage, moments: Iterable[Moments
 
     Its own weights may be at the place where those of `out` will be.
     """
-    model = ir.load(graph)
-    # Quantised weights are kept on the disk: those of a large model would fill the memory.
+    weights = out.with_name(f"{out.name}.data")
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder:
-        for number, (product, rows) in enumerate(_products(model.graph, moments)):
-            before = set(model.graph.initializers)
-            _replace(model.graph, product, storage, rows)
-            added = [value for name, value in model.graph.initializers.items() if name not in before]
-            _put_away(added, Path(folder) / f"{number}.data")
-        model.opset_imports.update(storage.opsets)
-        RemoveUnusedNodesPass()(model)
-        _take_the_rest(model.graph, folder)
-        widen_weights(model.graph)
-        weights_file = out.with_name(f"{out.name}.data")
-        # Gone from the disk, where nothing maps it any more, before more is written.
-        gc.collect()
-        weights_file.unlink(missing_ok=True)
-        ir.save(model, out, external_data=weights_file.name)
+        in_parts = collected(_write_in_parts(graph, Path(folder), storage, moments))
+        # Nothing maps it any more, so that its room on the disk is free before as much again is written.
+        weights.unlink(missing_ok=True)
+        ir.save(ir.load(in_parts), out, external_data=weights.name)
+
+
+def _write_in_parts(graph: Path, folder: Path, storage: Storage, moments: Iterable[Moments]) -> Path:
+    """Write the quantised graph to `folder`, its weights in many files there; return its path.
+
+    Quantised weights go to the disk one by one: those of a large model would fill the memory.
+    """
+    model = ir.load(graph)
+    for number, (product, rows) in enumerate(_products(model.graph, moments)):
+        before = set(model.graph.initializers)
+        _replace(model.graph, product, storage, rows)
+        added = [value for name, value in model.graph.initializers.items() if name not in before]
+        _put_away(added, folder / f"{number}.data")
+    model.opset_imports.update(storage.opsets)
+    RemoveUnusedNodesPass()(model)
+    widen_weights(model.graph)
+    _put_away(_not_in(folder, model.graph), folder / "rest.data")
+    path = folder / "graph.onnx"
+    ir.save(model, path)
+    return path
 
 
 def _put_away(values: Sequence[ir.Value], path: Path) -> None:
@@ -57,16 +68,15 @@ def _put_away(values: Sequence[ir.Value], path: Path) -> None:
         value.const_value = tensor
 
 
-def _take_the_rest(graph: ir.Graph, folder: str) -> None:
-    """Read initializers that are in files elsewhere than in `folder`."""
-    values = [
+def _not_in(folder: Path, graph: ir.Graph) -> list[ir.Value]:
+    """Return initializers that are neither in a file in `folder` nor so small that they can be in the graph's own."""
+    return [
         value
         for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor) and Path(value.const_value.base_dir) != Path(folder)
+        if (tensor := value.const_value) is not None
+        and not (isinstance(tensor, ir.ExternalTensor) and Path(tensor.base_dir) == folder)
+        and tensor.nbytes > SMALL
     ]
-    tensors = [value.const_value for value in values if value.const_value is not None]
-    for value, tensor in zip(values, ir.external_data.convert_tensors_from_external(tensors), strict=True):
-        value.const_value = tensor
 
 
 def _products(graph: ir.Graph, moments: Iterable[Moments]) -> Iterator[tuple[ir.Node, NDArray[np.float64] | None]]:

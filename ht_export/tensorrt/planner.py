@@ -46,7 +46,7 @@ class PlanSettings:
 
 
 class Planner:
-    """One plan: `prepare` finds everything that could go wrong before the work begins, `build` does it."""
+    """One plan for a product and GPUs: `prepare` finds all else that could go wrong before the work begins."""
 
     def __init__(self, settings: PlanSettings, precision: str = "fp16") -> None:
         self.settings = settings
@@ -79,25 +79,61 @@ class Planner:
         model_context: int,
         weight_bytes: int,
         folder: Path,
-    ) -> Limits:
-        """Check limits, kernels, memory and disk; return the plan's limits, with the prompt chunk and the context that
-        were `asked` for where they are not None. Raises `InputError`.
+    ) -> PreparedPlan:
+        """Check limits, kernels, memory and disk; return what builds the plan, with the prompt chunk and the context
+        that were `asked` for where they are not None. Raises `InputError`.
         """
         settings = self.settings
         chunk, max_context = asked
         context = min(model_context, DEFAULT_CONTEXT) if max_context is None else max_context
         # What the user asked for is taken as it is, or refused.
         max_rows = min(max(DEFAULT_ROWS, tree.tree_rows), context) if settings.max_rows is None else settings.max_rows
-        self.dims = dims
-        self.limits = Limits(
-            settings.max_batch, context, max_rows, min(DEFAULT_CHUNK, context) if chunk is None else chunk
-        )
-        check_limits(self.limits, tree, model_context)
-        self.attention = self._attention()
-        self.profiles: tuple[Profile, Profile] = profiles(dims, self.limits, tree)
+        limits = Limits(settings.max_batch, context, max_rows, min(DEFAULT_CHUNK, context) if chunk is None else chunk)
+        check_limits(limits, tree, model_context)
+        attention = self._attention(dims)
         check_resources(weight_bytes, folder)
-        self.cache_bytes = cache_bytes(dims, self.limits)
-        return self.limits
+        return PreparedPlan(
+            self.product,
+            self.capabilities,
+            settings.timing_cache,
+            dims,
+            limits,
+            attention,
+            profiles(dims, limits, tree),
+        )
+
+    def _attention(self, dims: GraphDims) -> str:
+        wanted = self.settings.attention
+        reason = None
+        if dims.dtype not in PLUGIN_DTYPES:
+            reason = f"it computes in {' or '.join(PLUGIN_DTYPES)}, not {dims.dtype}"
+        elif dims.head_dim not in HEAD_DIMS:
+            reason = f"it takes head sizes from 16 to 256 that 8 divides, not {dims.head_dim}"
+        elif unknown := [c for c in self.capabilities if best_architecture(*c, ARCHITECTURES) is None]:
+            reason = f"it has no kernel for compute capability {show(unknown)}"
+        if reason is None and wanted != "native":
+            return "plugin"
+        if dims.dtype != "float32" and dims.head_dim % 8:
+            raise InputError(
+                f"in half precision {self.product.name} takes head sizes that 8 divides, and the model's is "
+                f"{dims.head_dim}; use --precision fp32"
+            )
+        if wanted == "plugin":
+            raise InputError(f"--attention plugin: {reason}; use --attention native, or change that")
+        return "native"
+
+
+@dataclass(frozen=True)
+class PreparedPlan:
+    """A plan that can be built: what for, within which limits, and with which attention ("plugin" or "native")."""
+
+    product: Product
+    capabilities: tuple[Capability, ...]
+    timing_cache: Path | None
+    dims: GraphDims
+    limits: Limits
+    attention: str
+    profiles: tuple[Profile, Profile]
 
     def build(self, graph: Path, plan: Path, tell: Callable[[str], None]) -> PlanFile:
         """Build the plan from the graph. Raises `InputError`."""
@@ -135,7 +171,7 @@ class Planner:
             self.capabilities,
             kernels=kernels,
             plugin_layers=count,
-            timing_cache=self.settings.timing_cache,
+            timing_cache=self.timing_cache,
             progress=lambda phase, step, steps: tell(f"{phase} {step}/{steps}" if steps else phase),
         )
         marked.unlink()
@@ -150,7 +186,7 @@ class Planner:
             "plugin_layers": (result.network_layers or {}).get("PLUGIN_V3", 0),
             "fused_attention_layers": sum(FUSED_ATTENTION in line.split(",", 1)[0] for line in layers)
             // len(self.profiles),
-            "cache_bytes_at_limits": self.cache_bytes,
+            "cache_bytes_at_limits": cache_bytes(dims, self.limits),
         }
         return PlanFile(
             product=self.product.name,
@@ -166,26 +202,6 @@ class Planner:
             kernels=FileRecord.of(kernels_path),
             build=build,
         )
-
-    def _attention(self) -> str:
-        wanted = self.settings.attention
-        reason = None
-        if self.dims.dtype not in PLUGIN_DTYPES:
-            reason = f"it computes in {' or '.join(PLUGIN_DTYPES)}, not {self.dims.dtype}"
-        elif self.dims.head_dim not in HEAD_DIMS:
-            reason = f"it takes head sizes from 16 to 256 that 8 divides, not {self.dims.head_dim}"
-        elif unknown := [c for c in self.capabilities if best_architecture(*c, ARCHITECTURES) is None]:
-            reason = f"it has no kernel for compute capability {show(unknown)}"
-        if reason is None and wanted != "native":
-            return "plugin"
-        if self.dims.dtype != "float32" and self.dims.head_dim % 8:
-            raise InputError(
-                f"in half precision {self.product.name} takes head sizes that 8 divides, and the model's is "
-                f"{self.dims.head_dim}; use --precision fp32"
-            )
-        if wanted == "plugin":
-            raise InputError(f"--attention plugin: {reason}; use --attention native, or change that")
-        return "native"
 
 
 def _own_capability() -> Capability:

@@ -136,7 +136,7 @@ class Sampler:
 
 
 class TokenCounts:
-    """Counts of tokens: `tokens` [N] that have come, each once, and their `counts` [N]. One is added in constant time."""
+    """Counts of the `tokens` [N] that have come, each once: `counts` [N]. One is added in constant time."""
 
     def __init__(self, vocab_size: int, tokens: Sequence[int] = ()) -> None:
         # A prompt may have tokens that the model cannot choose.

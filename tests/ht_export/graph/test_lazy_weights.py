@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from ht_export.graph.lazy_weights import hollow
 from ht_export.graph.trace import build_graph
 from ht_export.model.float32 import computing_in_float32
 from ht_export.model.reference import HiddenTransferModel
+from ht_export.scopes import collected
 from tests.conftest import random_transfer, tiny_llama
 from tests.families import tiny_model
 
@@ -30,6 +32,19 @@ def test_a_hollow_model_has_the_shapes_and_the_precision_and_no_memory() -> None
         assert real["lm_head.weight"].data_ptr() == real["model.embed_tokens.weight"].data_ptr()
         raise KeyError
     torch.testing.assert_close(dict(model.named_parameters()), before)
+
+
+def test_a_traced_model_is_freed_with_its_scope() -> None:
+    """The tracer keeps the last graph that it made."""
+
+    def scope() -> dict[str, weakref.ref]:
+        model = HiddenTransferModel(tiny_llama(), random_transfer((3, 1, 3), correction_rank=4)).eval()
+        graph = build_graph(model, torch.float16)
+        kept = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
+        return kept | {"model": weakref.ref(model), "graph": weakref.ref(graph)}
+
+    references = collected(scope())
+    assert [name for name, reference in references.items() if reference() is not None] == []
 
 
 @pytest.mark.parametrize("name", ["llama, tied head", "gemma2", "stablelm, parallel, normed heads"])

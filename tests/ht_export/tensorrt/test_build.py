@@ -99,23 +99,24 @@ def test_a_gpu_that_there_is_no_kernel_for_gets_native_attention(
         build(wide_checkpoint, wide_transfer, tmp_path / "f.plan", replace(old, attention="plugin"))
 
 
-def planner_for(attention: str = "auto", capabilities: tuple = ((8, 0),), **dims: object) -> Planner:
-    planner = Planner(replace(PLAN, attention=attention, capabilities=capabilities))
-    planner.dims = replace(GraphDims(2, 4, 2, 64, 256, 100, (1,), "float16"), **dims)  # type: ignore[arg-type]
-    return planner
+def planner_for(attention: str = "auto", capabilities: tuple = ((8, 0),)) -> Planner:
+    return Planner(replace(PLAN, attention=attention, capabilities=capabilities))
 
 
-def prepare(planner: Planner, folder: Path, context: int | None = None) -> str:
-    planner.prepare(planner.dims, TreeSizes(4, (4,)), (16, context), 128, 1 << 20, folder)
-    return planner.attention
+def dims_with(**changes: object) -> GraphDims:
+    return replace(GraphDims(2, 4, 2, 64, 256, 100, (1,), "float16"), **changes)  # type: ignore[arg-type]
+
+
+def prepare(planner: Planner, folder: Path, context: int | None = None, **dims: object) -> str:
+    return planner.prepare(dims_with(**dims), TreeSizes(4, (4,)), (16, context), 128, 1 << 20, folder).attention
 
 
 def test_auto_takes_the_plugin_where_it_can_compute_the_model(tmp_path: Path) -> None:
     assert prepare(planner_for(), tmp_path) == "plugin"
-    assert prepare(planner_for(dtype="bfloat16"), tmp_path) == "plugin"
+    assert prepare(planner_for(), tmp_path, dtype="bfloat16") == "plugin"
     assert prepare(planner_for("native"), tmp_path) == "native"
     for dims in ({"dtype": "float32"}, {"head_dim": 8}, {"head_dim": 264}):
-        assert prepare(planner_for(**dims), tmp_path) == "native"
+        assert prepare(planner_for(), tmp_path, **dims) == "native"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_models_that_a_plan_cannot_compute(
     attention: str, capabilities: tuple, dims: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
-        prepare(planner_for(attention, capabilities, **dims), tmp_path)
+        prepare(planner_for(attention, capabilities), tmp_path, **dims)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +154,8 @@ def test_what_was_asked_for_is_never_changed(limits: dict, message: str, tmp_pat
 def test_defaults_fit_the_context() -> None:
     planner = planner_for()
     planner.settings = PlanSettings(runtime="tensorrt-rtx")
-    limits = planner.prepare(planner.dims, TreeSizes(4, (4,)), (None, None), 20, 1 << 20, Path())
-    assert limits == Limits(max_batch=1, max_context=20, max_rows=20, chunk=20)
+    prepared = planner.prepare(dims_with(), TreeSizes(4, (4,)), (None, None), 20, 1 << 20, Path())
+    assert prepared.limits == Limits(max_batch=1, max_context=20, max_rows=20, chunk=20)
 
 
 def test_a_gpu_that_nothing_was_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
