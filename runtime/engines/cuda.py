@@ -159,4 +159,6 @@ class DeviceMemory:
 
     def __del__(self) -> None:
         if getattr(self, "address", 0):
+            # Work that is enqueued, such as the last commit of a text, may still use it.
+            self._cuda.driver.cuStreamSynchronize(self._cuda.stream)
             self._cuda.driver.cuMemFree(self.address)

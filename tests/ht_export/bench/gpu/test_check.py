@@ -23,7 +23,7 @@ from runtime.engines.buffers import DeviceResult
 from runtime.engines.protocol import Batch
 from runtime.engines.tensorrt import TensorRTEngine
 from tests.ht_export.bench.gpu import parts
-from tests.runtime import test_onnxruntime_cuda, test_tensorrt
+from tests.runtime.engines import test_onnxruntime_cuda, test_tensorrt
 
 ROOT = Path(__file__).parents[4]
 SETTINGS = ["--prompts", "2", "--max-new-tokens", "12"]
