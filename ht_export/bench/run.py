@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ht_export.bench.progress import progress
+from ht_export.bench.bar import bar
 from runtime.command_line import integers
 from runtime.errors import InputError
 from runtime.files import check_writable
@@ -96,7 +96,7 @@ def _measure(
     done, each = len(results.rows), len(ways) * settings.repeats
     answers = itertools.count(each * done + 1)
     total = each * (done + len(jobs))
-    with progress("measuring answers", quiet) as tell:
+    with bar("measuring answers", quiet) as tell:
         for turn, job in enumerate(jobs, start=done):
             prompt_tokens = len(generator.encode(job.text))
             counted = measure(ways, job, prompt_tokens, settings.repeats, turn, tick=lambda: tell(next(answers), total))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ht_export.bench.progress import progress
+from ht_export.bench.bar import bar
 from runtime.command_line import integers
 from runtime.errors import InputError
 from runtime.files import check_writable
@@ -101,7 +101,7 @@ def measure_menu(
             raise InputError(f"--contexts {context}: this engine has room for 0 to {room} tokens beside a step's rows")
     chosen = sorted(set(contexts or (min(context, room) for context in CONTEXTS)))
     start = time.perf_counter()
-    with progress("timing steps", quiet) as tell:
+    with bar("timing steps", quiet) as tell:
         menu = measure(generator.engine, sizes, chosen, repeats, progress=tell, new_drafter=generator.new_drafter)
     device = device_name(generator.engine, threads)
     measured = {"seconds": round(time.perf_counter() - start, 1), "repeats": repeats}
@@ -118,7 +118,7 @@ def decode(
     chosen: Counter[TreeSizes] = Counter()
     rates, values = [], []
     tokens = steps = 0
-    with progress("decoding prompts", quiet) as tell:
+    with bar("decoding prompts", quiet) as tell:
         for number, ids in enumerate(texts):
             sizing = AdaptiveSizes(tuning.menu, tuning.rate, tuning.draft_value)
             answer = draft_and_verify(
