@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2-135m"
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser(
-        "run",
-        help="speed and text against plain decoding, transformers and other engines",
-        description="Answer prompts by speculative and by plain decoding in an engine, by transformers.generate, and "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ht-bench run`."""
+    parser.description = (
+        "Answer prompts by speculative and by plain decoding in an engine, by transformers.generate, and "
         "in other ways that are asked for: all in one process, one after another, several times. Prints tables; writes "
         "JSON and plots. Killed at any point, the same command with --json continues. Exits with 1 when a text differs "
-        "from that of plain decoding or of transformers where it must not: in float32, other than at a tie.",
-        epilog="example: ht-bench run engine.onnx --prompts prompts.jsonl --count 40 --json results.json "
-        "--plots plots/ --prompt-lookup --compare medusa=medusa.onnx",
+        "from that of plain decoding or of transformers where it must not: in float32, other than at a tie."
+    )
+    parser.epilog = (
+        "example: ht-bench run engine.onnx --prompts prompts.jsonl --count 40 --json results.json "
+        "--plots plots/ --prompt-lookup --compare medusa=medusa.onnx"
     )
     parser.set_defaults(work=run, interrupted="interrupted; with --json, run the same command again to continue")
     parser.add_argument("engine", type=Path, help="engine file made by ht-export (.onnx or .plan)")

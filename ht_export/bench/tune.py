@@ -29,16 +29,14 @@ MAX_NEW_TOKENS = 128
 RARE = 0.01
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser(
-        "tune",
-        help="measure steps on this device and find the sizes that pay",
-        description="Time the engine's steps over tree sizes and context lengths, decode prompts with the sizes that "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ht-bench tune`."""
+    parser.description = (
+        "Time the engine's steps over tree sizes and context lengths, decode prompts with the sizes that "
         "pay best step by step, and keep the result beside the engine (ENGINE.tuning.json), where every load on this "
-        "device finds it. Run it on a quiet machine, with the number of threads that you will use.",
-        epilog="example: ht-bench tune engine.onnx --prompts prompts.jsonl --count 16 --threads 4",
+        "device finds it. Run it on a quiet machine, with the number of threads that you will use."
     )
+    parser.epilog = "example: ht-bench tune engine.onnx --prompts prompts.jsonl --count 16 --threads 4"
     parser.set_defaults(work=tune, interrupted="interrupted; nothing was written")
     parser.add_argument("engine", type=Path, help="engine file made by ht-export (.onnx or .plan)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="JSON lines with 'prompt' or 'turns' to decode")
