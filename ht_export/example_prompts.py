@@ -1,6 +1,6 @@
 """Write prompts to try `ht-train` with: everyday questions over a list of topics, in the format that it reads.
 
-python scripts/example_prompts.py OUT.jsonl HELD_OUT.jsonl
+python -m ht_export.example_prompts OUT.jsonl HELD_OUT.jsonl
 
 The two files share no topic. Real use wants thousands of prompts such as your own users write.
 """
@@ -34,7 +34,7 @@ HELD_OUT_TOPICS = ("coffee", "mountains", "robots", "cats", "radio")
 def main() -> int:
     """Write both files."""
     if len(sys.argv) != 3:
-        print("usage: example_prompts.py OUT.jsonl HELD_OUT.jsonl", file=sys.stderr)
+        print("usage: python -m ht_export.example_prompts OUT.jsonl HELD_OUT.jsonl", file=sys.stderr)
         return 2
     for path, topics in zip(sys.argv[1:], (TOPICS, HELD_OUT_TOPICS), strict=True):
         rows = [

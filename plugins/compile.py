@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from plugins.binaries import ARCHITECTURES, COMBINE, COMMIT, HEAD_DIMS, Form, Kernel, KernelBinaries, Variant
 from plugins.kernel import attention_kernel, combine_kernel, commit_kernel
-from plugins.schedule import BLOCK_M, MAX_SPLITS
+from plugins.tiling import BLOCK_M, MAX_SPLITS
 
 PLAIN = Form()
 DTYPES = {"float16": "fp16", "bfloat16": "bf16"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plugins.binaries import COMBINE, COMMIT, Form, Kernel, KernelBinaries, Variant
-from plugins.schedule import schedule, statistics_count, workspace_bytes
+from plugins.tiling import statistics_count, tile, workspace_bytes
 
 POINTER, NUMBER, FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 # Triton appends two pointers to scratch memory, which these kernels do not use.
@@ -78,7 +78,7 @@ class Scores:
 def launches(shapes: Shapes, buffers: Buffers, workspace: int, scores: Scores, multiprocessors: int) -> list[Launch]:
     """Return the launches of one tree attention; `workspace` is the address of `workspace_size` bytes."""
     packed = shapes.packed_rows
-    plan = schedule(shapes.batch, shapes.kv_heads, packed, shapes.capacity, multiprocessors)
+    plan = tile(shapes.batch, shapes.kv_heads, packed, shapes.capacity, multiprocessors)
     heads = shapes.batch * shapes.kv_heads
     split = plan.splits > 1
     partial = workspace if split else buffers.output
@@ -126,7 +126,7 @@ def launches(shapes: Shapes, buffers: Buffers, workspace: int, scores: Scores, m
 
 def workspace_size(shapes: Shapes, multiprocessors: int) -> int:
     """Return the bytes of device memory that a call needs besides its inputs and output."""
-    plan = schedule(shapes.batch, shapes.kv_heads, shapes.packed_rows, shapes.capacity, multiprocessors)
+    plan = tile(shapes.batch, shapes.kv_heads, shapes.packed_rows, shapes.capacity, multiprocessors)
     return workspace_bytes(shapes.batch, shapes.kv_heads, shapes.packed_rows, shapes.head_dim, plan.splits)
 
 

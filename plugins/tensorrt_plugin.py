@@ -18,7 +18,7 @@ import numpy as np
 
 from plugins.binaries import KernelBinaries
 from plugins.launch import Buffers, Launcher, Scores, Shapes
-from plugins.schedule import workspace_limit
+from plugins.tiling import workspace_limit
 
 # The second has one input more.
 NAME, WINDOWED_NAME = "TreeAttention", "WindowedTreeAttention"

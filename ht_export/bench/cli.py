@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
-from ht_export.bench import run, tune
 from runtime import program
 
-# Each has add_parser(commands), which sets `work`, what the subcommand does with its options: it returns the exit
-# status; and `interrupted`, the line for Ctrl-C. Importing them loads neither an engine library nor torch.
-SUBCOMMANDS = (run, tune)
+# Each subcommand's module, imported when it is asked for, and help. The module has add_options(parser), which also sets
+# `work`, a function that is given the options and returns the exit status, and `interrupted`, the line for Ctrl-C.
+SUBCOMMANDS = {
+    "run": ("ht_export.bench.run", "speed and text against plain decoding, transformers and other engines"),
+    "tune": ("ht_export.bench.tune", "measure steps on this device and find the sizes that pay"),
+    "precisions": ("ht_export.bench.precisions", "size, speed and quality of one model's engines by precision"),
+    "plan-weights": ("ht_export.bench.plan_weights", "an engine for the CPU with a quantised plan's weights"),
+    "gpu": ("ht_export.bench.gpu.check", "check the kernel and engines on an NVIDIA GPU"),
+    "kernel-resources": ("ht_export.bench.kernel_resources", "registers and shared memory of every compiled kernel"),
+    "random-checkpoint": ("ht_export.bench.random_checkpoint", "write random weights in the shape of a real model"),
+}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of `ht-bench`."""
+def build_parser(asked: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of `ht-bench`, with the options of the subcommand that is asked for."""
     parser = argparse.ArgumentParser(
         prog="ht-bench",
         description=__doc__,
         epilog="example: ht-bench run engine.onnx --prompts prompts.jsonl --count 40 --json results.json",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for subcommand in SUBCOMMANDS:
-        subcommand.add_parser(commands)
+    for name, (module, summary) in SUBCOMMANDS.items():
+        subcommand = commands.add_parser(name, help=summary)
+        if name == asked:
+            importlib.import_module(module).add_options(subcommand)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ht-bench` and return its exit status: 0; 1 for a wrong text, or with one line on stderr for a mistake."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    options = build_parser().parse_args(given)
+    asked = next((argument for argument in given if not argument.startswith("-")), None)
+    options = build_parser(asked).parse_args(given)
     options.arguments = given
     statuses: list[int] = []
     mistake = program.run("ht-bench", lambda: statuses.append(options.work(options)), interrupted=options.interrupted)

@@ -1,9 +1,4 @@
-"""Compile every tree-attention kernel for every GPU architecture, and list the registers, shared memory and spills.
-
-    python scripts/kernel_resources.py --json resources.json
-
-No GPU is needed. Shared memory is in KiB, of a program; "most" is what a program may have on that architecture.
-"""
+"""`ht-bench kernel-resources`: registers, shared memory and spills of every tree-attention kernel, without a GPU."""
 
 from __future__ import annotations
 
@@ -17,17 +12,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# KiB of a program, by architecture: CUDA's programming guide, "maximum amount of shared memory per thread block".
+# Most KiB of a program, by architecture: CUDA's programming guide, "maximum amount of shared memory per thread block".
 MOST_SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 
 
-def main() -> int:
-    """Print the table; exit with 1 when a kernel spills registers or asks for too much shared memory."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ht-bench kernel-resources`."""
+    parser.description = (
+        "Compile every tree-attention kernel for every GPU architecture, and list the registers, shared memory and "
+        "spills. No GPU is needed. Shared memory is in KiB, of a program. Exits with 1 when a kernel spills registers "
+        "or asks for more shared memory than a program may have on its architecture."
+    )
+    parser.epilog = "example: ht-bench kernel-resources --json resources.json"
+    parser.set_defaults(work=show, interrupted="interrupted; nothing was written")
     parser.add_argument("--json", type=Path, help="write all of it here")
     parser.add_argument("--head-dim", type=int, action="append", help=f"default: {', '.join(map(str, HEAD_DIMS))}")
-    options = parser.parse_args()
+
+
+def show(options: argparse.Namespace) -> int:
+    """Print the table; return 1 when a kernel spills registers or asks for too much shared memory, else 0."""
     import triton
 
     from runtime.files import write_json
@@ -91,7 +95,3 @@ def cubin_resources(cubin: bytes) -> dict[str, int]:
 def _range(group: list[dict[str, Any]], name: str) -> str:
     values = [one[name] for one in group]
     return f"{min(values):g} to {max(values):g}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

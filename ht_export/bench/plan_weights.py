@@ -1,18 +1,9 @@
-"""Write an engine for the CPU with the weights of a quantised plan: it tells, without a GPU, what rounding them costs.
-
-    ht-export smollm2-135m --precision fp16 --out fp16/fp16.onnx
-    python scripts/plan_weights.py fp16/fp16.onnx --precision int4 --out int4/int4.onnx
-    python scripts/precisions.py --prompts prompts.jsonl fp16/fp16.onnx int4/int4.onnx
-
-The graph is the one that the plan would be built from, but that weights are multiplied by their scales beforehand and
-that it computes in float32. Only its text tells something; its speed and its size do not.
-"""
+"""`ht-bench plan-weights`: an engine for the CPU with the weights of a quantised plan."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,22 +24,34 @@ from ht_export.request import CALIBRATION_TEXTS, CALIBRATION_TOKENS
 from runtime import Generator
 from runtime.bundle.engine_file import FileRecord, read_engine_file
 from runtime.errors import InputError
-from runtime.program import run
+
+DESCRIPTION = """
+Write an engine for the CPU with the weights of a quantised plan: it tells, without a GPU, what rounding them costs.
+
+    ht-export smollm2-135m --precision fp16 --out fp16/fp16.onnx
+    ht-bench plan-weights fp16/fp16.onnx --precision int4 --out int4/int4.onnx
+    ht-bench precisions --prompts prompts.jsonl fp16/fp16.onnx int4/int4.onnx
+
+The graph is the one that the plan would be built from, but that weights are multiplied by their scales beforehand and
+that it computes in float32. Only its text tells something; its speed and its size do not.
+"""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Write the engine."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ht-bench plan-weights`."""
+    parser.description = DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(work=run, interrupted="interrupted; nothing was written")
     parser.add_argument("engine", type=Path, help="an .onnx engine of --precision fp16")
     parser.add_argument("--precision", choices=STORED_IN_PLANS, required=True)
     parser.add_argument("--calibrate", type=Path, metavar="PROMPTS", help="as in ht-export")
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args(arguments)
-    return run(
-        "plan_weights",
-        lambda: write(options.engine, options.precision, options.calibrate, options.out),
-        interrupted="interrupted; nothing was written",
-    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the engine; return the exit status. Raises `InputError`."""
+    write(options.engine, options.precision, options.calibrate, options.out)
+    return 0
 
 
 def write(engine: Path, precision: str, calibrate: Path | None, out: Path) -> None:
@@ -142,7 +145,3 @@ def _texts(engine: Path, calibrate: Path | None) -> list[list[int]]:
     generator = Generator(engine)
     prompts = [one.turns[0] for one in evenly(read_conversations(calibrate), CALIBRATION_TEXTS)]
     return [generator.encode(prompt)[:CALIBRATION_TOKENS] for prompt in prompts]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

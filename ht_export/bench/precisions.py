@@ -1,12 +1,4 @@
-"""Compare engines of one model in different precisions: size, speed, perplexity, agreement with the first.
-
-python scripts/precisions.py --prompts prompts.jsonl --threads 2 --json out.json fp32.onnx int8.onnx int4.onnx
-
-The first engine is what the others are compared with. Perplexity is that of the prompts' own text, which people wrote,
-under the engine (raw, in passes of many rows). Agreement is the share of positions in the first engine's greedy answers
-where an engine would choose the same token after the same text, and the share of tokens before its own answer parts
-from it.
-"""
+"""`ht-bench precisions`: engines of one model in different precisions, their size, speed, perplexity and agreement."""
 
 from __future__ import annotations
 
@@ -15,7 +7,6 @@ import datetime
 import json
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,14 +23,23 @@ from runtime.tuning import cpu_name
 
 # Tokens of text that perplexity is measured on at once.
 WINDOW = 256
-# Of them, those that only serve as context.
+# The first tokens of a window, which only serve as context.
 CONTEXT = 32
 ROWS = 64
 
 
-def main() -> int:
-    """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ht-bench precisions`."""
+    parser.description = (
+        "Compare engines of one model in different precisions: size, speed, perplexity, agreement with the first. "
+        "Perplexity is that of the prompts' own text, which people wrote, under the engine (raw, in passes of many "
+        "rows). Agreement is the share of positions in the first engine's greedy answers where an engine would choose "
+        "the same token after the same text, and the share of tokens before its own answer parts from it."
+    )
+    parser.epilog = (
+        "example: ht-bench precisions --prompts prompts.jsonl --threads 2 --json out.json fp32.onnx int8.onnx int4.onnx"
+    )
+    parser.set_defaults(work=compare, interrupted="interrupted; nothing was written")
     parser.add_argument("engines", type=Path, nargs="+")
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--count", type=int, default=20, help="prompts to answer (default: 20)")
@@ -48,7 +48,10 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="timed answers to each prompt (default: 3)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Measure, print a table, write JSON; return the exit status. Raises `InputError` for a user's mistake."""
     conversations = read_conversations(options.prompts)
     prompts = [one.turns[0] for one in evenly(conversations, options.count)]
     text = "\n\n".join(one.turns[0] for one in conversations)
@@ -73,7 +76,7 @@ def main() -> int:
             }
         )
     report = {
-        "command": " ".join(["python scripts/precisions.py", *map(without_folders, sys.argv[1:])]),
+        "command": " ".join(["ht-bench", *map(without_folders, options.arguments)]),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "device": cpu_name(options.threads),
@@ -173,7 +176,3 @@ def table(rows: list[dict[str, Any]]) -> str:
             )
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

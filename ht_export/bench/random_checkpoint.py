@@ -1,15 +1,9 @@
-"""Write a checkpoint of random weights in the shape of a real model, shard by shard: to try exports of any size with.
-
-python scripts/random_checkpoint.py FOLDER --shape llama-2-7b
-
-It needs little memory and as much disk as the weights take. Its text means nothing; parity holds for it as for any.
-"""
+"""`ht-bench random-checkpoint`: random weights in the shape of a real model, to try exports of any size with."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +31,23 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def main() -> int:
-    """Write the checkpoint."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ht-bench random-checkpoint`."""
+    parser.description = (
+        "Write a checkpoint of random weights in the shape of a real model, shard by shard: to try exports of any size "
+        "with. It needs little memory and as much disk as the weights take. Its text means nothing; parity holds for "
+        "it as for any."
+    )
+    parser.epilog = "example: ht-bench random-checkpoint FOLDER --shape llama-2-7b"
+    parser.set_defaults(work=write, interrupted="interrupted; the folder is not complete")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    options = parser.parse_args()
+
+
+def write(options: argparse.Namespace) -> int:
+    """Write the checkpoint; return the exit status."""
     dtype = getattr(torch, options.dtype)
     shape = dict(SHAPES[options.shape])
     if options.layers:
@@ -93,7 +96,3 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ht_export.bench.progress import progress
+from ht_export.bench.bar import bar
 from runtime.errors import InputError
 from runtime.files import check_writable
 from runtime.program import integers
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2-135m"
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser(
-        "run",
-        help="speed and text against plain decoding, transformers and other engines",
-        description="Answer prompts by speculative and by plain decoding in an engine, by transformers.generate, and "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ht-bench run`."""
+    parser.description = (
+        "Answer prompts by speculative and by plain decoding in an engine, by transformers.generate, and "
         "in other ways that are asked for: all in one process, one after another, several times. Prints tables; writes "
         "JSON and plots. Killed at any point, the same command with --json continues. Exits with 1 when a text differs "
-        "from that of plain decoding or of transformers where it must not: in float32, other than at a tie.",
-        epilog="example: ht-bench run engine.onnx --prompts prompts.jsonl --count 40 --json results.json "
-        "--plots plots/ --prompt-lookup --compare medusa=medusa.onnx",
+        "from that of plain decoding or of transformers where it must not: in float32, other than at a tie."
+    )
+    parser.epilog = (
+        "example: ht-bench run engine.onnx --prompts prompts.jsonl --count 40 --json results.json "
+        "--plots plots/ --prompt-lookup --compare medusa=medusa.onnx"
     )
     parser.set_defaults(work=run, interrupted="interrupted; with --json, run the same command again to continue")
     parser.add_argument("engine", type=Path, help="engine file made by ht-export (.onnx or .plan)")
@@ -96,7 +96,7 @@ def _measure(
     done, each = len(results.rows), len(ways) * settings.repeats
     answers = itertools.count(each * done + 1)
     total = each * (done + len(jobs))
-    with progress("measuring answers", quiet) as tell:
+    with bar("measuring answers", quiet) as tell:
         for turn, job in enumerate(jobs, start=done):
             prompt_tokens = len(generator.encode(job.text))
             counted = measure(ways, job, prompt_tokens, settings.repeats, turn, tick=lambda: tell(next(answers), total))

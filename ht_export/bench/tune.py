@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ht_export.bench.progress import progress
+from ht_export.bench.bar import bar
 from runtime.errors import InputError
 from runtime.files import check_writable
 from runtime.program import integers
@@ -29,16 +29,14 @@ MAX_NEW_TOKENS = 128
 RARE = 0.01
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser(
-        "tune",
-        help="measure steps on this device and find the sizes that pay",
-        description="Time the engine's steps over tree sizes and context lengths, decode prompts with the sizes that "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ht-bench tune`."""
+    parser.description = (
+        "Time the engine's steps over tree sizes and context lengths, decode prompts with the sizes that "
         "pay best step by step, and keep the result beside the engine (ENGINE.tuning.json), where every load on this "
-        "device finds it. Run it on a quiet machine, with the number of threads that you will use.",
-        epilog="example: ht-bench tune engine.onnx --prompts prompts.jsonl --count 16 --threads 4",
+        "device finds it. Run it on a quiet machine, with the number of threads that you will use."
     )
+    parser.epilog = "example: ht-bench tune engine.onnx --prompts prompts.jsonl --count 16 --threads 4"
     parser.set_defaults(work=tune, interrupted="interrupted; nothing was written")
     parser.add_argument("engine", type=Path, help="engine file made by ht-export (.onnx or .plan)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="JSON lines with 'prompt' or 'turns' to decode")
@@ -102,7 +100,7 @@ def measure_menu(
             raise InputError(f"--contexts {context}: this engine has room for 0 to {room} tokens beside a step's rows")
     chosen = sorted(set(contexts or (min(context, room) for context in CONTEXTS)))
     start = time.perf_counter()
-    with progress("timing steps", quiet) as tell:
+    with bar("timing steps", quiet) as tell:
         menu = measure(generator.engine, sizes, chosen, repeats, progress=tell, new_drafter=generator.new_drafter)
     device = device_name(generator.engine, threads)
     measured = {"seconds": round(time.perf_counter() - start, 1), "repeats": repeats}
@@ -120,7 +118,7 @@ def decode(
     chosen: Counter[TreeSizes] = Counter()
     rates, values = [], []
     tokens = steps = 0
-    with progress("decoding prompts", quiet) as tell:
+    with bar("decoding prompts", quiet) as tell:
         for number, ids in enumerate(texts):
             sizing = AdaptiveSizes(tuning.menu, tuning.rate, tuning.draft_value)
             drafter = generator.new_drafter(_Counted(sizing, chosen))

@@ -7,6 +7,7 @@ read the real ones when they are written.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,11 +26,10 @@ HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @contextlib.contextmanager
-def hollow(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+def hollow(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, nn.Parameter]]:
     """Put parameters of `dtype` that take no memory in the place of the model's; yield the real ones by name.
 
-    The hollow parameters are objects of their own: the tracer keeps what it has seen for as long as the process lives,
-    and would keep the weights.
+    The hollow parameters are objects of their own: the traced graph keeps some of those that it was traced with.
     """
     owners = [
         (module, name, f"{prefix}.{name}" if prefix else name, parameter)
@@ -41,7 +41,7 @@ def hollow(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
     try:
         for module, name, _, parameter in owners:
             setattr(module, name, hollows[parameter])
-        yield {path: parameter.data for _, _, path, parameter in owners}
+        yield {path: parameter for _, _, path, parameter in owners}
     finally:
         for module, name, _, parameter in owners:
             setattr(module, name, parameter)
@@ -52,9 +52,20 @@ def _without_memory(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter
     return nn.Parameter(zeros, requires_grad=parameter.requires_grad)
 
 
-def written_as(tensor: Tensor, dtype: torch.dtype, name: str) -> ir.LazyTensor:
-    """Return the tensor for a graph, converted to `dtype` when it is written and not kept so."""
-    return lazy(lambda: tensor.to(dtype), IR_TYPES[dtype], tuple(tensor.shape), name)
+def written_as(parameter: nn.Parameter, dtype: torch.dtype, name: str) -> ir.LazyTensor:
+    """Return the parameter for a graph, converted to `dtype` when it is written and not kept so.
+
+    The graph does not keep the parameter either, so that the model must live until it is written: the rewriter's rules,
+    which are global, hold on to the last graph that they saw, and would hold on to all weights.
+    """
+    held = weakref.ref(parameter)
+
+    def convert() -> Tensor:
+        found = held()
+        assert found is not None, f"the model of {name} is gone before its graph was written"
+        return found.data.to(dtype)
+
+    return lazy(convert, IR_TYPES[dtype], tuple(parameter.shape), name)
 
 
 def transposed(tensor: ir.TensorProtocol) -> ir.LazyTensor:

@@ -196,7 +196,7 @@ def _trace(model: HiddenTransferModel, dims: GraphDims) -> ir.Model:
     return traced.model
 
 
-def _use_weights(graph: ir.Graph, weights: dict[str, Tensor], dtype: torch.dtype, as_stored: bool) -> None:
+def _use_weights(graph: ir.Graph, weights: dict[str, nn.Parameter], dtype: torch.dtype, as_stored: bool) -> None:
     """Let the graph's initializers be the real weights, and those that are used transposed only be so. Matrices
     `as_stored` may have another type than their value: `cast_weights` puts that right.
     """

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ht_export.parity.stages import MEANING, OF_A_LAYER, Stage, place
+from ht_export.parity.stages import MEANING, OF_A_LAYER, Comparison, place
 from ht_export.parity.text import Divergence, TextSummary
 
 DIVERGENCES_SHOWN = 10
@@ -19,7 +19,7 @@ class Report:
     """What was compared: `conditions` say what with, `text` is None where no prompts were answered."""
 
     conditions: dict[str, Any]
-    stages: list[Stage]
+    stages: list[Comparison]
     text: TextSummary | None
 
     @property
@@ -158,7 +158,7 @@ def _stage_rows(report: Report) -> list[Row]:
     return rows
 
 
-def _layer_rows(stage: Stage) -> list[Row]:
+def _layer_rows(stage: Comparison) -> list[Row]:
     found: dict[int, dict[str, float]] = {}
     for one in stage.deviations:
         if one.layer is not None:
@@ -194,7 +194,7 @@ def _divergence_rows(text: TextSummary) -> Iterable[Row]:
         yield (prompt, title, str(divergence.position), f"{divergence.gap:.1e}", explained)
 
 
-def _by_output(stage: Stage) -> list[Any]:
+def _by_output(stage: Comparison) -> list[Any]:
     """Return the largest deviation of each output."""
     names = dict.fromkeys(one.output for one in stage.deviations)
     return [max(stage.output(name), key=lambda one: one.relative) for name in names]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +16,9 @@ from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.reference import HiddenTransferModel
 from ht_export.model.shipped import UNTRAINED, Untrained, shipped_transfer, transfer_layers
 from ht_export.parity.report import Report
-from ht_export.parity.stages import TOLERANCES, Stage, compare_passes, compare_traces
+from ht_export.parity.stages import TOLERANCES, Comparison, compare_passes, compare_traces
 from ht_export.parity.text import TextSummary, compare_text
+from ht_export.progress import Stage
 from ht_export.prompts import evenly, read_conversations
 from ht_export.quantize.precision import PRECISIONS
 from ht_export.verify.passes import Computed, Expected, record
@@ -40,9 +40,6 @@ MOST_TOKENS = 96
 LEAST_TOKENS = 24
 # Weights beyond which ONNX's reference evaluator, which is written for clearness, takes minutes.
 EVALUATED_WEIGHTS = 4 << 30
-
-# Entered around each stage with its description.
-Stages = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class ParitySettings:
             whole("--threads", self.threads, 1, MOST_THREADS)
 
 
-def run(settings: ParitySettings, stage: Stages) -> Report:
+def run(settings: ParitySettings, stage: Stage) -> Report:
     """Compare all stages and the text. Raises `InputError` for what does not belong together."""
     about = read_engine_file(settings.engine)
     prompts = _prompts(settings)
@@ -90,7 +87,7 @@ def run(settings: ParitySettings, stage: Stages) -> Report:
     with stage("running the PyTorch reference"):
         passes = record(reference.engine, tokens=ids)
         expected = [(one, reference.run(one.rows, one.cache)) for one in passes]
-    stages = [Stage("PyTorch reference", "transformers", TOLERANCES["float32"], list(_on_text(expected, theirs)))]
+    stages = [Comparison("PyTorch reference", "transformers", TOLERANCES["float32"], list(_on_text(expected, theirs)))]
     for name, compare in _engine_stages(settings, about, generator, expected):
         with stage(f"running {name}"):
             stages.append(compare())
@@ -108,15 +105,15 @@ def run(settings: ParitySettings, stage: Stages) -> Report:
 
 def _engine_stages(
     settings: ParitySettings, about: EngineFile, generator: Generator | str, expected: list[tuple[Expected, Trace]]
-) -> Iterator[tuple[str, Callable[[], Stage]]]:
+) -> Iterator[tuple[str, Callable[[], Comparison]]]:
     """Yield the stages of an engine, each with what compares it with the PyTorch reference."""
     against, tolerance = "PyTorch reference", TOLERANCES[about.precision]
     folder = settings.engine.parent
 
-    def skipped(name: str, reason: str) -> tuple[str, Callable[[], Stage]]:
-        return name, lambda: Stage(name, against, tolerance, skipped=reason)
+    def skipped(name: str, reason: str) -> tuple[str, Callable[[], Comparison]]:
+        return name, lambda: Comparison(name, against, tolerance, skipped=reason)
 
-    def graph(name: str, path: Path, *, evaluator: bool = False) -> tuple[str, Callable[[], Stage]]:
+    def graph(name: str, path: Path, *, evaluator: bool = False) -> tuple[str, Callable[[], Comparison]]:
         return name, lambda: compare_passes(
             name, against, tolerance, GraphTracer(path, about.dims, reference=evaluator), expected
         )
@@ -126,7 +123,7 @@ def _engine_stages(
         if isinstance(generator, str):
             yield skipped(name, generator)
         else:
-            yield name, lambda: Stage(name, against, tolerance, list(_in_its_own_cache(generator, expected)))
+            yield name, lambda: Comparison(name, against, tolerance, list(_in_its_own_cache(generator, expected)))
         return
     name = "ONNX reference evaluator"
     assert about.weights is not None

@@ -40,7 +40,7 @@ class Deviation:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Comparison:
     """One comparison; `skipped` says why there is none."""
 
     name: str
@@ -70,7 +70,7 @@ class Stage:
 
 def compare_passes(
     name: str, against: str, tolerance: float, tracer: Tracer, expected: Sequence[tuple[Expected, Trace]]
-) -> Stage:
+) -> Comparison:
     """Run the tracer over passes whose traces are known; every pass begins with the cache of that trace, so that
     nothing adds up.
     """
@@ -79,7 +79,7 @@ def compare_passes(
         for one, trace in expected
         for deviation in compare_traces(one.case, tracer.run(one.rows, one.cache), trace)
     ]
-    return Stage(name, against, tolerance, deviations)
+    return Comparison(name, against, tolerance, deviations)
 
 
 def compare_traces(case: str, found: Trace, expected: Trace) -> Iterator[Deviation]:

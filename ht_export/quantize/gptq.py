@@ -7,13 +7,14 @@ matrix that is zero, and so rounds to the nearest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from ht_export.progress import Advance
 from ht_export.quantize.grid import Grid
 from ht_export.verify.traces import tapped_session
 from runtime.bindings import GraphDims
@@ -32,12 +33,9 @@ DAMPING = 0.01
 # Columns whose errors reach those after them together: whole blocks, where these are smaller.
 TOGETHER = 128
 
-# Told the texts done and to do.
-Progress = Callable[[int, int], None]
-
 
 def second_moments(
-    graph: Path, dims: GraphDims, texts: Sequence[Sequence[int]], progress: Progress = lambda *_: None
+    graph: Path, dims: GraphDims, texts: Sequence[Sequence[int]], advance: Advance = lambda *_: None
 ) -> Iterator[dict[str, NDArray[np.float64]]]:
     """Yield sums of x xT [K, K] over the rows x of all texts, for every value of the float32 graph that is multiplied
     by weights, by its name; as many together as memory is spared for.
@@ -51,7 +49,7 @@ def second_moments(
                 flat = rows.reshape(-1, rows.shape[-1])
                 moments = flat.T @ flat
                 found[name] = found[name] + moments if name in found else moments.astype(np.float64)
-            progress(number * len(texts) + index + 1, len(groups) * len(texts))
+            advance(number * len(texts) + index + 1, len(groups) * len(texts))
         yield found
 
 

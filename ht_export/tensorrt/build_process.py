@@ -30,7 +30,8 @@ DISK_FACTOR = 2.6
 
 LINKS = "libraries"
 
-Progress = Callable[[str, int, int], None]
+# Told the library's phase, and the steps of it that are done and all that there are; 0 where it counts none.
+OnPhase = Callable[[str, int, int], None]
 
 
 def check_resources(weight_bytes: int, folder: Path) -> None:
@@ -61,7 +62,7 @@ def build_plan(
     kernels: bytes | None = None,
     plugin_layers: int = 0,
     timing_cache: Path | None = None,
-    progress: Progress = lambda *_: None,
+    on_phase: OnPhase = lambda *_: None,
 ) -> Result:
     """Build `plan` from `graph` in a process of its own. Raises `InputError` with what the library said."""
     folder = plan.parent
@@ -83,7 +84,7 @@ def build_plan(
     )
     request_path.write_text(json.dumps(asdict(request)), encoding="utf-8")
     try:
-        return _run(product, request_path, result_path, folder, progress)
+        return _run(product, request_path, result_path, folder, on_phase)
     finally:
         for path in (request_path, result_path, kernels_path):
             if path is not None:
@@ -91,7 +92,7 @@ def build_plan(
         shutil.rmtree(folder / LINKS, ignore_errors=True)
 
 
-def _run(product: Product, request: Path, result: Path, folder: Path, progress: Progress) -> Result:
+def _run(product: Product, request: Path, result: Path, folder: Path, on_phase: OnPhase) -> Result:
     said = folder / "build.log"
     with said.open("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
@@ -105,7 +106,7 @@ def _run(product: Product, request: Path, result: Path, folder: Path, progress: 
             assert process.stdout is not None
             for line in process.stdout:
                 event = json.loads(line)
-                progress(event["phase"], event["step"], event["steps"])
+                on_phase(event["phase"], event["step"], event["steps"])
             status = process.wait()
         except BaseException:
             process.kill()

@@ -172,7 +172,7 @@ class PreparedPlan:
             kernels=kernels,
             plugin_layers=count,
             timing_cache=self.timing_cache,
-            progress=lambda phase, step, steps: tell(f"{phase} {step}/{steps}" if steps else phase),
+            on_phase=lambda phase, step, steps: tell(f"{phase} {step}/{steps}" if steps else phase),
         )
         marked.unlink()
         layers = result.engine_layers or []

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ht_export.training.data import Sequence
+from ht_export.training.data import AnsweredPrompt
 
 BUCKET_BATCHES = 16
 
@@ -21,7 +21,7 @@ class AnchorBatch:
     input_ids: Tensor
     anchors: Tensor
     weights: Tensor
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[AnsweredPrompt, ...]
 
     def to(self, device: torch.device) -> AnchorBatch:
         """Return this batch on `device`."""
@@ -31,7 +31,7 @@ class AnchorBatch:
 class BatchSampler:
     """Shuffled passes over the data; texts of similar length share a batch, so that little of it is padding."""
 
-    def __init__(self, data: SequenceOf[Sequence], sequences: int, anchors: int, num_steps: int, seed: int) -> None:
+    def __init__(self, data: Sequence[AnsweredPrompt], sequences: int, anchors: int, num_steps: int, seed: int) -> None:
         self.data = data
         self.sequences = min(sequences, len(data))
         self.anchors = anchors
@@ -62,7 +62,7 @@ class BatchSampler:
 
 
 def make_batch(
-    sequences: SequenceOf[Sequence], num_steps: int, max_anchors: int | None, rng: np.random.Generator | None
+    sequences: Sequence[AnsweredPrompt], num_steps: int, max_anchors: int | None, rng: np.random.Generator | None
 ) -> AnchorBatch:
     """Pad `sequences` into one batch with at most `max_anchors` anchors each, drawn from `rng` (all when None).
 

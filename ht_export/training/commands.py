@@ -23,7 +23,7 @@ from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.transfer import TransferFile, default_layers, load_transfer_layers, save_transfer_layers
 from ht_export.progress import progress_bar
 from ht_export.request import ExportSettings
-from ht_export.training.data import Sequence, read_data
+from ht_export.training.data import AnsweredPrompt, read_data
 from ht_export.training.evaluate import evaluate
 from ht_export.training.fit import FitSettings, MetricLog, fit
 from ht_export.training.generate import DataSettings, generate_data
@@ -204,14 +204,14 @@ def _batches_and_loss(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _read_all(folders: list[Path], base: BaseModel, min_answer_tokens: int) -> list[Sequence]:
+def _read_all(folders: list[Path], base: BaseModel, min_answer_tokens: int) -> list[AnsweredPrompt]:
     """Return the sequences of all folders, in order."""
     if repeated := next((folder for n, folder in enumerate(folders) if folder in folders[:n]), None):
         raise InputError(f"--data names {repeated} twice; name each folder once")
     return [sequence for folder in folders for sequence in read_data(folder, base, min_answer_tokens)]
 
 
-def _check_apart(data: list[Sequence], held_out: list[Sequence], options: argparse.Namespace) -> None:
+def _check_apart(data: list[AnsweredPrompt], held_out: list[AnsweredPrompt], options: argparse.Namespace) -> None:
     """Raise `InputError` when prompts are in both: what is measured on them would flatter."""
     trained_on = {tuple(sequence.prompt) for sequence in data}
     shared = sum(tuple(sequence.prompt) in trained_on for sequence in held_out)
@@ -227,7 +227,7 @@ def _reporter(progress: Progress) -> Callable[[str], None]:
     return lambda text: progress.console.print(text, markup=False, highlight=False)
 
 
-def _spread(sequences: list[Sequence], count: int) -> list[Sequence]:
+def _spread(sequences: list[AnsweredPrompt], count: int) -> list[AnsweredPrompt]:
     """Return at most `count` of the sequences, evenly from first to last."""
     if count < 1:
         raise InputError(f"the number of held-out texts must be at least 1, not {count}")

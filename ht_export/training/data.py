@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ MANIFEST_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Sequence:
+class AnsweredPrompt:
     """One prompt with the base model's answer, as token ids."""
 
     id: str
@@ -42,7 +41,7 @@ class Sequence:
         return self.prompt + self.answer
 
 
-def fingerprint(sequences: SequenceOf[Sequence]) -> str:
+def fingerprint(sequences: Sequence[AnsweredPrompt]) -> str:
     """Return a SHA-256 of the sequences' tokens, which tells two sets of data apart."""
     digest = hashlib.sha256()
     for sequence in sequences:
@@ -71,7 +70,7 @@ class DataFolder:
         else:
             write_json(existing, {**self.manifest, "shards": None})
 
-    def shard(self, turn: int, number: int, prompts: SequenceOf[list[int]]) -> list[Sequence] | None:
+    def shard(self, turn: int, number: int, prompts: Sequence[list[int]]) -> list[AnsweredPrompt] | None:
         """Return the answers to `prompts` when they were written before, else None."""
         path = self._shard_path(turn, number)
         if not path.exists():
@@ -82,7 +81,7 @@ class DataFolder:
         self._names.append(path.name)
         return sequences
 
-    def write_shard(self, turn: int, number: int, sequences: Iterable[Sequence]) -> None:
+    def write_shard(self, turn: int, number: int, sequences: Iterable[AnsweredPrompt]) -> None:
         """Write one shard, whole or not at all."""
         path = self._shard_path(turn, number)
         with atomic_path(path) as temporary:
@@ -97,7 +96,7 @@ class DataFolder:
         return self.path / f"shard-{turn}-{number:05d}.jsonl"
 
 
-def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[Sequence]:
+def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[AnsweredPrompt]:
     """Read the sequences of a data folder whose answers have at least `min_answer_tokens` tokens.
 
     Raises `InputError` when the folder is unfinished, or was made with other weights than `base` has.
@@ -167,15 +166,15 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError("sequences must be a number")
 
 
-def _read_shard(path: Path) -> list[Sequence]:
+def _read_shard(path: Path) -> list[AnsweredPrompt]:
     try:
         return [_sequence(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}); delete it and run ht-train data again") from error
 
 
-def _sequence(row: dict[str, Any]) -> Sequence:
-    sequence = Sequence(**row)
+def _sequence(row: dict[str, Any]) -> AnsweredPrompt:
+    sequence = AnsweredPrompt(**row)
     for name in ("prompt", "answer"):
         ids = getattr(sequence, name)
         if not isinstance(ids, list) or not ids or not all(isinstance(token, int) and token >= 0 for token in ids):

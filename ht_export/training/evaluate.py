@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from ht_export.model.correction import correction_tables
 from ht_export.model.families import DecoderParts, decoder_parts
 from ht_export.model.transfer import TransferLayers
 from ht_export.training.batches import make_batch
-from ht_export.training.data import Sequence
+from ht_export.training.data import AnsweredPrompt
 from ht_export.training.drafts import draft_hidden, run_context
 from ht_export.training.losses import CHUNK_ROWS
 from ht_export.training.simulate import TextDrafts, tokens_per_step
@@ -56,7 +55,7 @@ class TextPredictions(TextDrafts):
 def evaluate(
     base: BaseModel,
     transfer: TransferLayers,
-    data: SequenceOf[Sequence],
+    data: Sequence[AnsweredPrompt],
     sizes: TreeSizes | None = None,
     batch_size: int = 4,
     progress: Progress | None = None,
@@ -72,7 +71,7 @@ def evaluate(
 def predict(
     base: BaseModel,
     transfer: TransferLayers,
-    data: SequenceOf[Sequence],
+    data: Sequence[AnsweredPrompt],
     batch_size: int = 4,
     progress: Progress | None = None,
 ) -> Iterator[TextPredictions]:
@@ -97,7 +96,7 @@ def predict(
             progress.advance(bar)
 
 
-def statistics(texts: SequenceOf[TextPredictions], sizes: TreeSizes | None = None) -> dict[str, Any]:
+def statistics(texts: Sequence[TextPredictions], sizes: TreeSizes | None = None) -> dict[str, Any]:
     """Return what the predictions say, as JSON values.
 
     - `anchors`: positions counted; `top`: per n, the share of positions whose token is in the draft's first n, by
@@ -133,7 +132,7 @@ def statistics(texts: SequenceOf[TextPredictions], sizes: TreeSizes | None = Non
 
 def _text_predictions(
     parts: DecoderParts,
-    sequence: Sequence,
+    sequence: AnsweredPrompt,
     hidden: Tensor,
     states: Tensor,
     anchors: Tensor,
@@ -204,11 +203,11 @@ def _corrected(
     return ranked, predicted
 
 
-def _everywhere(rows: int, texts: SequenceOf[TextPredictions]) -> TreeSizes:
+def _everywhere(rows: int, texts: Sequence[TextPredictions]) -> TreeSizes:
     return TreeSizes(rows, (rows,) * texts[0].num_steps)
 
 
-def _shares(texts: SequenceOf[TextPredictions]) -> dict[str, Any]:
+def _shares(texts: Sequence[TextPredictions]) -> dict[str, Any]:
     kl = np.concatenate([text.kl for text in texts]).mean(0)
     found = {
         "anchors": sum(len(text.labels) for text in texts),
@@ -224,21 +223,21 @@ def _top(hits: NDArray[np.bool_]) -> dict[str, list[float]]:
     return {str(n): [round(float(share), 4) for share in hits[:, :, :n].any(-1).mean(0)] for n in TOP}
 
 
-def _conditional(texts: SequenceOf[TextPredictions]) -> dict[str, Any]:
+def _conditional(texts: Sequence[TextPredictions]) -> dict[str, Any]:
     hits = np.concatenate([text.hits for text in texts])[:, :, :RANKS]
     probabilities = np.concatenate([text.predicted for text in texts])[:, :, :RANKS]
     right_so_far = np.ones(len(hits), dtype=bool)
-    ranks, calibration = [], []
+    ranks, reliability = [], []
     for k in range(hits.shape[1]):
         step_hits = hits[right_so_far, k]
         shares = step_hits.mean(0) if len(step_hits) else np.zeros(hits.shape[2])
         ranks.append([round(float(share), 4) for share in shares])
-        calibration.append(_calibration(probabilities[right_so_far, k].ravel(), step_hits.ravel()))
+        reliability.append(_reliability(probabilities[right_so_far, k].ravel(), step_hits.ravel()))
         right_so_far &= hits[:, k].any(-1)
-    return {"ranks": ranks, "calibration": calibration}
+    return {"ranks": ranks, "calibration": reliability}
 
 
-def _calibration(predicted: NDArray[np.float64], right: NDArray[np.bool_]) -> dict[str, Any]:
+def _reliability(predicted: NDArray[np.float64], right: NDArray[np.bool_]) -> dict[str, Any]:
     bins = np.digitize(predicted, BIN_EDGES[1:-1])
     table = []
     error = 0.0

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ht_export.model.checkpoint import BaseModel
 from ht_export.model.families import head_dim
 from ht_export.model.tensors import write_safetensors
 from ht_export.training.batches import AnchorBatch, make_batch
-from ht_export.training.data import Sequence, fingerprint
+from ht_export.training.data import AnsweredPrompt, fingerprint
 from ht_export.training.drafts import Context, run_context
 from ht_export.training.identity import first_difference
 from runtime.errors import InputError
@@ -106,8 +105,8 @@ class FeatureCache:
         self,
         folder: Path,
         base: BaseModel,
-        layers: SequenceOf[int],
-        data: SequenceOf[Sequence],
+        layers: Sequence[int],
+        data: Sequence[AnsweredPrompt],
         progress: Progress,
     ) -> None:
         self.folder = folder
@@ -131,7 +130,7 @@ class FeatureCache:
                 raise InputError(f"{path} is damaged ({error}); delete it and start again") from error
         return self.layout.unpack(features.to(batch.input_ids.device))
 
-    def _check_description(self, base: BaseModel, data: SequenceOf[Sequence]) -> None:
+    def _check_description(self, base: BaseModel, data: Sequence[AnsweredPrompt]) -> None:
         description: dict[str, Any] = {
             "weights_sha256": base.weights_sha256,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -158,7 +157,7 @@ class FeatureCache:
         else:
             write_json(path, {**description, "state_layers": list(self.layout.state_layers)})
 
-    def _make(self, base: BaseModel, data: SequenceOf[Sequence], progress: Progress) -> None:
+    def _make(self, base: BaseModel, data: Sequence[AnsweredPrompt], progress: Progress) -> None:
         groups = [range(i, min(i + TEXTS_PER_FILE, len(data))) for i in range(0, len(data), TEXTS_PER_FILE)]
         missing = [group for number, group in enumerate(groups) if not self._path(number).is_file()]
         needed = sum(len(data[i]) for group in missing for i in group) * self.layout.width * self.dtype.itemsize

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +20,7 @@ from ht_export.model.families import decoder_parts
 from ht_export.model.transfer import TransferLayers
 from ht_export.training.batches import AnchorBatch, BatchSampler, make_batch
 from ht_export.training.checkpoints import FitState, load_checkpoint, save_checkpoint
-from ht_export.training.data import Sequence, fingerprint
+from ht_export.training.data import AnsweredPrompt, fingerprint
 from ht_export.training.drafts import Context, draft_hidden, run_context
 from ht_export.training.evaluate import evaluate, headline
 from ht_export.training.features import FeatureCache
@@ -116,13 +115,13 @@ class FitReport:
 
 def fit(
     base: BaseModel,
-    data: SequenceOf[Sequence],
+    data: Sequence[AnsweredPrompt],
     settings: FitSettings,
     checkpoint: Path,
     progress: Progress,
     *,
     start: TransferLayers | None = None,
-    held_out: SequenceOf[Sequence] = (),
+    held_out: Sequence[AnsweredPrompt] = (),
     evaluate_every: int = 100,
     checkpoint_every: int = 50,
     feature_cache: Path | None = None,
@@ -245,7 +244,7 @@ class _Trainer:
     def __init__(
         self,
         base: BaseModel,
-        data: SequenceOf[Sequence],
+        data: Sequence[AnsweredPrompt],
         settings: FitSettings,
         state: FitState,
         accelerator: Accelerator,
@@ -353,7 +352,7 @@ def _optimizer(transfer: TransferLayers, settings: FitSettings) -> torch.optim.O
     return torch.optim.AdamW(transfer.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
 
 
-def _run_identity(settings: FitSettings, base: BaseModel, data: SequenceOf[Sequence]) -> dict[str, Any]:
+def _run_identity(settings: FitSettings, base: BaseModel, data: Sequence[AnsweredPrompt]) -> dict[str, Any]:
     """Return what a resumed run must have in common with the run of its checkpoint."""
     run = {**asdict(settings), "base model": base.weights_sha256, "data": fingerprint(data)}
     # Where they decide nothing about a step they may differ: a run can be made longer.
@@ -370,7 +369,7 @@ def _stopping(state: FitState, settings: FitSettings, evaluate_every: int) -> bo
     return bool(settings.patience and state.best and measured_since_best >= settings.patience)
 
 
-def _weighted(kl: SequenceOf[float], settings: FitSettings) -> float:
+def _weighted(kl: Sequence[float], settings: FitSettings) -> float:
     return sum(weight * value for weight, value in zip(settings.objective.weights, kl, strict=True))
 
 

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from ht_export.model.checkpoint import BaseModel
 from ht_export.prompts import Conversation, encode_chat, read_conversations, without_duplicates
-from ht_export.training.data import DataFolder, Sequence
+from ht_export.training.data import AnsweredPrompt, DataFolder
 from runtime.errors import InputError
 from runtime.files import sha256_file
 
@@ -97,7 +97,7 @@ def generate_data(
     random.Random(settings.seed).shuffle(distinct)
     chosen = distinct[: settings.max_prompts]
     answers: list[list[str]] = [[] for _ in chosen]
-    written: list[Sequence] = []
+    written: list[AnsweredPrompt] = []
     too_long = 0
     for turn in range(min(settings.max_turns, max(len(conversation.turns) for conversation in chosen))):
         due = [i for i, c in enumerate(chosen) if len(c.turns) > turn and len(answers[i]) == turn]
@@ -129,7 +129,7 @@ def _answer_turn(
     turn: int,
     settings: DataSettings,
     progress: Progress,
-) -> Iterator[tuple[int, Sequence]]:
+) -> Iterator[tuple[int, AnsweredPrompt]]:
     """Yield (conversation, sequence) for each prompt (conversation, ids), from its shard if there is one."""
     ordered = sorted(prompts, key=lambda item: len(item[1]))
     batches = [ordered[i : i + settings.batch_size] for i in range(0, len(ordered), settings.batch_size)]
@@ -143,7 +143,7 @@ def _answer_turn(
             seed = int(np.random.SeedSequence([settings.seed, turn, number]).generate_state(1)[0])
             found = answer(base, [ids for _, ids in batch], settings, seed)
             sequences = [
-                Sequence(f"{conversations[i].id}/{turn + 1}", conversations[i].task, ids, tokens)
+                AnsweredPrompt(f"{conversations[i].id}/{turn + 1}", conversations[i].task, ids, tokens)
                 for (i, ids), tokens in zip(batch, found, strict=True)
             ]
             out.write_shard(turn, number, sequences)

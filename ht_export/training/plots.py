@@ -14,11 +14,11 @@ SIZE = (6.4, 4.0)
 
 
 def plot_acceptance(found: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw statistics of `evaluate`: acceptance by top n and rank, calibration, tokens per step; return the files."""
+    """Draw statistics of `evaluate`: acceptance by top n and rank, reliability, tokens per step; return the files."""
     return [
         _plot_top(found, folder / "acceptance.png"),
         _plot_ranks(found, folder / "ranks.png"),
-        _plot_calibration(found, folder / "calibration.png"),
+        _plot_reliability(found, folder / "calibration.png"),
         _plot_tokens(found, folder / "tokens_per_step.png"),
     ]
 
@@ -61,7 +61,7 @@ def _plot_ranks(found: dict[str, Any], path: Path) -> Path:
     return _save(figure, path)
 
 
-def _plot_calibration(found: dict[str, Any], path: Path) -> Path:
+def _plot_reliability(found: dict[str, Any], path: Path) -> Path:
     figure, axes = _axes("draft probability", "share right, given the steps before")
     axes.plot([0, 1], [0, 1], ":", color="grey")
     for k, table in enumerate(found["calibration"], start=1):

@@ -8,8 +8,7 @@ accuracies are those of short fits and rank placements, no more.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from rich.progress import Progress
 from ht_export.model.checkpoint import BaseModel
 from ht_export.model.transfer import TransferLayers
 from ht_export.training.cost import RowCosts, best_choice
-from ht_export.training.data import Sequence, fingerprint
+from ht_export.training.data import AnsweredPrompt, fingerprint
 from ht_export.training.evaluate import predict, statistics
 from ht_export.training.features import FeatureCache
 from ht_export.training.fit import FitSettings, fit
@@ -69,8 +68,8 @@ def default_placements(num_layers: int, num_steps: int) -> tuple[Placement, ...]
 
 def sweep(
     base: BaseModel,
-    data: SequenceOf[Sequence],
-    held_out: SequenceOf[Sequence],
+    data: Sequence[AnsweredPrompt],
+    held_out: Sequence[AnsweredPrompt],
     fit_settings: FitSettings,
     settings: SweepSettings,
     folder: Path,
@@ -154,7 +153,7 @@ def sweep(
     return sorted(rows, key=lambda row: (not row["finalist"], -row["speedup"]))
 
 
-def table(rows: SequenceOf[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows of a sweep as a Markdown table."""
     lines = [
         "| layers | trained | top-1 by step | top-8 | tree rows | pseudo rows | tokens per step | cost | speed-up |",
@@ -172,7 +171,7 @@ def table(rows: SequenceOf[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def recommendation(rows: SequenceOf[dict[str, Any]], row_cost: float) -> str:
+def recommendation(rows: Sequence[dict[str, Any]], row_cost: float) -> str:
     """Return one sentence with the best placement, its draft steps and row counts."""
     best = rows[0]
     used = sum(1 for count in best["sizes"]["pseudo_rows"] if count)

@@ -22,7 +22,7 @@ from plugins.compile import (  # noqa: E402
     spilled_bytes,
 )
 from plugins.launch import Buffers, Scores, Shapes, launches, workspace_size  # noqa: E402
-from plugins.schedule import BLOCK_M, MAX_SPLITS, schedule, workspace_bytes, workspace_limit  # noqa: E402
+from plugins.tiling import BLOCK_M, MAX_SPLITS, tile, workspace_bytes, workspace_limit  # noqa: E402
 
 HERE = Path(__file__).parent
 # Of a program, in bytes, by architecture: CUDA's programming guide, "maximum shared memory per thread block".
@@ -142,15 +142,15 @@ def test_no_smaller_call_needs_more_workspace_than_was_planned(
     limit = workspace_limit(batch, kv_heads, packed, 64)
     for _ in range(10):
         sizes = random.randint(1, batch), kv_heads, random.randint(1, packed)
-        splits = schedule(*sizes, random.randint(1, capacity), multiprocessors).splits
+        splits = tile(*sizes, random.randint(1, capacity), multiprocessors).splits
         assert workspace_bytes(*sizes, 64, splits) <= limit
 
 
-def test_a_schedule_fills_the_gpu_and_splits_only_what_is_worth_it() -> None:
-    few = schedule(1, 8, 4, 8192, 132)
+def test_a_tiling_fills_the_gpu_and_splits_only_what_is_worth_it() -> None:
+    few = tile(1, 8, 4, 8192, 132)
     assert (few.block_m, few.row_blocks) == (16, 1)
     assert few.splits * 8 >= 132
-    assert schedule(1, 8, 4, 255, 132).splits == 1
-    assert schedule(64, 8, 4, 8192, 132).splits == 1
-    assert schedule(1, 1, 4, 1 << 20, 132).splits == MAX_SPLITS
+    assert tile(1, 8, 4, 255, 132).splits == 1
+    assert tile(64, 8, 4, 8192, 132).splits == 1
+    assert tile(1, 1, 4, 1 << 20, 132).splits == MAX_SPLITS
     assert workspace_size(Shapes(64, 8, 8, 4, 8192, 64), 132) == 0

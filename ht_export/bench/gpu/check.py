@@ -1,11 +1,7 @@
-"""Check what needs an NVIDIA GPU: the tree-attention kernel, and the engines that you exported.
+"""`ht-bench gpu`: check what needs an NVIDIA GPU, the tree-attention kernel and engines that were exported.
 
-The kernel is compared with its definition over a grid of shapes and types, and timed against torch's attention with a
-mask and against the memory bandwidth of this GPU, measured in the same run. Torch and Triton are enough for that.
-
-Of each engine: is speculative text the same as plain text; how do its outputs compare with those of an fp32 engine on
-the CPU (--reference); how long does a pass take over rows and context, with CUDA graphs and without; how fast is
-decoding. An .onnx engine needs onnxruntime-gpu, a .plan the TensorRT that built it.
+It also runs as `python -m ht_export.bench.gpu` in a clone, with none of the exporter's libraries installed: nothing
+here may import these.
 """
 
 from __future__ import annotations
@@ -26,14 +22,25 @@ from ht_export.bench.gpu.parts import Sections, isolated
 from runtime.errors import InputError
 from runtime.files import check_writable, write_json
 
+DESCRIPTION = """
+Check what needs an NVIDIA GPU: the tree-attention kernel, and the engines that you exported.
+
+The kernel is compared with its definition over a grid of shapes and types, and timed against torch's attention with a
+mask and against the memory bandwidth of this GPU, measured in the same run. Torch and Triton are enough for that.
+
+Of each engine: is speculative text the same as plain text; how do its outputs compare with those of an fp32 engine on
+the CPU (--reference); how long does a pass take over rows and context, with CUDA graphs and without; how fast is
+decoding. An .onnx engine needs onnxruntime-gpu, a .plan the TensorRT that built it.
+"""
 EXAMPLES = """
 examples:
-  python scripts/gpu_check.py --json report.json
+  ht-bench gpu --json report.json
 
   ht-export smollm2-135m --out fp32/engine.onnx
   ht-export smollm2-135m --out fp16/engine.plan
-  python scripts/gpu_check.py --engine fp16/engine.plan --engine fp32/engine.onnx --reference fp32/engine.onnx
+  ht-bench gpu --engine fp16/engine.plan --engine fp32/engine.onnx --reference fp32/engine.onnx
 
+From a clone, where nothing but torch, Triton and cuda-bindings is installed: python -m ht_export.bench.gpu ...
 Exits with 1 when a check fails, an engine cannot run, or nothing could be checked at all.
 """
 NO_ENGINES = "none given; make one with: ht-export smollm2-135m --out engine.plan, then add: --engine engine.plan"
@@ -41,10 +48,36 @@ PACKAGES = ("torch", "triton", "cuda-bindings", "tensorrt", "tensorrt-rtx", "onn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `python -m ht_export.bench.gpu`; return the exit status."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(prog="ht-bench gpu")
+    add_options(parser)
+    options = parser.parse_args(given)
+    options.arguments = ["gpu", *given]
+    return check(options)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ht-bench gpu`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(work=check, interrupted="interrupted")
+    add = parser.add_argument
+    add("--engine", type=_engine, action="append", default=[], metavar="ENGINE", help=".plan or .onnx; may repeat")
+    add("--reference", type=Path, metavar="ENGINE", help="fp32 .onnx engine of the same model, to compare engines with")
+    add("--json", type=Path, metavar="FILE", help="write everything measured here, as it is found")
+    add("--no-kernel", dest="kernel", action="store_false", help="leave the kernel out")
+    add("--cases", type=_count, default=1000, metavar="N", help="cases of the kernel's grid (default: 1000)")
+    add("--prompts", type=_count, default=8, metavar="N", help="prompts that an engine answers (default: 8)")
+    add("--max-new-tokens", type=_count, default=64, metavar="N", help="of each answer (default: 64)")
+    add("--limit", type=_count, default=240, metavar="SECONDS", help="stop a part after so long (default: 240)")
+    add("--seed", type=int, default=0, help="of all that is random (default: 0)")
+
+
+def check(options: argparse.Namespace) -> int:
     """Run every part, write what they found after each section of it, print it; return the exit status."""
-    options = parse_arguments(arguments)
     started = time.monotonic()
-    report: dict[str, Any] = {"environment": environment(), "kernel": {}, "engines": []}
+    report: dict[str, Any] = {"environment": environment(options.arguments), "kernel": {}, "engines": []}
 
     def collect(sections: Sections, into: dict[str, Any]) -> None:
         for name, value in sections:
@@ -66,35 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings = (path, options.reference, options.prompts, options.max_new_tokens, options.seed)
             collect(isolated(engine_part, *settings, seconds=options.limit), report["engines"][-1])
     except InputError as error:
-        print(f"gpu_check: error: {error}", file=sys.stderr)
+        print(f"ht-bench gpu: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("gpu_check: interrupted; here is what was found before", file=sys.stderr)
+        print("ht-bench gpu: interrupted; here is what was found before", file=sys.stderr)
         print("\n".join(table(report)))
         return 130
     print("\n".join(table(report)))
     return 1 if report["faults"] or (is_skipped(report["kernel"]) and not report["engines"]) else 0
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the command line's options."""
-    parser = argparse.ArgumentParser(
-        prog="gpu_check.py",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--engine", type=_engine, action="append", default=[], metavar="ENGINE", help=".plan or .onnx; may repeat")
-    add("--reference", type=Path, metavar="ENGINE", help="fp32 .onnx engine of the same model, to compare engines with")
-    add("--json", type=Path, metavar="FILE", help="write everything measured here, as it is found")
-    add("--no-kernel", dest="kernel", action="store_false", help="leave the kernel out")
-    add("--cases", type=_count, default=1000, metavar="N", help="cases of the kernel's grid (default: 1000)")
-    add("--prompts", type=_count, default=8, metavar="N", help="prompts that an engine answers (default: 8)")
-    add("--max-new-tokens", type=_count, default=64, metavar="N", help="of each answer (default: 64)")
-    add("--limit", type=_count, default=240, metavar="SECONDS", help="stop a part after so long (default: 240)")
-    add("--seed", type=int, default=0, help="of all that is random (default: 0)")
-    return parser.parse_args(arguments)
 
 
 def _count(text: str) -> int:
@@ -110,11 +122,11 @@ def _engine(text: str) -> Path:
     return path
 
 
-def environment() -> dict[str, Any]:
-    """Return the device and the versions of everything that matters."""
+def environment(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the device and the versions of everything that matters; `arguments` are those of `ht-bench`."""
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(sys.argv),
+        "command": " ".join(["ht-bench", *arguments]),
         "python": platform.python_version(),
     }
     for package in PACKAGES:
@@ -248,7 +260,3 @@ def latency_table(timed: dict[str, dict[str, Any]]) -> Iterator[str]:
             yield f"| {name} | {context} | {' | '.join(cells)} |"
         if found["left_out"]:
             yield f"\n{found['left_out']} more sizes {name} were left out for want of time"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

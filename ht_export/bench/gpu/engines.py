@@ -1,4 +1,4 @@
-"""The engine part of `gpu_check.py`: is an engine's text right, are its outputs, how long do its passes take.
+"""The engine part of `ht-bench gpu`: is an engine's text right, are its outputs, how long do its passes take.
 
 Needs what runs the engine, and nothing else: no torch.
 """

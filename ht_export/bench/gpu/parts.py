@@ -1,4 +1,4 @@
-"""The parts of `gpu_check.py`: each runs in a process of its own, so that one that crashes or hangs leaves the others.
+"""The parts of `ht-bench gpu`: each runs in a process of its own, so that one that crashes or hangs leaves the others.
 
 A part is a generator of (section, value) pairs. A kernel that reads where it must not breaks CUDA for its whole
 process, a library may end the process, and the libraries of two engines need not get along.
@@ -71,7 +71,7 @@ def explain(error: Exception) -> str:
 
 def note(text: str) -> None:
     """Say on stderr what is going on."""
-    print(f"gpu_check: {text}", file=sys.stderr, flush=True)
+    print(f"ht-bench gpu: {text}", file=sys.stderr, flush=True)
 
 
 def finite(value: Any) -> float | None:

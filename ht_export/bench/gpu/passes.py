@@ -1,4 +1,4 @@
-"""Passes of random rows through an engine, for `gpu_engines.py`: their outputs, and how long they take."""
+"""Passes of random rows through an engine, for `ht-bench gpu`: their outputs, and how long they take."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ht_export.bench.cli import main
+from ht_export.bench.cli import SUBCOMMANDS, main
 from ht_export.bench.conditions import without_folders
 from runtime import GenerationResult, Generator
 
@@ -371,6 +371,30 @@ def test_the_runtime_alone_is_enough_without_transformers(command: list[str], tm
     assert "| **overall** |" in done.stdout
     assert "comparing with transformers needs torch and transformers; install" in run().stderr
     assert "--plots needs matplotlib; install" in run("--no-transformers", "--plots", str(tmp_path)).stderr
+
+
+def test_help_is_quick() -> None:
+    """No subcommand is imported for it, and nothing that takes long."""
+    code = (
+        "import sys\n"
+        "from ht_export.bench.cli import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'transformers', 'onnx', 'onnxruntime', 'rich'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.endswith("\n[]\n")
+    assert all(f"\n    {name} " in done.stdout for name in SUBCOMMANDS)
+
+
+@pytest.mark.parametrize("name", list(SUBCOMMANDS))
+def test_every_subcommand_says_what_it_does(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: ht-bench {name} ")
+    assert f"ht-bench {name} " in said.split("options:")[1]
 
 
 @pytest.mark.parametrize(

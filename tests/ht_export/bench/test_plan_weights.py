@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ht_export.bench import plan_weights
+from ht_export.bench import cli
 from ht_export.graph.widen import in_float32
 from ht_export.quantize.formats import STORED_IN_PLANS
 from ht_export.quantize.weights import quantise
@@ -20,7 +20,7 @@ from runtime.engines.onnxruntime import OnnxRuntimeEngine
 def test_it_computes_what_the_plans_graph_does(half_engine: Path, tmp_path: Path, precision: str) -> None:
     out = tmp_path / "out" / "weights.onnx"
     out.parent.mkdir()
-    assert plan_weights.main([str(half_engine), "--precision", precision, "--out", str(out)]) == 0
+    assert cli.main(["plan-weights", str(half_engine), "--precision", precision, "--out", str(out)]) == 0
     dims = read_engine_file(half_engine).dims
     quantise(half_engine, tmp_path / "plan.onnx", STORED_IN_PLANS[precision])
     engine = LoweredEngine(out.with_suffix(".cpu.onnx"), replace(dims, dtype="float32"))
@@ -38,7 +38,7 @@ def test_it_answers_and_says_what_it_is(half_engine: Path, tmp_path: Path) -> No
     prompts.write_text("".join(json.dumps({"prompt": f"Tell me about {n}."}) + "\n" for n in range(3)))
     out.parent.mkdir()
     given = [str(half_engine), "--precision", "int4", "--calibrate", str(prompts), "--out", str(out)]
-    assert plan_weights.main(given) == 0
+    assert cli.main(["plan-weights", *given]) == 0
     generator = Generator(out)
     assert (generator.about.precision, generator.about.dims.dtype) == ("int4 of plans", "float32")
     assert generator.about.parity["quantisation"] == {"method": "GPTQ", "texts": 3}
@@ -52,6 +52,6 @@ def test_it_answers_and_says_what_it_is(half_engine: Path, tmp_path: Path) -> No
 def test_engines_that_plans_are_not_built_from_are_refused(
     tiny_engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan_weights.main([str(tiny_engine), "--precision", "int8", "--out", str(tmp_path / "e.onnx")]) == 1
+    assert cli.main(["plan-weights", str(tiny_engine), "--precision", "int8", "--out", str(tmp_path / "e.onnx")]) == 1
     assert "is not an .onnx engine in float16; export one with --precision fp16" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

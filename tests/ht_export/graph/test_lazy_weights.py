@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from ht_export.graph.lazy_weights import hollow
+from ht_export.graph.lazy_weights import hollow, written_as
 from ht_export.graph.trace import build_graph
 from ht_export.model.float32 import computing_in_float32
 from ht_export.model.reference import HiddenTransferModel
@@ -35,16 +35,27 @@ def test_a_hollow_model_has_the_shapes_and_the_precision_and_no_memory() -> None
 
 
 def test_a_traced_model_is_freed_with_its_scope() -> None:
-    """The tracer keeps the last graph that it made."""
+    """The tracer and the rewriter keep the last graph that they made."""
 
-    def scope() -> dict[str, weakref.ref]:
+    def scope() -> dict[int, str]:
         model = HiddenTransferModel(tiny_llama(), random_transfer((3, 1, 3), correction_rank=4)).eval()
-        graph = build_graph(model, torch.float16)
-        kept = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
-        return kept | {"model": weakref.ref(model), "graph": weakref.ref(graph)}
+        build_graph(model, torch.float16)
+        return {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
 
-    references = collected(scope())
-    assert [name for name, reference in references.items() if reference() is not None] == []
+    names = collected(scope())
+    kept = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and o.device.type == "cpu"]
+    assert {names[tensor.data_ptr()] for tensor in kept if tensor.data_ptr() in names and tensor.numel() > 1} == set()
+
+
+def test_a_graph_does_not_outlive_its_model_unwritten() -> None:
+    model = HiddenTransferModel(tiny_llama(), random_transfer((1,))).eval()
+    with hollow(model, torch.float32) as real:
+        tensor = written_as(real["base.lm_head.weight"], torch.float16, "head")
+    assert tensor.numpy().dtype == np.float16
+    del model, real
+    collected(None)
+    with pytest.raises(AssertionError, match="the model of head is gone"):
+        tensor.numpy()
 
 
 @pytest.mark.parametrize("name", ["llama, tied head", "gemma2", "stablelm, parallel, normed heads"])

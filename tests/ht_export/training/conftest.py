@@ -7,7 +7,7 @@ import pytest
 from rich.progress import Progress
 
 from ht_export.model.checkpoint import BaseModel, load_base_model
-from ht_export.training.data import Sequence, read_data
+from ht_export.training.data import AnsweredPrompt, read_data
 from ht_export.training.generate import DataSettings, generate_data
 
 SETTINGS = DataSettings(max_new_tokens=24, batch_size=4)
@@ -45,5 +45,5 @@ def held_out_folder(tmp_path_factory: pytest.TempPathFactory, base: BaseModel) -
 
 
 @pytest.fixture(scope="session")
-def sequences(base: BaseModel, data_folder: Path) -> list[Sequence]:
+def sequences(base: BaseModel, data_folder: Path) -> list[AnsweredPrompt]:
     return read_data(data_folder, base, 4)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.prompts import Conversation, encode_chat, read_conversations, without_duplicates
 from ht_export.training import generate
-from ht_export.training.data import Sequence, fingerprint, read_data
+from ht_export.training.data import AnsweredPrompt, fingerprint, read_data
 from ht_export.training.generate import DataSettings, answer, generate_data
 from runtime.errors import InputError
 from tests.conftest import save_checkpoint, tiny_llama
@@ -226,7 +226,7 @@ def test_answers_too_short_to_learn_from(base: BaseModel, data_folder: Path) -> 
 
 
 def test_the_fingerprint_tells_texts_apart() -> None:
-    one = Sequence("0", "", [1, 2], [3])
+    one = AnsweredPrompt("0", "", [1, 2], [3])
     assert fingerprint([one]) == fingerprint([replace(one, id="x")])
-    assert fingerprint([one]) != fingerprint([Sequence("0", "", [1], [2, 3])])
+    assert fingerprint([one]) != fingerprint([AnsweredPrompt("0", "", [1], [2, 3])])
     assert fingerprint([one]) != fingerprint([one, one])

@@ -9,7 +9,7 @@ from ht_export.model.correction import correction_tables
 from ht_export.model.reference import HiddenTransferModel
 from ht_export.model.transfer import TransferLayers
 from ht_export.training.cost import RowCosts, best_choice
-from ht_export.training.data import Sequence
+from ht_export.training.data import AnsweredPrompt
 from ht_export.training.evaluate import evaluate, predict, statistics
 from ht_export.training.simulate import TextDrafts, advances, tokens_per_step
 from ht_export.verify.passes import ReferenceEngine
@@ -22,7 +22,7 @@ from tests.conftest import random_transfer
 from tests.runtime.known_engine import steps
 
 
-def test_acceptance_counts_the_greedy_token_of_every_position(base: BaseModel, sequences: list[Sequence]) -> None:
+def test_acceptance_counts_the_greedy_token_of_every_position(base: BaseModel, sequences: list[AnsweredPrompt]) -> None:
     # W = identity at the last layer repeats the base model's own prediction: its top-1 at step 1 is the share of
     # positions whose token equals the one after it.
     repeats = [
@@ -39,7 +39,7 @@ def test_acceptance_counts_the_greedy_token_of_every_position(base: BaseModel, s
 )
 @pytest.mark.parametrize("rank", [0, 4])
 def test_simulated_steps_are_those_of_the_loop(
-    base: BaseModel, sequences: list[Sequence], sizes: TreeSizes, rank: int
+    base: BaseModel, sequences: list[AnsweredPrompt], sizes: TreeSizes, rank: int
 ) -> None:
     transfer = random_transfer((3, 1, 3), correction_rank=rank)
     correction = correction_tables(base.model, transfer.correction) if transfer.correction else None
@@ -84,7 +84,7 @@ def test_more_rows_never_bring_fewer_tokens_from_the_same_position(seed: int, ro
     assert 1 <= fewer <= more <= 4
 
 
-def test_the_statistics_are_conditional_on_the_steps_before(base: BaseModel, sequences: list[Sequence]) -> None:
+def test_the_statistics_are_conditional_on_the_steps_before(base: BaseModel, sequences: list[AnsweredPrompt]) -> None:
     texts = list(predict(base, random_transfer((2, 3), correction_rank=4), sequences))
     found = statistics(texts, TreeSizes(4, (4, 2)))
     hits = np.concatenate([text.hits for text in texts])[:, :, :16]

@@ -19,7 +19,7 @@ from ht_export.model.checkpoint import BaseModel
 from ht_export.model.transfer import TransferLayers, load_transfer_layers
 from ht_export.training import fit as fit_module
 from ht_export.training.batches import make_batch
-from ht_export.training.data import Sequence
+from ht_export.training.data import AnsweredPrompt
 from ht_export.training.drafts import run_context
 from ht_export.training.features import FeatureCache
 from ht_export.training.fit import FitSettings, anchor_losses, fit
@@ -41,14 +41,14 @@ SETTINGS = FitSettings(
 
 
 def run(
-    base: BaseModel, data: list[Sequence], checkpoint: Path, settings: FitSettings = SETTINGS, **options: Any
+    base: BaseModel, data: list[AnsweredPrompt], checkpoint: Path, settings: FitSettings = SETTINGS, **options: Any
 ) -> TransferLayers:
     options.setdefault("report", lambda _: None)
     transfer, _ = fit(base, data, settings, checkpoint, QUIET, **options)
     return transfer
 
 
-def losses_of(base: BaseModel, transfer: TransferLayers, sequences: list[Sequence]) -> torch.Tensor:
+def losses_of(base: BaseModel, transfer: TransferLayers, sequences: list[AnsweredPrompt]) -> torch.Tensor:
     batch = make_batch(sequences, transfer.num_steps, None, None)
     context = run_context(base.model, transfer.layers, batch.input_ids)
     return anchor_losses(base, transfer, batch, context, replace(SETTINGS, layers=transfer.layers).objective)
@@ -59,12 +59,14 @@ def assert_equal(one: TransferLayers, other: TransferLayers) -> None:
         torch.testing.assert_close(other.state_dict()[name], tensor, rtol=0, atol=0)
 
 
-def test_fitting_lowers_the_loss(base: BaseModel, sequences: list[Sequence], tmp_path: Path) -> None:
+def test_fitting_lowers_the_loss(base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path) -> None:
     untrained = losses_of(base, TransferLayers((2, 3), 32), sequences)
     assert (losses_of(base, run(base, sequences, tmp_path / "c"), sequences) < 0.7 * untrained).all()
 
 
-def test_the_regression_is_the_best_affine_map_to_the_later_state(base: BaseModel, sequences: list[Sequence]) -> None:
+def test_the_regression_is_the_best_affine_map_to_the_later_state(
+    base: BaseModel, sequences: list[AnsweredPrompt]
+) -> None:
     transfer = TransferLayers((2, 3), 32)
     regression = RidgeRegression(transfer)
     contexts = []
@@ -89,21 +91,21 @@ def test_the_regression_is_the_best_affine_map_to_the_later_state(base: BaseMode
         assert error(k, 0.0) < min(error(k, 1e-2), error(k, -1e-2))
 
 
-def test_the_regression_beats_the_identity(base: BaseModel, sequences: list[Sequence], tmp_path: Path) -> None:
+def test_the_regression_beats_the_identity(base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path) -> None:
     one_step = replace(SETTINGS, init="ridge", steps=1, learning_rate=1e-9)
     regressed = losses_of(base, run(base, sequences, tmp_path / "c", one_step), sequences)
     assert (regressed < losses_of(base, TransferLayers((2, 3), 32), sequences)).all()
 
 
 def test_the_regression_says_when_the_data_is_too_small(base: BaseModel, tmp_path: Path) -> None:
-    few = [Sequence("0", "", [5, 6, 7], [8, 9, 10, 11, 12])]
+    few = [AnsweredPrompt("0", "", [5, 6, 7], [8, 9, 10, 11, 12])]
     with pytest.raises(InputError, match=r"has 2 positions for the initial regression of 33 unknowns"):
         run(base, few, tmp_path / "c", replace(SETTINGS, init="ridge"))
 
 
 @pytest.mark.parametrize("patience", [0, 5])
 def test_a_fit_that_was_interrupted_ends_with_the_same_weights(
-    base: BaseModel, sequences: list[Sequence], tmp_path: Path, patience: int
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path, patience: int
 ) -> None:
     settings = replace(SETTINGS, patience=patience)
     measured = {"held_out": sequences[:2], "evaluate_every": 10}
@@ -148,7 +150,9 @@ def test_a_fit_killed_twice_with_sigkill_ends_with_the_same_weights(
     assert_equal(load_transfer_layers(tmp_path / "whole.safetensors")[0], load_transfer_layers(killed)[0])
 
 
-def test_accumulated_batches_are_one_large_batch(base: BaseModel, sequences: list[Sequence], tmp_path: Path) -> None:
+def test_accumulated_batches_are_one_large_batch(
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path
+) -> None:
     # All texts, every anchor: only the split into batches differs.
     equal = [replace(s, prompt=s.prompt[:4], answer=s.answer[:12]) for s in sequences[:8]]
     together = run(base, equal, tmp_path / "1", replace(SETTINGS, steps=1, sequences=8, anchors=99))
@@ -177,7 +181,7 @@ def test_two_processes_share_a_step_and_reach_the_same_weights(
 
 
 def test_a_feature_cache_changes_nothing_and_is_made_once(
-    base: BaseModel, sequences: list[Sequence], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = replace(SETTINGS, steps=4)
     without = run(base, sequences, tmp_path / "without", short)
@@ -204,7 +208,7 @@ def test_a_feature_cache_changes_nothing_and_is_made_once(
 
 
 def test_a_feature_cache_larger_than_the_disk_is_not_begun(
-    base: BaseModel, sequences: list[Sequence], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
@@ -214,12 +218,12 @@ def test_a_feature_cache_larger_than_the_disk_is_not_begun(
 
 
 def test_a_fit_stops_when_held_out_text_gains_nothing_and_keeps_the_best_weights(
-    base: BaseModel, sequences: list[Sequence], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([3.0, 2.0, 2.5, 2.4, 2.3, 0.0])
     seen: list[dict[str, torch.Tensor]] = []
 
-    def evaluate(_: BaseModel, transfer: TransferLayers, __: list[Sequence]) -> dict[str, Any]:
+    def evaluate(_: BaseModel, transfer: TransferLayers, __: list[AnsweredPrompt]) -> dict[str, Any]:
         seen.append({name: tensor.clone() for name, tensor in transfer.state_dict().items()})
         return {"kl": [next(losses), 0.0], "top": {str(n): [0.0, 0.0] for n in (1, 2, 4, 8)}}
 
@@ -235,14 +239,16 @@ def test_a_fit_stops_when_held_out_text_gains_nothing_and_keeps_the_best_weights
         run(base, sequences, tmp_path / "d", settings)
 
 
-def test_step_weights_decide_what_is_learned(base: BaseModel, sequences: list[Sequence], tmp_path: Path) -> None:
+def test_step_weights_decide_what_is_learned(base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path) -> None:
     only_first = run(base, sequences, tmp_path / "c", replace(SETTINGS, steps=3, step_weights=(1.0, 0.0)))
     untrained = TransferLayers((2, 3), 32)
     torch.testing.assert_close(only_first.linears[1].weight, untrained.linears[1].weight)
     assert not torch.equal(only_first.linears[0].weight, untrained.linears[0].weight)
 
 
-def test_a_checkpoint_of_another_run_is_refused(base: BaseModel, sequences: list[Sequence], tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused(
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path
+) -> None:
     short = replace(SETTINGS, steps=2)
     run(base, sequences, tmp_path / "c", short)
     for other, name in (
@@ -261,7 +267,7 @@ def test_a_checkpoint_of_another_run_is_refused(base: BaseModel, sequences: list
 
 @pytest.mark.parametrize("change", ["no metadata", "no optimizer", "wrong shape", "null loss"])
 def test_a_damaged_checkpoint_is_refused(
-    base: BaseModel, sequences: list[Sequence], tmp_path: Path, change: str
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path, change: str
 ) -> None:
     checkpoint = tmp_path / "c"
     short = replace(SETTINGS, steps=2)
@@ -281,7 +287,7 @@ def test_a_damaged_checkpoint_is_refused(
 
 
 def test_a_loss_that_is_not_finite_stops_the_fit_before_a_checkpoint(
-    base: BaseModel, sequences: list[Sequence], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fit_module, "anchor_losses", lambda *_: torch.tensor([1.0, torch.nan]))
     with pytest.raises(InputError, match=r"the loss is not finite at step 1 \(1\.000/nan\); lower --learning-rate"):
@@ -289,13 +295,15 @@ def test_a_loss_that_is_not_finite_stops_the_fit_before_a_checkpoint(
     assert not (tmp_path / "c").exists()
 
 
-def test_processes_that_cannot_share_a_step_evenly(base: BaseModel, sequences: list[Sequence], tmp_path: Path) -> None:
+def test_processes_that_cannot_share_a_step_evenly(
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="2 processes cannot share 1 batches of a step evenly"):
         run(base, sequences, tmp_path / "c", accelerator=SimpleNamespace(num_processes=2))
 
 
 def test_a_run_at_a_constant_rate_can_be_made_longer(
-    base: BaseModel, sequences: list[Sequence], tmp_path: Path
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path
 ) -> None:
     constant = replace(SETTINGS, schedule="constant")
     run(base, sequences, tmp_path / "c", replace(constant, steps=10))
@@ -304,7 +312,7 @@ def test_a_run_at_a_constant_rate_can_be_made_longer(
 
 
 def test_too_little_memory_is_said_beforehand(
-    base: BaseModel, sequences: list[Sequence], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ht_export.training.memory.free_memory", lambda _: 1 << 20)
     with pytest.raises(InputError, match=r"needs about \d+ MiB more memory .* and 1 MiB are free on cpu; lower"):
@@ -316,7 +324,7 @@ def test_too_little_memory_is_said_beforehand(
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(
-    base: BaseModel, sequences: list[Sequence], tmp_path: Path
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "c"
     constant = replace(SETTINGS, schedule="constant")

@@ -7,7 +7,7 @@ import pytest
 from ht_export.model.checkpoint import BaseModel
 from ht_export.training import cli
 from ht_export.training import sweep as sweep_module
-from ht_export.training.data import Sequence
+from ht_export.training.data import AnsweredPrompt
 from ht_export.training.fit import FitSettings, fit
 from ht_export.training.sweep import SweepSettings, default_placements, recommendation, sweep, table
 from runtime.errors import InputError
@@ -19,11 +19,11 @@ FIT = FitSettings(layers=(1,), sequences=2, anchors=4, learning_rate=0.02)
 
 
 def test_each_rung_trains_the_better_half_for_twice_as_long(
-    base: BaseModel, sequences: list[Sequence], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fits: list[tuple[tuple[int, ...], int]] = []
 
-    def counted(model: BaseModel, data: list[Sequence], settings: FitSettings, *rest: Any, **options: Any) -> Any:
+    def counted(model: BaseModel, data: list[AnsweredPrompt], settings: FitSettings, *rest: Any, **options: Any) -> Any:
         fits.append((settings.layers, settings.steps))
         return fit(model, data, settings, *rest, **options)
 
@@ -40,7 +40,7 @@ def test_each_rung_trains_the_better_half_for_twice_as_long(
     assert not fits
 
 
-def test_a_sweep_goes_on_where_it_was_killed(base: BaseModel, sequences: list[Sequence], tmp_path: Path) -> None:
+def test_a_sweep_goes_on_where_it_was_killed(base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path) -> None:
     whole = sweep(base, sequences, sequences[:3], FIT, SETTINGS, tmp_path / "whole", QUIET, report=lambda _: None)
 
     def dies(text: str) -> None:

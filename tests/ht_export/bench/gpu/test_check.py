@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ht_export.bench.gpu import check as gpu_check
-from ht_export.bench.gpu import kernel as gpu_kernel
+from ht_export.bench import cli
+from ht_export.bench.gpu import cases, check, passes, timing
 from ht_export.bench.gpu import parts as gpu_parts
-from ht_export.bench.gpu import passes as gpu_passes
+from ht_export.bench.gpu.kernel import check_kernel
 from plugins.launch import Scores
 from runtime.bundle.engine_file import engine_file_path, read_engine_file
 from runtime.engines.buffers import DeviceResult
@@ -35,14 +35,14 @@ onnx_on_gpu = test_onnxruntime_cuda.engine
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run parts in this process, where the simulated GPU is, and repeat little."""
-    monkeypatch.setattr(gpu_check, "isolated", lambda part, *given, seconds: gpu_parts.guarded(part, *given))
-    monkeypatch.setattr(gpu_passes, "REPEATS", 2)
-    monkeypatch.setattr(gpu_passes, "WARMUP", 2)
+    monkeypatch.setattr(check, "isolated", lambda part, *given, seconds: gpu_parts.guarded(part, *given))
+    monkeypatch.setattr(passes, "REPEATS", 2)
+    monkeypatch.setattr(passes, "WARMUP", 2)
 
 
-def check(tmp_path: Path, *arguments: Any) -> tuple[int, dict[str, Any]]:
-    """Run the script; return its exit status and report."""
-    status = gpu_check.main([*map(str, arguments), "--json", str(tmp_path / "report.json")])
+def report_of(tmp_path: Path, *arguments: Any) -> tuple[int, dict[str, Any]]:
+    """Run the command; return its exit status and report."""
+    status = cli.main(["gpu", *map(str, arguments), "--json", str(tmp_path / "report.json")])
     return status, json.loads((tmp_path / "report.json").read_text())
 
 
@@ -50,7 +50,7 @@ def test_a_plan_is_checked_without_torch(
     plan: Path, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    status, report = check(tmp_path, "--engine", plan, "--reference", tiny_engine, *SETTINGS)
+    status, report = report_of(tmp_path, "--engine", plan, "--reference", tiny_engine, *SETTINGS)
     (engine,) = report["engines"]
     assert (status, report["faults"]) == (0, [])
     assert engine["about"]["runs_on"] == "tensorrt-rtx 1.7.1.116, native attention"
@@ -73,7 +73,7 @@ def test_a_plan_is_checked_without_torch(
 
 
 def test_an_onnx_engine_is_checked(onnx_on_gpu: Path, tmp_path: Path) -> None:
-    status, report = check(tmp_path, "--no-kernel", "--engine", onnx_on_gpu, "--reference", onnx_on_gpu, *SETTINGS)
+    status, report = report_of(tmp_path, "--no-kernel", "--engine", onnx_on_gpu, "--reference", onnx_on_gpu, *SETTINGS)
     (engine,) = report["engines"]
     assert (status, report["faults"]) == (0, [])
     assert engine["decoding"]["same_text"] == 2
@@ -93,7 +93,7 @@ def test_a_wrong_engine_is_found(
         return found
 
     monkeypatch.setattr(TensorRTEngine, "run", wrong)
-    status, report = check(tmp_path, "--no-kernel", "--engine", plan, "--reference", tiny_engine, *SETTINGS)
+    status, report = report_of(tmp_path, "--no-kernel", "--engine", plan, "--reference", tiny_engine, *SETTINGS)
     assert status == 1
     for section in ("decoding", "shapes", "reference"):
         assert report["engines"][0][section]["faults"], section
@@ -105,7 +105,7 @@ def test_a_wrong_engine_is_found(
 def test_what_fails_leaves_the_rest(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     absent = tmp_path / "absent.onnx"
     arguments = ("--no-kernel", "--engine", absent, "--engine", plan, "--reference", absent, *SETTINGS)
-    status, report = check(tmp_path, *arguments)
+    status, report = report_of(tmp_path, *arguments)
     assert status == 1
     first, second = report["engines"]
     assert "no engine at" in first["error"]
@@ -120,7 +120,7 @@ def test_a_reference_of_another_model(plan: Path, tiny_engine: Path, tmp_path: P
     other = shutil.copytree(tiny_engine.parent, tmp_path / "other") / tiny_engine.name
     replace(read_engine_file(other), transfer={"sha256": "of others"}).write(engine_file_path(other))
     for reference, message in ((other, "must have the same model and transfer layers, in fp32"), (plan, "GPU only")):
-        status, report = check(tmp_path, "--no-kernel", "--engine", plan, "--reference", reference, *SETTINGS)
+        status, report = report_of(tmp_path, "--no-kernel", "--engine", plan, "--reference", reference, *SETTINGS)
         assert status == 1
         assert message in report["engines"][0]["reference"]["error"]
 
@@ -144,21 +144,55 @@ def test_no_gpu(tiny_engine: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+# All that comes with the exporter or an engine, and even with the runtime.
+ABSENT = (
+    *("transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "gguf", "accelerate", "psutil", "rich"),
+    *("tokenizers", "jinja2", "onnxruntime", "ml_dtypes", "matplotlib"),
+)
+BLOCKER = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {ABSENT}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+@pytest.mark.parametrize("command", ["ht_export.bench.gpu", "ht_export.bench.cli gpu"])
+def test_a_machine_with_torch_alone_checks_the_kernel(tmp_path: Path, command: str) -> None:
+    # Its processes begin with this file, those of the parts too.
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    folders = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split(), "--cases", "1"],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": folders},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "kernel: not checked: t" in done.stdout
+    assert "No module named" not in done.stdout
+
+
 def test_nothing_to_check(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    status, _ = check(tmp_path, "--no-kernel")
+    status, _ = report_of(tmp_path, "--no-kernel")
     assert status == 1
     assert "engines: none given; make one with: ht-export smollm2-135m --out engine.plan" in capsys.readouterr().out
 
 
 def test_a_report_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert gpu_check.main(["--no-kernel", "--json", str(tmp_path)]) == 1
+    assert check.main(["--no-kernel", "--json", str(tmp_path)]) == 1
     assert "is a folder; give the name of a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--engine", "engine.bin"], ["--cases", "0"], ["--limit", "-1"]])
 def test_arguments_that_cannot_be(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        gpu_check.main(arguments)
+        check.main(arguments)
     assert arguments[1] in capsys.readouterr().err
 
 
@@ -212,7 +246,7 @@ REPORT = {
 
 
 def test_a_stored_report_is_printed() -> None:
-    lines = list(gpu_check.table(REPORT))
+    lines = list(check.table(REPORT))
     for line in (
         "NVIDIA H100, 580, 81559 MiB",
         "kernel: 9 cases, 1 wrong; largest relative error: float16 4.0e-04",
@@ -235,11 +269,11 @@ torch = pytest.importorskip("torch")
 @pytest.fixture
 def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"head_dim": (16,), "heads": ((1, 1), (4, 2)), "rows": (1, 5), "capacity": (0, 1, 333)}
-    monkeypatch.setattr(gpu_kernel, "GRID", {**gpu_kernel.GRID, **small})
+    monkeypatch.setattr(cases, "GRID", {**cases.GRID, **small})
 
 
 def rounded(inputs: dict[str, Any], scores: Scores) -> Any:
-    return gpu_kernel.reference(inputs, scores).to(inputs["query"].dtype)
+    return cases.reference(inputs, scores).to(inputs["query"].dtype)
 
 
 def one_row_short(inputs: dict[str, Any], scores: Scores) -> Any:
@@ -264,7 +298,7 @@ def forgets_the_cap(inputs: dict[str, Any], scores: Scores) -> Any:
 
 @pytest.mark.usefixtures("small_grid")
 def test_a_right_kernel_passes() -> None:
-    found = gpu_kernel.check_kernel(rounded, 48, 0, device="cpu")
+    found = check_kernel(rounded, 48, 0, device="cpu")
     assert found["cases"] == 48
     assert found["faults"] == []
     assert 0 < found["worst_error"]["float16"] < found["worst_error"]["bfloat16"] < 8e-3
@@ -273,29 +307,29 @@ def test_a_right_kernel_passes() -> None:
 @pytest.mark.usefixtures("small_grid")
 @pytest.mark.parametrize("kernel", [one_row_short, reads_too_far, refuses, forgets_the_window, forgets_the_cap])
 def test_a_wrong_kernel_fails(kernel: Callable) -> None:
-    found = gpu_kernel.check_kernel(kernel, 48, 0, device="cpu")
+    found = check_kernel(kernel, 48, 0, device="cpu")
     assert len(found["failures"]) > 8
     assert "are wrong, the first" in found["faults"][0]
     json.dumps(found, allow_nan=False)
 
 
 def test_a_draw_of_cases_leaves_nothing_out() -> None:
-    drawn = gpu_kernel.cases(1000, 0)
+    drawn = cases.cases(1000, 0)
     assert len(set(drawn)) == 1000
-    for name, values in gpu_kernel.GRID.items():
-        for other, others in gpu_kernel.GRID.items():
+    for name, values in cases.GRID.items():
+        for other, others in cases.GRID.items():
             pairs = {(getattr(case, name), getattr(case, other)) for case in drawn}
             assert len(pairs) == (len(values) * len(others) if name != other else len(values))
-    assert gpu_kernel.cases(10**6, 0) != gpu_kernel.cases(10**6, 1)
+    assert cases.cases(10**6, 0) != cases.cases(10**6, 1)
 
 
 @pytest.mark.parametrize("heads", [(1, 2), (3, 2)])
 def test_torch_is_timed_at_the_same_work(heads: tuple[int, int]) -> None:
     generator = torch.Generator("cpu").manual_seed(0)
-    inputs = gpu_kernel.make_inputs(gpu_kernel.Case("float16", 16, heads, 5, 37, 2), generator)
+    inputs = cases.make_inputs(cases.Case("float16", 16, heads, 5, 37, 2), generator)
     inputs["cache_length"].fill_(37)
     inputs = {name: x.float().nan_to_num(1.0) if x.is_floating_point() else x for name, x in inputs.items()}
-    expected = gpu_kernel.reference(inputs, Scores(0.25))
-    for way, work in gpu_kernel.torch_ways(inputs, 0.25).items():
+    expected = cases.reference(inputs, Scores(0.25))
+    for way, work in timing.torch_ways(inputs, 0.25).items():
         found = work().reshape(expected.shape).double()
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=lambda text, way=way: f"{way}: {text}")

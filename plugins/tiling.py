@@ -9,16 +9,16 @@ BLOCK_N = 64
 MAX_SPLITS = 32
 # Programs that a multiprocessor is given before the cache is not split any further.
 PROGRAMS_PER_MULTIPROCESSOR = 2
-# The most that any GPU is scheduled for: a plan is built for no GPU in particular, and plans its workspace by this.
+# The most that are used of any GPU: a plan is built for no GPU in particular, and plans its workspace by this.
 MOST_MULTIPROCESSORS = 192
 # Columns of the cache below which a split is not worth its combination.
 LEAST_COLUMNS = 256
-# Of the workspace's parts, in floats.
+# The workspace's parts are aligned to so many floats.
 ALIGNMENT = 4
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Tiling:
     """`block_m` packed rows a program, the cache in `splits` parts."""
 
     block_m: int
@@ -26,14 +26,14 @@ class Schedule:
     splits: int
 
 
-def schedule(batch: int, kv_heads: int, packed_rows: int, capacity: int, multiprocessors: int) -> Schedule:
+def tile(batch: int, kv_heads: int, packed_rows: int, capacity: int, multiprocessors: int) -> Tiling:
     """Return how to run G * R = `packed_rows` rows of each key/value head over a cache of S = `capacity` rows."""
     multiprocessors = min(multiprocessors, MOST_MULTIPROCESSORS)
     block_m = next((size for size in BLOCK_M if packed_rows <= size), BLOCK_M[-1])
     row_blocks = _ceil(packed_rows, block_m)
     wanted = _ceil(multiprocessors * PROGRAMS_PER_MULTIPROCESSOR, batch * kv_heads * row_blocks)
     splits = max(1, min(wanted, MAX_SPLITS, capacity // LEAST_COLUMNS))
-    return Schedule(block_m, row_blocks, splits)
+    return Tiling(block_m, row_blocks, splits)
 
 
 def statistics_count(batch: int, kv_heads: int, packed_rows: int, splits: int) -> int:
