@@ -4,17 +4,26 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.config
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ht_export.export import ExportSettings, export
 from ht_export.model.checkpoint import load_base_model
 from ht_export.model.transfer import TransferFile, TransferLayers, save_transfer_layers
+from tests.families import tiny_model
 
 TINY = {
     "hidden_size": 32,
@@ -38,8 +47,24 @@ CHAT_TEMPLATE = (
 )
 
 
+# What takes longest comes first, so that at the end no process works alone; SmolLM2's tests share an engine.
+FIRST = ("test_smollm2.py", "test_smollm2_plan.py", "plan/test_families.py", "test_walkthrough.py", "test_packages.py")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-families", action="store_true", help="build plans of every tiny model, not of a few")
+    parser.addoption("--long", action="store_true", help="run the tests that are marked long, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine or this run is not for, with a reason that the summary names, and order the rest."""
+    skip_long = pytest.mark.skip(reason="takes long: run it with --long")
+    skip_gpu = pytest.mark.skip(reason="no NVIDIA GPU here")
+    for item in items:
+        if item.get_closest_marker("long") and not config.getoption("--long"):
+            item.add_marker(skip_long)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(skip_gpu)
+    items.sort(key=lambda item: next((i for i, name in enumerate(FIRST) if item.path.as_posix().endswith(name)), 99))
 
 
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
@@ -78,40 +103,104 @@ def random_transfer(
     if transfer.correction is not None:
         for parameter in transfer.correction.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
-    for linear in transfer.maps:
+    for linear in transfer.linears:
         linear.weight += 0.2 * torch.randn(linear.weight.shape, generator=generator)
         linear.bias += 0.2 * torch.randn(linear.bias.shape, generator=generator)
     return transfer
 
 
+def shared(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
+    """Return the folder `name`, which `build` fills once a run: the first process that asks builds it, others wait.
+
+    Processes only read it: what is changed, or writes beside itself, is copied with `own_copy`.
+    """
+    run = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Workers have folders of their own in that of the run.
+        run = run.parent
+    (run / "shared").mkdir(exist_ok=True)
+    folder = run / "shared" / name
+    with FileLock(folder.with_name(f"{name}.lock")):
+        if not folder.is_dir():
+            # Under another name until it is whole: a build that fails leaves none.
+            staging = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=folder.parent))
+            build(staging)
+            staging.rename(folder)
+    return folder
+
+
+def own_copy(factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """Return a copy of a shared folder for this process alone."""
+    return Path(shutil.copytree(folder, factory.mktemp(folder.name), dirs_exist_ok=True))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_tracing() -> Iterator[None]:
+    """Let the tracer be quicker with tiny models; their graphs are the same to the byte."""
+    with pytest.MonkeyPatch.context() as patch:
+        # What it keeps of one layer for the next is worth less than it costs when there are few.
+        patch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", False)
+        # Its table of operators is the same for every graph.
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random Llama."""
-    return save_checkpoint(tmp_path_factory.mktemp("tiny"), tiny_llama())
+    return shared(tmp_path_factory, "tiny", lambda folder: save_checkpoint(folder, tiny_llama()))
 
 
 @pytest.fixture(scope="session")
 def tiny_transfer(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
     """A transfer-layers file for the tiny Llama: three steps, two joining at one layer, out of order."""
-    path = tmp_path_factory.mktemp("transfer") / "tiny.safetensors"
-    base = load_base_model(str(tiny_checkpoint))
-    save_transfer_layers(path, random_transfer((3, 1, 3), correction_rank=4), TransferFile(base.identity()))
-    return path
+
+    def build(folder: Path) -> None:
+        about = TransferFile(load_base_model(str(tiny_checkpoint)).identity())
+        save_transfer_layers(folder / "tiny.safetensors", random_transfer((3, 1, 3), correction_rank=4), about)
+
+    return shared(tmp_path_factory, "tiny-transfer", build) / "tiny.safetensors"
 
 
 @pytest.fixture(scope="session")
 def tiny_engine(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_transfer: Path) -> Path:
     """The tiny Llama as an engine."""
-    out = tmp_path_factory.mktemp("engine") / "engine.onnx"
-    settings = ExportSettings(tree_rows=6, pseudo_rows=(6, 4, 2), chunk=16)
-    export(str(tiny_checkpoint), tiny_transfer, out, settings, lambda _: nullcontext(lambda _: None))
-    return out
+    return export_tiny(tmp_path_factory, tiny_checkpoint, tiny_transfer, "fp32")
 
 
 @pytest.fixture(scope="session")
 def half_engine(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_transfer: Path) -> Path:
     """The tiny Llama as an engine in half precision."""
-    out = tmp_path_factory.mktemp("half") / "engine.onnx"
-    settings = ExportSettings(tree_rows=6, pseudo_rows=(6, 4, 2), chunk=16, precision="fp16")
-    export(str(tiny_checkpoint), tiny_transfer, out, settings, lambda _: nullcontext(lambda _: None))
-    return out
+    return export_tiny(tmp_path_factory, tiny_checkpoint, tiny_transfer, "fp16")
+
+
+@pytest.fixture(scope="session")
+def family_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns a folder with the tiny model of that name in `model`, `transfer.safetensors`, and `engine.onnx` of both.
+
+    The transfer layers have three steps, two joining after the first of two layers and one before it.
+    """
+
+    def engine(name: str) -> Path:
+        def build(folder: Path) -> None:
+            base = tiny_model(name)
+            identity = load_base_model(str(save_checkpoint(folder / "model", base))).identity()
+            transfer = random_transfer((1, 0, 1), base.config.hidden_size)
+            save_transfer_layers(folder / "transfer.safetensors", transfer, TransferFile(identity))
+            settings = ExportSettings(tree_rows=6, pseudo_rows=(6, 4, 2), chunk=16)
+            places = (str(folder / "model"), folder / "transfer.safetensors", folder / "engine.onnx")
+            export(*places, settings, lambda _: nullcontext(lambda _: None))
+
+        return own_copy(tmp_path_factory, shared(tmp_path_factory, re.sub(r"\W+", "-", name), build))
+
+    return engine
+
+
+def export_tiny(factory: pytest.TempPathFactory, checkpoint: Path, transfer: Path, precision: str) -> Path:
+    """Export the tiny Llama, once a run; return a copy of this process, beside which it may leave what it measures."""
+    settings = ExportSettings(tree_rows=6, pseudo_rows=(6, 4, 2), chunk=16, precision=precision)
+
+    def build(folder: Path) -> None:
+        export(str(checkpoint), transfer, folder / "engine.onnx", settings, lambda _: nullcontext(lambda _: None))
+
+    return own_copy(factory, shared(factory, f"engine-{precision}", build)) / "engine.onnx"

@@ -37,20 +37,22 @@ def test_importing_the_runtime_loads_no_engine_library_and_no_model_library(modu
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.network
 def test_an_environment_without_torch_and_transformers_generates(tiny_engine: Path, tmp_path: Path) -> None:
     """Install the project as a user of the runtime does, and decode with it."""
     environment = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     programs = environment / ("Scripts" if sys.platform == "win32" else "bin")
-    pip = [programs / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, f"{ROOT}[cpu]"], check=True)
+    pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([programs / "python", *pip, f"{ROOT}[cpu]"], check=True)
     absent = "import importlib.util as u; print([n for n in ('torch', 'transformers', 'onnx') if u.find_spec(n)])"
     found = subprocess.run(
         [programs / "python", "-c", absent], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert found.stdout.strip() == "[]"
-    command = [programs / "ht-generate", tiny_engine, "Hello", "--json", "--max-new-tokens", "9"]
+    arguments = [str(tiny_engine), "Hello", "--json", "--max-new-tokens", "9"]
+    command = [programs / "ht-generate", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    here = [sys.executable, "-m", "runtime.cli", *map(str, command[1:])]
+    here = [sys.executable, "-m", "runtime.cli", *arguments]
     expected = subprocess.run(here, capture_output=True, text=True, check=True, cwd=ROOT)
     assert json.loads(done.stdout)["tokens"] == json.loads(expected.stdout)["tokens"]

@@ -18,7 +18,7 @@ from ht_export.model.shipped import PRETRAINED
 from ht_export.model.transfer import load_transfer_layers
 from ht_export.quantize.formats import STORED
 from ht_export.quantize.weights import quantise
-from runtime import Generator
+from runtime import GenerationResult, Generator
 from runtime.bundle.engine_file import read_engine_file
 from runtime.drafting.best_first import best_first_tree, likely_ends
 from runtime.drafting.drafts import DraftStep, IndependentDrafts
@@ -82,14 +82,22 @@ def generator(engine: Path) -> Generator:
     return Generator(engine, threads=2)
 
 
+@pytest.fixture(scope="module")
+def answers(generator: Generator) -> dict[str, GenerationResult]:
+    """The speculative answer to each prompt."""
+    return {prompt: generator.generate(prompt, max_new_tokens=64) for prompt in PROMPTS}
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_text_is_that_of_transformers(generator: Generator, base: BaseModel, prompt: str) -> None:
+def test_greedy_text_is_that_of_transformers(
+    generator: Generator, answers: dict[str, GenerationResult], base: BaseModel, prompt: str
+) -> None:
     ids = base.tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
     output = base.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64)
     expected = output[0, ids.shape[1] :].tolist()
-    speculative = generator.generate(prompt, max_new_tokens=64)
+    speculative = answers[prompt]
     plain = generator.generate(prompt, max_new_tokens=64, speculate=False)
     for found in (speculative.tokens, plain.tokens):
         if found != expected:
@@ -100,8 +108,8 @@ def test_greedy_text_is_that_of_transformers(generator: Generator, base: BaseMod
     assert speculative.text == base.tokenizer.decode(speculative.tokens, skip_special_tokens=True)
 
 
-def test_the_shipped_transfer_layers_bring_tokens(generator: Generator) -> None:
-    results = [generator.generate(prompt, max_new_tokens=64) for prompt in PROMPTS]
+def test_the_shipped_transfer_layers_bring_tokens(answers: dict[str, GenerationResult]) -> None:
+    results = answers.values()
     assert sum(len(r.tokens) for r in results) / sum(r.steps for r in results) > 1.7
 
 

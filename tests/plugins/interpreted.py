@@ -1,6 +1,7 @@
 """The kernel under Triton's interpreter, against its definition. Run by `test_kernel`, which sets TRITON_INTERPRET."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,9 +109,10 @@ def test_the_kernel_computes_its_definition(
             if kind is POINTER and value >= base:
                 tensors[value] = workspace[(value - base) // 4 :]
         run(launch, shapes, tensors, upcast=dtype != torch.float32)
-    arrays = [tensor.float().numpy() for tensor in list(inputs.values())[:5]]
+    arrays: list[Any] = [tensor.float().numpy() for tensor in list(inputs.values())[:5]]
     first = inputs["first_visible"].numpy() if windowed else None
-    expected = tree_attention(*arrays, lengths.numpy(), inputs["tree_mask"].numpy(), scores.scale, first, softcap)
+    arrays += [lengths.numpy(), inputs["tree_mask"].numpy(), scores.scale, first, softcap]
+    expected = tree_attention(*arrays)
     np.testing.assert_allclose(output.float().numpy(), expected, atol=TOLERANCE[dtype])
 
 

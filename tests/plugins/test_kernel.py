@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton")
 
 from plugins import compile as compile_module  # noqa: E402
-from plugins.binaries import COMBINE, Form, Kernel, KernelBinaries, Variant  # noqa: E402
+from plugins.binaries import ARCHITECTURES, COMBINE, Form, Kernel, KernelBinaries, Variant  # noqa: E402
 from plugins.compile import (  # noqa: E402
-    ARCHITECTURES,
     Tuning,
     compile_attention,
     compile_combine,
@@ -80,7 +79,7 @@ def test_a_tuning_that_spills_is_passed_over(tmp_path: Path, monkeypatch: pytest
 def test_the_launcher_passes_the_parameters_that_a_kernel_takes(form: Form) -> None:
     sizes = {"c_void_p": 8, "c_int": 4, "c_float": 4}
     shapes = Shapes(1, 4, 2, 4, 4096, 64)
-    buffers = Buffers(*range(8), first_visible=8 if form.windowed else 0)
+    buffers = Buffers(*range(8), 8 if form.windowed else 0)
     found = launches(shapes, buffers, 1 << 20, Scores(0.5, 30.0 if form.capped else 0.0), 108)
     assert [launch.variant for launch in found] == [Variant(16, True, form), COMBINE]
     kernels = (compile_attention("float16", 64, 80, 16, True, form), compile_combine("float16", 64, 80))
@@ -101,7 +100,7 @@ def parameters(kernel: Kernel) -> list[int]:
 
 def test_kernels_come_back_from_their_bytes() -> None:
     forms = (Form(), Form(windowed=True))
-    binaries = compile_kernels("float16", 64, (80, 89), forms=forms)
+    binaries = compile_kernels("float16", 64, (80, 90), forms=forms)
     assert KernelBinaries.from_bytes(binaries.to_bytes()) == binaries
     attention = {Variant(m, split, form) for m in BLOCK_M for split in (False, True) for form in forms}
     assert set(binaries.kernels[80]) == attention | {COMBINE}

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -31,7 +33,7 @@ def test_the_pytorch_attention_is_the_numpy_definition(
     def random(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)
 
-    inputs = (
+    inputs: list[np.ndarray] = [
         random(2, group * kv_heads, rows, 4),
         random(2, kv_heads, rows, 4),
         random(2, kv_heads, rows, 4),
@@ -39,11 +41,9 @@ def test_the_pytorch_attention_is_the_numpy_definition(
         random(2, kv_heads, capacity, 4),
         rng.integers(0, capacity + 1, 2),
         mask,
-    )
+    ]
     first = rng.integers(-2, capacity + 2, (2, rows)) if windowed else None
-    found = torch_tree_attention(
-        *(torch.from_numpy(array) for array in inputs),
-        None if first is None else torch.from_numpy(first),
-        LayerAttention(0.7, softcap=softcap),
-    )
-    np.testing.assert_allclose(found.numpy(), tree_attention(*inputs, 0.7, first, softcap or 0.0), atol=1e-5)
+    window = None if first is None else torch.from_numpy(first)
+    tensors: list[Any] = [*map(torch.from_numpy, inputs), window, LayerAttention(0.7, softcap=softcap)]
+    definition: list[Any] = [*inputs, 0.7, first, softcap or 0.0]
+    np.testing.assert_allclose(torch_tree_attention(*tensors).numpy(), tree_attention(*definition), atol=1e-5)

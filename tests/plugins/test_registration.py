@@ -17,7 +17,7 @@ def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of libraries as the wheel has it: with a version in the name, and no other name."""
     shutil.copy(_ctypes.__file__, tmp_path / f"{LIBRARY}.1")
     found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(tensorrt_plugin.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
     monkeypatch.setattr(tensorrt_plugin, "LIBRARY", LIBRARY)
     return tmp_path
 

@@ -1,10 +1,11 @@
 """Plans of families with windows, soft caps, other norms and other rotary embeddings, built without a GPU.
 
-With --all-families of every tiny model there is, which takes a quarter of an hour.
+With --long of every tiny model there is, which takes a quarter of an hour.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import onnx
 import pytest
 
 from ht_export.export import UNTRAINED, ExportSettings, export
-from ht_export.graph.trace import build_graph, graph_dims
+from ht_export.graph.trace import graph_dims
 from ht_export.model.reference import HiddenTransferModel
 from ht_export.tensorrt.graph import attention_forms, write_for_tensorrt
 from ht_export.verify.passes import ReferenceEngine, check, record
@@ -42,8 +43,8 @@ FORMS = {
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "name" in metafunc.fixturenames and "attention" in metafunc.fixturenames:
-        names = MODELS if metafunc.config.getoption("--all-families") else CHOSEN
-        metafunc.parametrize("name", names)
+        rare = [pytest.param(name, marks=pytest.mark.long) for name in MODELS if name not in CHOSEN]
+        metafunc.parametrize("name", [*CHOSEN, *rare])
 
 
 def wide(name: str) -> dict[str, Any]:
@@ -81,14 +82,12 @@ def forms_in(plan: bytes) -> set[Form]:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_the_graph_for_native_attention_computes_the_same(name: str, tmp_path: Path) -> None:
+def test_the_graph_for_native_attention_computes_the_same(name: str, family_engine: Callable[[str], Path]) -> None:
     base = tiny_model(name)
-    model = HiddenTransferModel(base, random_transfer((1, 0), base.config.hidden_size)).eval()
+    model = HiddenTransferModel(base, random_transfer((1, 0, 1), base.config.hidden_size)).eval()
     dims = graph_dims(base.config, model.transfer)
-    path, written = tmp_path / "engine.onnx", tmp_path / "tensorrt.onnx"
-    import onnx_ir as ir
-
-    ir.save(build_graph(model), path, external_data="engine.onnx.data")
+    path = family_engine(name) / "engine.onnx"
+    written = path.with_name("tensorrt.onnx")
     assert attention_forms(path) == FORMS[name]
     assert write_for_tensorrt(path, written, dims, plugin=False, decomposable=False) == 0
     functions = {function.name for function in onnx.load(written, load_external_data=False).functions}

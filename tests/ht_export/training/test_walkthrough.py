@@ -1,5 +1,6 @@
 """The walkthrough of docs/training.md, command by command, with a tiny model and small numbers."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -37,7 +38,9 @@ def in_small(words: list[str], checkpoint: Path) -> list[str]:
     return small
 
 
-def test_every_command_of_the_walkthrough_works(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_every_command_of_the_walkthrough_works(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     modules = {
         "ht-train": ["-m", "ht_export.training.cli"],
         "ht-export": ["-m", "ht_export.cli"],
@@ -45,14 +48,20 @@ def test_every_command_of_the_walkthrough_works(tiny_checkpoint: Path, tmp_path:
         "python": [],
     }
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    monkeypatch.chdir(tmp_path)
     ran = []
     for command in commands():
         program, *words = shlex.split(command)
         if program == "pip":
             continue
+        words = in_small(words, tiny_checkpoint)
+        if program == "ht-train" and program in ran:
+            # Its first command had a process of its own; the others go where torch is loaded already.
+            assert importlib.import_module(modules[program][1]).main(words) == 0, command
+            continue
         ran.append(program)
         done = subprocess.run(
-            [sys.executable, *modules[program], *in_small(words, tiny_checkpoint)],
+            [sys.executable, *modules[program], *words],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -60,5 +69,9 @@ def test_every_command_of_the_walkthrough_works(tiny_checkpoint: Path, tmp_path:
         )
         if done.returncode:
             pytest.fail(f"{command}\n{done.stderr}")
+        if program == "python":
+            # Eight prompts are enough to see that each command works.
+            for name in ("prompts.jsonl", "held-out.jsonl"):
+                (tmp_path / name).write_text("".join((tmp_path / name).read_text().splitlines(keepends=True)[:8]))
     assert {"ht-train", "ht-export", "ht-generate"} <= set(ran)
     assert "tokens per step" in done.stderr

@@ -10,8 +10,8 @@ import pytest
 
 from runtime import Generator, InputError, TreeSizes
 from runtime.bundle.engine_file import read_engine_file
-from runtime.engines import device_cache, onnxruntime_cuda
 from runtime.engines.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaEngine
+from runtime.engines.protocol import device_cache, onnxruntime_cuda
 
 pytest.importorskip("cuda.bindings")
 
