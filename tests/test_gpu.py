@@ -7,10 +7,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from ht_export.plan.planner import PlanSettings
 
+from ht_export.bench.gpu import check as gpu_check
 from ht_export.export import UNTRAINED, ExportSettings, export
-from scripts import gpu_check
+from ht_export.tensorrt.planner import PlanSettings
 from tests.conftest import save_checkpoint, tiny_llama
 
 pytestmark = pytest.mark.gpu

@@ -2,6 +2,7 @@ import io
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,7 +116,7 @@ def test_sampling_options_are_passed_on(tiny_engine: Path, capsys: pytest.Captur
 def test_each_sampling_option_sets_its_field(line: str, field: str, value: object) -> None:
     settings = sampling_of(build_parser().parse_args(["engine.onnx", "Hello", *line.split()]))
     assert getattr(settings, field) == value
-    ignored = {field: value}
+    ignored: dict[str, Any] = {field: value}
     if "--temperature" in line:
         ignored["temperature"] = settings.temperature
     assert settings == Sampling(**ignored)

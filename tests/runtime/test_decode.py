@@ -13,6 +13,7 @@ from runtime.drafting.correction import TokenCorrection
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import FixedSizes
+from runtime.drafting.source import DraftSource
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.rows import Outputs, Phase, Rows, lay_out
 from runtime.tree import Tree, TreeSizes
@@ -50,7 +51,8 @@ def known_engine(right: list[bool], max_batch: int = 1, dims: GraphDims = DIMS) 
 
 def random_correction(seed: int) -> TokenCorrection:
     rng = np.random.default_rng(seed)
-    return TokenCorrection(*rng.standard_normal((2, VOCAB, 2)), rng.standard_normal((3, 2)))
+    candidates, contexts = rng.standard_normal((2, VOCAB, 2))
+    return TokenCorrection(candidates, contexts, rng.standard_normal((3, 2)))
 
 
 def fixed(tree_rows: int, *pseudo_rows: int) -> Drafter:
@@ -82,7 +84,7 @@ def test_any_tree_and_any_drafts_give_the_tokens_of_plain_decoding(
     correction: TokenCorrection | None,
     ngrams: bool,
 ) -> None:
-    sources = [TransferDrafts(correction), *([Ngrams()] if ngrams else [])]
+    sources: list[DraftSource] = [TransferDrafts(correction), *([Ngrams()] if ngrams else [])]
     drafter = Drafter(FixedSizes(TreeSizes(tree_rows, pseudo_rows)), sources)
     found = islice(steps(known_engine(right), prompt, drafter, chunk), 15)
     tokens = [token for certain in found for token in certain]

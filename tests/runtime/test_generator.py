@@ -1,7 +1,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -309,8 +309,8 @@ def test_the_result_is_json_with_the_documented_names(generator: Generator) -> N
         ({"tree": TreeSizes(4, (0, 4, 4))}, "with none after a 0"),
         ({"tree": TreeSizes(4, (9, 1, 1))}, "each of pseudo_rows must be at most 4, not 9"),
         ({"tree": TreeSizes(4, (-1, 1, 1))}, "each of pseudo_rows must be at least 0, not -1"),
-        ({"tree": TreeSizes(4, (1.5, 1, 1))}, r"each of pseudo_rows must be a whole number, not 1\.5"),
-        ({"tree": TreeSizes(4, 4)}, r"tree must be a runtime\.TreeSizes"),
+        ({"tree": TreeSizes(4, cast(Any, (1.5, 1, 1)))}, r"each of pseudo_rows must be a whole number, not 1\.5"),
+        ({"tree": TreeSizes(4, cast(Any, 4))}, r"tree must be a runtime\.TreeSizes"),
         ({"tree": (4, (4, 2, 2))}, r"tree must be a runtime\.TreeSizes"),
         ({"tree": TreeSizes(10**7, (4, 2, 2))}, "tree_rows must be at most 1024, not 10000000"),
         (

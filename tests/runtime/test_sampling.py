@@ -18,14 +18,15 @@ def test_the_defaults_are_greedy_decoding_without_options() -> None:
 
 
 def test_every_number_may_be_numpys() -> None:
-    settings = Sampling(
-        temperature=np.float32(0.5),
-        top_k=np.int64(3),
-        banned_tokens=np.array([1, 2]),
-        logit_bias={np.int64(4): np.float32(2)},
-        forced_tokens={np.int32(0): np.int64(7)},
-        seed=np.uint64(2**64 - 1),
-    )
+    numbers: dict[str, Any] = {
+        "temperature": np.float32(0.5),
+        "top_k": np.int64(3),
+        "banned_tokens": np.array([1, 2]),
+        "logit_bias": {np.int64(4): np.float32(2)},
+        "forced_tokens": {np.int32(0): np.int64(7)},
+        "seed": np.uint64(2**64 - 1),
+    }
+    settings = Sampling(**numbers)
     expected = Sampling(
         temperature=0.5, top_k=3, banned_tokens=(1, 2), logit_bias={4: 2.0}, forced_tokens={0: 7}, seed=2**64 - 1
     )
@@ -154,7 +155,7 @@ def test_a_seed_may_come_with_greedy_decoding_which_is_reproducible_anyway() -> 
 
 
 @pytest.mark.parametrize("copy", [dataclasses.replace, dataclasses.asdict])
-def test_settings_can_be_copied_with_the_dataclass_tools(copy: Callable[[Sampling], object]) -> None:
+def test_settings_can_be_copied_with_the_dataclass_tools(copy: Callable[[Sampling], Any]) -> None:
     settings = Sampling(temperature=0.5, logit_bias={1: 2.0}, banned_tokens=[3])
     copied = copy(settings)
     assert (copied if isinstance(copied, Sampling) else Sampling(**copied)) == settings

@@ -161,8 +161,8 @@ class Foretold:
 def test_a_source_added_later_touches_nothing_else(
     prompt: list[int], right: list[bool], rows: int, foretold: int
 ) -> None:
-    known = [*prompt, *plain(prompt, foretold), 99 % VOCAB, 0, 1]
-    sources = [TransferDrafts(), Ngrams(), Foretold(known)]
+    known = [*prompt, *plain(prompt, foretold), 0, 0, 1]
+    sources: list[DraftSource] = [TransferDrafts(), Ngrams(), Foretold(known)]
     drafter = Drafter(FixedSizes(TreeSizes(rows, (rows, rows, rows))), sources)
     tokens = [token for certain in islice(steps(known_engine(right), prompt, drafter), 12) for token in certain]
     assert tokens == plain(prompt, len(tokens))

@@ -22,7 +22,7 @@ def bins(draw: st.DrawFn) -> list[dict[str, float]]:
     return [{"predicted": one, "observed": draw(shares), "count": 9} for one in predicted]
 
 
-def statistics(*steps: list[dict[str, float]]) -> dict[str, Any]:
+def statistics(*steps: list[dict[str, Any]]) -> dict[str, Any]:
     return {"calibration": [{"error": 0.01, "bins": step} for step in steps]}
 
 

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from runtime import EngineFileError, Generator
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import FORMAT_VERSION, FileRecord, read_engine_file
+from runtime.engines import onnxruntime_cpu as module
 from runtime.engines.host_cache import KeyValueCache
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.engines.onnxruntime_cpu import InPlaceCache, OnnxRuntimeCpuEngine, new_rows
 from runtime.engines.protocol import Engine
-from runtime.engines.protocol import onnxruntime_cpu as module
 from runtime.rows import Rows, lay_out
 from runtime.tree import Tree, TreeSizes, chain
 from tests.passes import run_one

@@ -10,8 +10,9 @@ import pytest
 
 from runtime import Generator, InputError, TreeSizes
 from runtime.bundle.engine_file import read_engine_file
+from runtime.engines import device_cache, onnxruntime_cuda
+from runtime.engines.onnxruntime import open_session
 from runtime.engines.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaEngine
-from runtime.engines.protocol import device_cache, onnxruntime_cuda
 
 pytest.importorskip("cuda.bindings")
 
@@ -28,7 +29,7 @@ def engine(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(device_cache, "SMALLEST_CAPACITY", 16)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [PROVIDER, "CPUExecutionProvider"])
     monkeypatch.setattr(OnnxRuntimeCudaEngine, "device", "cpu")
-    opened = onnxruntime_cuda.open_session
+    opened = open_session
 
     class Session:
         """Runs when the stream does."""

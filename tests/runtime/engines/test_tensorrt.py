@@ -16,7 +16,7 @@ from ht_export.tensorrt.limits import profiles
 from plugins.binaries import COMMIT, Kernel, KernelBinaries
 from runtime import EngineFileError, Generator, InputError, TreeSizes
 from runtime.bundle.engine_file import EngineFile, FileRecord, Limits, PlanFile, engine_file_path, read_engine_file
-from runtime.engines.protocol import device_cache, tensorrt
+from runtime.engines import device_cache, tensorrt
 from runtime.engines.tensorrt import TensorRTEngine
 from runtime.rows import lay_out
 from runtime.tree import chain

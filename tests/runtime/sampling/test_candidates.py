@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,8 +120,11 @@ def test_top_p_ends_with_the_token_that_reaches_it_and_keeps_the_larger_of_equal
 
 def test_a_tiny_top_p_keeps_one_token_and_one_of_almost_1_keeps_all_that_have_weight() -> None:
     logits = np.array([1.0, 3.0, -np.inf, 2.0], dtype=np.float32)
-    assert candidates(logits, 3.0, top_p=1e-300)[0].tolist() == [1]
+    tokens, _ = candidates(logits, 3.0, top_p=1e-300)
+    assert tokens is not None
+    assert tokens.tolist() == [1]
     tokens, weights = candidates(logits, 3.0, top_p=1 - 2**-53)
+    assert tokens is not None
     assert tokens[weights > 0].tolist() == [0, 1, 3]
 
 
@@ -161,7 +165,7 @@ def test_the_largest_are_found_with_their_equals(logits: np.ndarray, count: int)
 def test_logits_stay_as_they_are_and_may_be_read_only() -> None:
     logits = np.linspace(-3, 3, 200, dtype=np.float32)
     logits.setflags(write=False)
-    options = {"top_k": 20, "top_p": 0.7, "min_p": 0.1}
+    options: dict[str, Any] = {"top_k": 20, "top_p": 0.7, "min_p": 0.1}
     for count in range(4):
         for names in combinations(options, count):
             candidates(logits, 3.0, **{name: options[name] for name in names}, out=np.empty_like(logits))

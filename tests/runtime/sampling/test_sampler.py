@@ -25,7 +25,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from runtime import InputError, Sampling
+from runtime import InputError, LogitsProcessor, Sampling
 from runtime.bindings import GraphDims
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.ngrams import Ngrams
@@ -42,7 +42,7 @@ from tests.statistics import largest_chi_square
 VOCAB = 12
 STOPS = (2, 5)
 PLAIN = TreeSizes.plain(2)
-NO_FILTERS = {"top_k": None, "top_p": None, "min_p": None}
+NO_FILTERS: dict[str, Any] = {"top_k": None, "top_p": None, "min_p": None}
 
 
 class PenalisesAnswer:
@@ -250,7 +250,7 @@ def test_with_the_same_seed_speculation_gives_the_tokens_of_plain_decoding_with_
     found = []
     for tree in (sizes, PLAIN):
         spy = Spy()
-        processors = [EveryThird(), spy] if hook else [spy]
+        processors: list[LogitsProcessor] = [EveryThird(), spy] if hook else [spy]
         # A forced token after itself would be ruled out by the hook.
         chosen = {**history, **drawing, "forced_tokens": {} if hook else forced}
         sampling = Sampling(**chosen, processors=processors, seed=seed, logprobs=logprobs)
@@ -296,10 +296,10 @@ def test_tokens_come_as_often_as_the_distribution_of_transformers_says(
         for place in range(3):
             counts.setdefault(tuple(text[:place]), np.zeros(VOCAB))[text[place]] += 1
     statistic, degrees = 0.0, 0
-    for text, seen in counts.items():
+    for continuation, seen in counts.items():
         if seen.sum() < 100:
             continue
-        tokens = [*prompt, *text]
+        tokens = [*prompt, *continuation]
         scores = torch.from_numpy(processed(reference, tokens, engine.logits(tuple(tokens))))
         probabilities = scores.double().softmax(0).numpy()
         assert seen[probabilities == 0].sum() == 0
