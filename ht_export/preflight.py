@@ -1,4 +1,4 @@
-"""What an export needs of the disk and the memory, checked before the work."""
+"""Disk space and memory that an export needs, checked before the work."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from ht_export.quantize.formats import Storage
 from runtime.errors import InputError
 
-# Of the disk, in weights and besides them.
+# Disk space needed, as a multiple of the weights and besides them.
 SPACE_FACTOR = 1.05
 SPACE_CONSTANT = 64 << 20
-# Of the memory, besides the loaded model: for each value of the largest matrix, which is converted as a whole, and for
+# Memory needed besides the loaded model, per value of the largest matrix, which is converted as a whole, and for
 # everything else.
 MEMORY_PER_VALUE = 12
 MEMORY_CONSTANT = 1 << 30
-# Of quantised weights, which ONNX Runtime arranges anew when it runs the engine.
+# Memory needed per byte of quantised weights, which ONNX Runtime arranges anew when it runs the engine.
 ARRANGED = 1.3
 
 
@@ -33,7 +33,7 @@ class WeightBytes:
 
     @property
     def engine(self) -> int:
-        """Of the engine that is made of the graph."""
+        """Bytes of the weights of the engine that is made of the graph."""
         return self.quantised or self.graph
 
 
@@ -53,7 +53,7 @@ def weight_bytes(
     embedding = model.get_input_embeddings().weight
     quantised = sum(parameter.numel() for parameter in parameters if parameter is not embedding)
     if model.get_output_embeddings().weight is embedding:
-        # Of which then both exist.
+        # A tied head gets weights of its own, which are quantised.
         quantised += embedding.numel()
     return WeightBytes(graph, embedding.numel() * dtype.itemsize + int(quantised * storage.bits / 8))
 

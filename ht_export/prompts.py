@@ -26,7 +26,7 @@ class Conversation:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What makes two conversations duplicates: their words, whatever the case and the space between them."""
+        """The words of each turn, whatever their case and the space between them: duplicates have the same ones."""
         return tuple(" ".join(turn.split()).casefold() for turn in self.turns)
 
 

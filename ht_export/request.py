@@ -1,4 +1,4 @@
-"""What an export is asked for, checked before any work."""
+"""The request for an export, checked before any work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CALIBRATION_TOKENS = 256
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What an export may choose: the engine's default row counts, the prompt tokens of a pass, its precision ("fp32",
+    """Options of an export: the engine's default row counts, the prompt tokens of a pass, its precision ("fp32",
     "fp16", "bf16", "int8" or "int4", or for plans "fp8"), the tokens of prompt and answer together, and a file of
     prompts to calibrate quantisation on.
 
@@ -70,7 +70,7 @@ class ExportSettings:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for, checked before any work: `dtype` is the precision that the graph is traced and checked in,
+    """All that is asked for, checked before any work: `dtype` is the precision that the graph is traced and checked in,
     `storage` how its weights are stored if they are quantised, `prompts` the texts to calibrate that on.
     """
 

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-# What there are kernels for.
+# Types, head sizes and GPU architectures (SM) that there are kernels for.
 PLUGIN_DTYPES = ("float16", "bfloat16")
 HEAD_DIMS = range(16, 257, 8)
 ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120, 121)
@@ -23,7 +23,7 @@ _HEADER = struct.Struct("<4sII")
 
 @dataclass(frozen=True)
 class Form:
-    """What a layer's attention is besides softmax: with a window, with a soft cap."""
+    """A form of attention: with a window or without, with a soft cap or without."""
 
     windowed: bool = False
     capped: bool = False

@@ -62,7 +62,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Scores:
-    """What becomes of the products of queries and keys: the factor `scale`, and a soft cap where it is not 0."""
+    """Scores from products of queries and keys: the factor `scale`, and a soft cap where it is not 0."""
 
     scale: float
     softcap: float = 0.0

@@ -48,7 +48,7 @@ def register(trt: Any, kernels: bytes | None = None) -> list[Any]:
     return creators
 
 
-# What kept a plugin from running: the library reports that it failed, and not why.
+# Reasons that plugins failed to run for: the library reports that one failed, and not why.
 failures: list[str] = []
 # The registry holds no reference of its own.
 _kept: dict[str, list[Any]] = {}
@@ -63,7 +63,7 @@ def _make_findable(trt: Any) -> None:
     if trt.__name__ != "tensorrt_rtx":
         return
     with contextlib.suppress(OSError):
-        # Of another installation, or on LD_LIBRARY_PATH.
+        # It is found in another installation, or on LD_LIBRARY_PATH.
         ctypes.CDLL(LIBRARY, mode=ctypes.RTLD_GLOBAL)
         return
     found = importlib.util.find_spec("tensorrt_rtx_libs")

@@ -43,7 +43,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one prompt with one seed."""
+    """The measurements of one prompt with one seed."""
 
     id: str
     task: str

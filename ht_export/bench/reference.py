@@ -16,7 +16,7 @@ from ht_export.model.checkpoint import BaseModel, load_base_model
 from runtime.errors import InputError
 from runtime.generator import Generator
 
-# What the documentation of transformers uses.
+# The value that the documentation of transformers uses.
 PROMPT_LOOKUP_TOKENS = 10
 
 

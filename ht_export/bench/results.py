@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 
 
 class Results:
-    """What was measured so far, and the file of it, if there is one.
+    """The measurements so far, and their file, if there is one.
 
     A file of an earlier run of the same `jobs` under the same `conditions` is continued. Raises `InputError` when it is
     of something else.

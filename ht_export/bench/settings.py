@@ -1,4 +1,4 @@
-"""What `ht-bench run` is asked for, checked before anything is loaded."""
+"""Settings of `ht-bench run`, checked before anything is loaded."""
 
 from __future__ import annotations
 

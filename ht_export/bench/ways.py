@@ -42,7 +42,7 @@ class Answer:
     accepted: tuple[int, ...] = ()
 
 
-# What engines must have in common so that they have the same answer to a prompt.
+# Properties that engines must share to have the same answer to a prompt.
 ALIKE = ("base model", "tokenizer", "chat template", "stop tokens", "context limit")
 
 # How near plain decoding was to the other answer where they part: gap(job, plain tokens, own tokens, position).
@@ -165,7 +165,7 @@ def plain_gap(generator: Generator, job: Job, other: Sequence[int], position: in
     """
     if position >= len(other):
         return math.inf
-    # Of each token chosen, with the options that act before sampling done.
+    # The logits of each token chosen, after the options that act before sampling.
     seen: list[NDArray[np.float32]] = []
 
     def remember(tokens: Sequence[int], logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from ht_export.graph.domains import CONTRIB, DOMAIN
 from runtime.bindings import CACHE_LENGTH, GraphDims
 
-# What `GroupQueryAttention` wants head sizes to be a multiple of.
+# Head sizes that `GroupQueryAttention` takes are multiples of this.
 HEAD_SIZES = 8
 
 
@@ -36,7 +36,7 @@ def lower_for_cpu(model: ir.Model, dims: GraphDims) -> None:
 
 
 class _Visible:
-    """What `GroupQueryAttention` is told about the rows that share a tree mask: lengths, and what each row sees."""
+    """Inputs of `GroupQueryAttention` for the rows that share a tree mask: lengths, and what each row sees."""
 
     def __init__(self, lengths: ir.Value, longest: ir.Value, bias: ir.Value) -> None:
         self.lengths = lengths

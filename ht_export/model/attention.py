@@ -33,7 +33,7 @@ class LayerAttention:
 
 
 class AttentionRows(ABC):
-    """What one forward's rows see, layer by layer."""
+    """The rows of one forward, and what they see, layer by layer."""
 
     @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: LayerAttention) -> Tensor:

@@ -24,7 +24,7 @@ PositionEmbeddings = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Family:
-    """What a family does before its first layer and after its last one, as names of fields of its configuration."""
+    """A family's work before its first layer and after its last one, as names of fields of its configuration."""
 
     title: str
     # A factor of the embeddings, where the embedding itself does not apply it.
@@ -170,7 +170,7 @@ def fix_frequencies(model: PreTrainedModel, context: int) -> None:
             frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](config, None, seq_len=context, **options)
             prefix = "" if layer_type is None else f"{layer_type}_"
             getattr(rotary, f"{prefix}inv_freq").copy_(frequencies)
-    # What tells the module to compute them anew.
+    # With another type the module would compute them anew.
     kinds = rotary.rope_type
     rotary.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
 

@@ -101,7 +101,7 @@ def default_layers(num_layers: int, steps: int = DEFAULT_STEPS) -> tuple[int, ..
 
 @dataclass(frozen=True)
 class TransferFile:
-    """What a transfer-layers file holds besides the weights."""
+    """The metadata of a transfer-layers file: all that it holds besides the weights."""
 
     base_model: dict[str, Any]
     recipe: dict[str, Any] = field(default_factory=dict)

@@ -1,1 +1,1 @@
-"""Whether an engine computes what its base model does: stage by stage, layer by layer, and in the text."""
+"""`ht-parity`: an engine compared with its base model stage by stage, layer by layer, and in the text."""

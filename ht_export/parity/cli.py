@@ -1,4 +1,4 @@
-"""`ht-parity`: whether an engine computes what its base model does."""
+"""The command line of `ht-parity`."""
 
 from __future__ import annotations
 

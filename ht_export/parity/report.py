@@ -16,7 +16,7 @@ Row = Sequence[str]
 
 @dataclass(frozen=True)
 class Report:
-    """What was compared: `conditions` say what with, `text` is None where no prompts were answered."""
+    """All comparisons of a run, and its `conditions`; `text` is None where no prompts were answered."""
 
     conditions: dict[str, Any]
     stages: list[Comparison]
@@ -24,7 +24,7 @@ class Report:
 
     @property
     def faults(self) -> list[str]:
-        """What is wrong, a sentence each."""
+        """All that is wrong, a sentence each."""
         found = []
         for stage in self.stages:
             if (wrong := stage.wrong) is not None:
@@ -187,7 +187,7 @@ def _divergence_rows(text: TextSummary) -> Iterable[Row]:
         for one in text.prompts
         if (divergence := getattr(one, which))
     ]
-    # What is not explained comes first.
+    # Unexplained divergences come first.
     found.sort(key=lambda one: one[2].explained)
     for prompt, title, divergence in found[:DIVERGENCES_SHOWN]:
         explained = "yes" if divergence.explained else "no"

@@ -35,7 +35,7 @@ OWN_PROMPTS = (
     "List five things to see in Rome, with one sentence about each.",
 )
 DEFAULT_COUNT = 10
-# Of the text that stages are compared on.
+# Limits of the text that stages are compared on.
 MOST_TOKENS = 96
 LEAST_TOKENS = 24
 # Weights beyond which ONNX's reference evaluator, which is written for clearness, takes minutes.
@@ -44,8 +44,8 @@ EVALUATED_WEIGHTS = 4 << 30
 
 @dataclass(frozen=True)
 class ParitySettings:
-    """What to compare. `transfer` None takes what the engine was made with, where that is known; `prompts` None takes
-    three of ours; without `max_new_tokens` none is answered.
+    """The comparison that is asked for. `transfer` None takes what the engine was made with, where that is known;
+    `prompts` None takes three of ours; without `max_new_tokens` none is answered.
     """
 
     model: str
@@ -188,7 +188,7 @@ def _generator(settings: ParitySettings, about: EngineFile) -> Generator | str:
 def _tokens(base: BaseModel, about: EngineFile, prompt: str) -> list[int]:
     """Return the text that stages are compared on."""
     ids = base.tokenizer(prompt)["input_ids"]
-    # Of a short prompt more.
+    # A short prompt is repeated.
     repeats = -(-LEAST_TOKENS // max(1, len(ids)))
     return (list(ids) * repeats)[: min(MOST_TOKENS, about.max_context // 2)]
 

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from ht_export.verify.passes import Expected, relative
 from ht_export.verify.traces import Trace, Tracer
 
-# How far values may be from those compared with, relative to the largest: float32 sums of a few thousand terms in
-# another order; rounding of every operation to half precision. Of quantised weights nothing is known but that they are
-# nearer than nothing at all.
+# Tolerances, relative to the largest value: float32 sums of a few thousand terms in
+# another order; rounding of every operation to half precision. Engines with
+# quantised weights need only be nearer than nothing at all.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1.5e-1, "int8": 1.0, "int4": 1.0, "fp8": 1.0}
-# What is computed within a layer, in order.
+# Values computed within a layer, in order.
 OF_A_LAYER = ("keys", "values", "attention")
-# What shows when they are the first to be wrong.
+# Likely causes where they are the first to be wrong.
 MEANING = {
     "keys": "its norms, its key projection or the rotary embedding",
     "values": "its norms or its value projection",
@@ -58,7 +58,7 @@ class Comparison:
     def wrong(self) -> Deviation | None:
         """The first output, in the order of computation, that differs by more than is allowed.
 
-        What is computed of it differs too, so that this is where to look.
+        All that is computed from it differs too, so that this is where to look.
         """
         beyond = [one for one in self.deviations if not one.relative <= self.tolerance]
         return min(beyond, key=_order, default=None)

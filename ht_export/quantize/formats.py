@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from ht_export.graph.domains import CONTRIB
 from ht_export.quantize.grid import BLOCK, Grid, packed_blocks
 
-# What `MatMulNBits` calls products in int8.
+# Accuracy level of `MatMulNBits` that stands for products in int8.
 COMPUTE_INT8 = 4
-# Of TensorRT, which takes 64 and 128.
+# Block size for TensorRT, which takes 64 and 128.
 PLAN_BLOCK = 64
 FLOAT8 = ml_dtypes.float8_e4m3fn
 # The least scale that half precision has with all its digits.
@@ -86,7 +86,7 @@ class Dequantised(Storage):
     def replace(self, graph: ir.Graph, product: ir.Node, name: str, weights: Array, ends: Array | None) -> None:
         """See `Storage.replace`."""
         tensor, scales, attributes = self.stored(weights, ends)
-        # Of nothing but zeros; TensorRT takes none that is not positive.
+        # Blocks of nothing but zeros have scale 0, and TensorRT takes positive ones only.
         scales = np.where(scales > 0, scales, 1)
         values = [
             _initializer(graph, f"{name}.quantised", tensor),

@@ -28,7 +28,7 @@ from runtime.tree import chain
 # Bytes of second moments that are gathered in one run over the texts.
 GATHERED_AT_ONCE = 2 << 30
 
-# Of the mean of the second moments' diagonal, what is added to it: as in the paper.
+# Share of the mean of the second moments' diagonal that is added to it, as in the paper.
 DAMPING = 0.01
 # Columns whose errors reach those after them together: whole blocks, where these are smaller.
 TOGETHER = 128

@@ -14,8 +14,8 @@ BLOCK = 32
 
 @dataclass(frozen=True)
 class Grid:
-    """What weights are rounded to: whole numbers of `bits` bits, times a scale for each block of `block` weights along
-    the input dimension (None: for all of them).
+    """Numbers that weights are rounded to: whole numbers of `bits` bits, times a scale for each block of `block`
+    weights along the input dimension (None: for all of them).
 
     Unless the grid is `symmetric` each block has a zero point too, so that it goes from its least to its largest
     weight. Zero is on every grid. Scales are numbers of the precision that they are `stored` in.
@@ -35,8 +35,8 @@ class Grid:
     def fit(self, values: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
         """Return scales, their inverses and zero points [...] of the grids that hold all of values [..., n].
 
-        A weight w becomes the whole number w / scale + zero point. Of blocks of nothing but zeros scale and inverse
-        are 0.
+        A weight w becomes the whole number w / scale + zero point. Scale and inverse of a block of
+        nothing but zeros are 0.
         """
         least, largest = self.ends
         low, high = values.min(axis=-1).clip(max=0), values.max(axis=-1).clip(min=0)

@@ -7,7 +7,7 @@ import torch
 from ht_export.quantize.formats import STORED, STORED_IN_PLANS, Storage
 from runtime.errors import InputError
 
-# What users write, and what torch and `runtime.bindings` call it.
+# Precisions as users write them, and torch's; `runtime.bindings` has torch's names.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # All that users may write, those of quantised weights too.
 CHOICES = tuple(dict.fromkeys([*PRECISIONS, *STORED, *STORED_IN_PLANS]))

@@ -22,10 +22,11 @@ from ht_export.tensorrt.worker import Request, Result
 from runtime.errors import InputError
 
 ATTENTIONS = ("auto", "plugin", "native")
-# Of the weights' bytes: builds of 0.27 and 2.5 GB took less (docs/tensorrt.md); the library itself takes the constant.
+# Memory needed per byte of weights: builds of 0.27 and 2.5 GB took less (docs/tensorrt.md). The library itself takes
+# the constant.
 MEMORY_FACTOR = 2.0
 MEMORY_CONSTANT = 1 << 30
-# Of the exported graph and the plan together.
+# Disk space needed per byte of weights, for the exported graph and the plan together.
 DISK_FACTOR = 2.6
 
 LINKS = "libraries"

@@ -1,4 +1,4 @@
-"""Whether the limits of a plan can be, and the optimisation profiles that they make."""
+"""Limits of a plan, checked, and the optimisation profiles that they make."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runtime.engines.device_cache import capacities
 from runtime.errors import InputError
 from runtime.tree import TreeSizes
 
-# What profiles are tuned for, where the limits allow it.
+# Tokens in the cache that profiles are tuned for, where the limits allow it.
 TYPICAL_CONTEXT = 512
 
 

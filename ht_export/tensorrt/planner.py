@@ -33,7 +33,7 @@ INSTALL_TRITON = "pip install 'hidden-transfer[plan]'"
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What a plan may choose. `runtime` None takes the product that is installed, no `capabilities` the product's
+    """Options of a plan. `runtime` None takes the product that is installed, no `capabilities` the product's
     default. `attention` is "plugin", "native" or "auto".
     """
 

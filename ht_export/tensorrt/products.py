@@ -29,7 +29,7 @@ class Product:
 
     @property
     def builds_without_gpu(self) -> bool:
-        """Whether plans are built for given compute capabilities in place of the machine's own GPU."""
+        """True where plans are built for given compute capabilities in place of the machine's own GPU."""
         return hasattr(self.module, "ComputeCapability")
 
     def network_flags(self) -> int:
@@ -82,7 +82,7 @@ class _Offer:
     install: str
 
 
-# Of the cards that people have: A100, RTX 30, RTX 40, RTX 50.
+# Compute capabilities of the cards that people have: A100, RTX 30, RTX 40, RTX 50.
 DEFAULT_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0))
 OFFERS = (
     # Before 10.16 the bindings garble a plugin's fields where NumPy is 2 or later.

@@ -32,7 +32,7 @@ NO_GPU = "CUDA driver version is insufficient"
 
 @dataclass(frozen=True)
 class Request:
-    """What to build. `kernels` is a file with the plugin's kernels; None builds without the plugin."""
+    """The plan to build. `kernels` is a file with the plugin's kernels; None builds without the plugin."""
 
     product: str
     graph: str
@@ -110,7 +110,7 @@ def build(product: Product, request: Request, result: Result, emit: Any) -> None
     # On by default, it would round what float32 multiplies to 10 bits.
     config.clear_flag(trt.BuilderFlag.TF32)
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
-        # Of TensorRT for RTX, which otherwise may allocate while it runs, and then cannot be captured as a CUDA graph.
+        # TensorRT for RTX may otherwise allocate while it runs, and then cannot be captured as a CUDA graph.
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = monitor = _monitor(trt, emit)
@@ -192,7 +192,7 @@ def _timing_cache(config: Any, path: str | None) -> Any:
     held = Path(path).read_bytes() if Path(path).is_file() else b""
     cache = config.create_timing_cache(held)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-        # Of another version or GPU: begin anew.
+        # A cache of another version or GPU is of no use: begin anew.
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
     return cache

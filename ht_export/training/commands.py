@@ -1,4 +1,4 @@
-"""What the commands of `ht-train` do with their options."""
+"""The commands of `ht-train`, given their options."""
 
 from __future__ import annotations
 

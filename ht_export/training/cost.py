@@ -1,4 +1,4 @@
-"""What rows cost, and the row counts that give the most tokens per time at that cost."""
+"""Costs of rows, and the row counts that give the most tokens per time at that cost."""
 
 from __future__ import annotations
 

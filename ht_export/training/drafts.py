@@ -22,7 +22,7 @@ from ht_export.model.transfer import TransferLayers
 
 @dataclass
 class Context:
-    """What pseudo rows need of the base model's run over B texts of N tokens, padded on the right.
+    """The part of the base model's run over B texts of N tokens, padded on the right, that pseudo rows need.
 
     hidden[t] [B, N, d] is the input of layer t, for every transfer layer and for the last layer's output (t = L);
     keys[l], values[l] [B, Hkv, N, D] for every layer that a pseudo row passes.

@@ -1,4 +1,4 @@
-"""What pseudo rows read of the base model's run over the data, kept on disk so that later passes need not repeat it.
+"""The part of the base model's run over the data that pseudo rows read, kept on disk so that it is not repeated.
 
 A cache folder holds `features.json` (what it was made from) and `features-00000.safetensors`, ...: for each text one
 tensor [tokens, F], the states that are joined or are the base model's output, then keys and values of each layer
@@ -57,7 +57,7 @@ class FeatureLayout:
         )
 
     def covers(self, other: FeatureLayout) -> bool:
-        """Whether these features hold all of the other's."""
+        """Return whether these features hold all of the other's."""
         return {*other.state_layers} <= {*self.state_layers}
 
     @property

@@ -105,7 +105,7 @@ class MetricLog(Protocol):
 
 @dataclass(frozen=True)
 class FitReport:
-    """What a fit cost: anchors per second of training time, peak memory in bytes, and the steps taken."""
+    """The cost of a fit: anchors per second of training time, peak memory in bytes, and the steps taken."""
 
     steps: int
     best_step: int
@@ -364,7 +364,7 @@ def _run_identity(settings: FitSettings, base: BaseModel, data: Sequence[Answere
 
 
 def _stopping(state: FitState, settings: FitSettings, evaluate_every: int) -> bool:
-    """Whether as many held-out measurements as `patience` says brought nothing."""
+    """Return whether as many held-out measurements as `patience` says brought nothing."""
     measured_since_best = (state.step - state.best_step) // evaluate_every
     return bool(settings.patience and state.best and measured_since_best >= settings.patience)
 

@@ -1,4 +1,4 @@
-"""Whether what lies in a folder or a checkpoint belongs to the run that goes on with it."""
+"""A check that what lies in a folder or a checkpoint belongs to the run that goes on with it."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ CHUNK_ROWS = 64
 
 @dataclass(frozen=True)
 class Objective:
-    """What drafts are pulled towards.
+    """The distributions that drafts are pulled towards.
 
     `weights` [K] weigh the steps; both distributions are softened by `temperature`; with `top_k` above 0 only the base
     model's k most probable tokens count, renormalised.

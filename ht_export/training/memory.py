@@ -60,7 +60,7 @@ def estimate(base: BaseModel, transfer: TransferLayers, sequences: int, anchors:
     context = sequences * longest * size * (kept_states * config.hidden_size + passed * key_value + working)
     rows = sequences * anchors * num_steps
     seen = longest + anchors * num_steps
-    # What backward keeps of a layer for each row: its inputs, norms, projections, MLP parts and attention output.
+    # Backward keeps of a layer, for each row: its inputs, norms, projections, MLP parts and attention output.
     per_layer = 10 * config.hidden_size + 4 * config.intermediate_size + 4 * heads * head_dim(config)
     # Keys and values of the text are kept again beside those of the pseudo rows, and the mask once for all layers.
     drafts = size * passed * (rows * per_layer + 2 * sequences * seen * key_value)
@@ -80,7 +80,7 @@ def estimate(base: BaseModel, transfer: TransferLayers, sequences: int, anchors:
 def free_memory(device: torch.device) -> int:
     """Return the bytes free on `device`, within the limits that a container sets."""
     if device.type == "cuda":
-        # What PyTorch holds for later would otherwise count as used.
+        # Memory that PyTorch holds for later would otherwise count as used.
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return min([psutil.virtual_memory().available, *_container_room()])

@@ -1,6 +1,6 @@
 """Tokens per step of a tree, from the drafts at every position: the draft-and-verify loop without the model.
 
-The base model's text is known, so which node each step ends at is too. What follows is exact for greedy decoding.
+The base model's text is known, so which node each step ends at is too. The result is exact for greedy decoding.
 """
 
 from __future__ import annotations

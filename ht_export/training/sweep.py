@@ -27,7 +27,7 @@ from runtime.errors import InputError
 from runtime.files import write_json
 
 RESULTS = "sweep.json"
-# Of the depth: shared layers, and layers that differ by step; 1 is Medusa's place.
+# Shares of the depth: shared layers, and layers that differ by step; 1 is Medusa's place.
 SHARED = (1 / 3, 1 / 2, 2 / 3, 5 / 6, 1)
 STAGGERED = ((2 / 3, 1 / 2, 1 / 3), (5 / 6, 3 / 4, 2 / 3))
 

@@ -24,11 +24,12 @@ from runtime.errors import InputError
 from runtime.rows import Rows, lay_out
 from runtime.tree import Tree, chain
 
-# Relative to the largest value of the output compared: float32 sums of a few thousand terms in another order.
+# Tolerance, relative to the largest value of the output compared: float32 sums of a few thousand terms, in another
+# order.
 TOLERANCE = 1e-4
 # Tokens of a prompt, and those of its last pass.
 PROMPT_TOKENS, PROMPT_END = 24, 5
-# Of recorded caches, behind the valid ones.
+# Rows of recorded caches behind the valid ones.
 SPARE_ROWS = 8
 
 
@@ -136,7 +137,7 @@ def record(reference: HostCacheEngine, seed: int = 0, tokens: Sequence[int] = ()
     """Run the reference over a prompt, `tokens` or random ones, random trees with and without pseudo rows, and a plain
     step.
 
-    What it computed is kept, so that it need not be in memory together with what it is compared with.
+    Its outputs are kept, so that it need not be in memory together with what it is compared with.
     """
     passes = []
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""What a pass computes on the way, for every stage alike: by `transformers`, the PyTorch reference and ONNX graphs."""
+"""Values that a pass computes on the way, from `transformers`, the PyTorch reference and ONNX graphs alike."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from runtime.engines.protocol import Batch
 from runtime.rows import Rows
 
 LOWERED_ATTENTION = "GroupQueryAttention"
-# Of ONNX Runtime: where the weights of a graph lie that is given as bytes.
+# ONNX Runtime's option for the folder of the weights of a graph that is given as bytes.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 

@@ -49,7 +49,7 @@ def test_an_engine_is_described_beside_it(tiny_engine: Path, tiny_checkpoint: Pa
         about.correction,
     )
     names = {record.name for record in records if record}
-    # What runs it first leaves how fast it is.
+    # The first run of an engine leaves a file of how fast it is.
     found = {path.name for path in tiny_engine.parent.iterdir()} - {"engine.tuning.json"}
     assert found == names | {"engine.json"}
 

@@ -1,4 +1,4 @@
-"""What an export asks of the disk and the memory before it begins."""
+"""Disk space and memory that an export asks for before it begins."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +15,7 @@ from ht_export.quantize.weights import quantise
 from runtime.errors import InputError
 from tests.conftest import tiny_llama
 
-# Of the tiny engine, a large part of its weights.
+# Number of the tiny engine's transfer weights, which are a large part of all.
 TRANSFER_WEIGHTS = 3 * 32 * 32
 
 

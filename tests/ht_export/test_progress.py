@@ -1,4 +1,4 @@
-"""What is shown of long work."""
+"""Bars and lines that long work shows."""
 
 import re
 

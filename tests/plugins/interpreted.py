@@ -91,7 +91,7 @@ def test_the_kernel_computes_its_definition(
         # Some rows see all of the cache, some a part, some nothing.
         inputs["first_visible"] = torch.from_numpy(rng.integers(-9, capacity + 9, (batch, rows)))
     for b, length in enumerate(lengths.tolist()):
-        # What lies behind the valid rows must not be read.
+        # Rows behind the valid ones must not be read.
         inputs["key_cache"][b, :, length:] = float("nan")
         inputs["value_cache"][b, :, length:] = float("nan")
     output = torch.full_like(inputs["query"], float("nan"))

@@ -24,7 +24,8 @@ from plugins.launch import Buffers, Scores, Shapes, launches, workspace_size  # 
 from plugins.tiling import BLOCK_M, MAX_SPLITS, tile, workspace_bytes, workspace_limit  # noqa: E402
 
 HERE = Path(__file__).parent
-# Of a program, in bytes, by architecture: CUDA's programming guide, "maximum shared memory per thread block".
+# KiB of shared memory that a program may have, by architecture: CUDA's programming guide, "maximum shared memory
+# per thread block".
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 
 

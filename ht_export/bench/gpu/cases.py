@@ -40,7 +40,7 @@ class Case:
 
     @property
     def scores(self) -> Scores:
-        """What becomes of its products."""
+        """The factor and the soft cap of its products."""
         return Scores(self.head_dim**-0.5, self.softcap)
 
 

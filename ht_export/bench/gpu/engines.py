@@ -28,7 +28,7 @@ from runtime.tree import chain
 
 # Two tokens whose logits are nearer than this, relative to the largest, may change places by rounding alone.
 TIE = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 4e-2}
-# Of each table of pass times: TensorRT for RTX compiles for every shape that it has not seen.
+# Time limit of each table of pass times: TensorRT for RTX compiles for every shape that it has not seen.
 LATENCY_SECONDS = 60.0
 
 
@@ -41,7 +41,7 @@ def engine_part(path: Path, reference: Path | None, prompts: int, max_new_tokens
     yield "about", describe(about, limits)
     yield from compared(path, reference, limits, example_questions(prompts), max_new_tokens, seed)
     note(f"{path}: timing its passes")
-    # What was open is no more: the weights of two engines may not fit.
+    # The engine above is freed first: the weights of two may not fit.
     gc.collect()
     yield "latency", attempt(lambda: latency(path, about, limits, seed, use_graphs=True))
     if about.plan is not None:
@@ -278,7 +278,7 @@ def latency(path: Path, about: EngineFile, limits: Limits, seed: int, *, use_gra
     end = time.monotonic() + LATENCY_SECONDS
     measured = list(pass_times(engine, limits, seed, lambda: time.monotonic() < end))
     found = {"rows": [row for row in measured if row is not None], "left_out": measured.count(None)}
-    # Of a plan: how many shapes were captured as a CUDA graph, of how many.
+    # A plan tells how many shapes were captured as a CUDA graph, and how many there were.
     captured = getattr(engine, "captured", None)
     if use_graphs and captured is not None and captured[0] < captured[1]:
         found["faults"] = [f"{captured[1] - captured[0]} of {captured[1]} shapes could not be captured as a CUDA graph"]

@@ -384,7 +384,7 @@ def test_help_is_quick() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.endswith("\n[]\n")
-    assert all(f"\n    {name} " in done.stdout for name in SUBCOMMANDS)
+    assert all(f"\n    {name}" in done.stdout for name in SUBCOMMANDS)
 
 
 @pytest.mark.parametrize("name", list(SUBCOMMANDS))
@@ -394,7 +394,7 @@ def test_every_subcommand_says_what_it_does(name: str, capsys: pytest.CaptureFix
     assert stop.value.code == 0
     said = capsys.readouterr().out
     assert said.startswith(f"usage: ht-bench {name} ")
-    assert f"ht-bench {name} " in said.split("options:")[1]
+    assert f"ht-bench {name} " in said.split("]", 1)[1]
 
 
 @pytest.mark.parametrize(

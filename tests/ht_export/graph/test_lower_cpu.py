@@ -59,7 +59,7 @@ MODELS = {
         {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64},
     ),
 }
-# Of four layers, joined at 3, 1 and 3, with heads of 8.
+# Four layers, joined at 3, 1 and 3, with heads of 8.
 TINY = "tiny engine"
 
 
@@ -186,7 +186,7 @@ def test_one_operator_reads_and_writes_each_layers_cache_and_nothing_else_touche
 
 def test_heads_are_never_taken_apart(graphs: Graphs) -> None:
     operators = Counter(node.op_type for node in graphs.load().graph.node)
-    # Of the head, where it is the embedding.
+    # The head's transpose, where it is the embedding.
     assert operators["Transpose"] <= 1
     assert operators["RotaryEmbedding"] == 2 * graphs.dims.num_layers
 

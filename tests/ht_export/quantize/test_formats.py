@@ -116,7 +116,7 @@ def test_calibrated_weights_are_stored_as_they_were_rounded(precision: str) -> N
 
 
 def test_weights_without_whole_blocks_stay_as_they_are(tiny_engine: Path, tmp_path: Path) -> None:
-    # Of inputs of 32, and 64 of one kind.
+    # Products have inputs of 32, and one kind of 64.
     quantise(tiny_engine, tmp_path / "engine.onnx", STORED_IN_PLANS["int4"])
     graph = onnx.load(tmp_path / "engine.onnx", load_external_data=False).graph
     products = [node for node in graph.node if node.op_type == "MatMul"]

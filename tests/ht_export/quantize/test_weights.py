@@ -175,7 +175,8 @@ def test_files_shrink(quantised: Path, tiny_engine: Path) -> None:
         return path.with_name(f"{path.name}.data").stat().st_size
 
     bits, embedding = bits_of(quantised), 264 * 32 * 4
-    # Of 32 bits; each block has a scale of as many and a zero point besides. The head is no embedding any more.
+    # Whole weights have 32 bits; each block has a scale of as many and a zero point besides. The head is no embedding
+    # any more.
     most = (bits + (32 + bits) / BLOCK) / 32
     assert 0.8 * most < (size(quantised) - embedding) / size(tiny_engine) < most
 
@@ -346,7 +347,7 @@ def test_weights_that_give_no_numbers_are_not_written(
     def broken(graph: Path, out: Path, storage: Storage) -> None:
         quantise(graph, out, storage)
         model = onnx.load(out)
-        # Of the head alone: all other outputs are numbers.
+        # The head's scales alone: all other outputs are numbers.
         (name,) = (node.input[2] for node in products(model)[-1:])
         for tensor in model.graph.initializer:
             if tensor.name == name:

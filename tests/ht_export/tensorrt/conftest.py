@@ -86,7 +86,7 @@ def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def feeds(graphs: Path) -> dict[str, dict[str, np.ndarray]]:
-    """What the graph is fed in each case of the parity check."""
+    """The graph's inputs in each case of the parity check."""
     engine = OnnxRuntimeEngine(graphs / "engine.onnx", read_engine_file(graphs / "engine.onnx").dims)
     session, fed = engine._session, []
 

@@ -77,7 +77,7 @@ def _class(kind: type, enums: Mapping[str, type]) -> dict[str, Any]:
             # Where a value can be of several types its getter has no documentation.
             signature = _signature(value.fget.__doc__ or "() -> object")
             properties[name] = {"kind": signature.split(" -> ")[1], "settable": value.fset is not None}
-        # What has no constructor of its own is made by the library only.
+        # Types without a constructor of their own are made by the library only.
         elif name not in values and not isinstance(value, type | WrapperDescriptorType):
             methods[name] = _overloads(value)
     bases = [base.__name__ for base in kind.__bases__ if base.__name__ in CLASSES]
@@ -148,7 +148,7 @@ class Double(ModuleType):
         return {"bool": True, "int": 0, "str": ""}.get(kind)
 
     def fits(self, value: Any, kind: str) -> bool:
-        """Whether the bindings convert `value` to an argument of type `kind`."""
+        """Return whether the bindings convert `value` to an argument of type `kind`."""
         # A collection of fields is bound as a list, and converted to TensorRT's own.
         expected = self.kinds.get(kind.removesuffix("_")) or self.kinds.get(f"ILogger.{kind}")
         if expected is not None:

@@ -51,7 +51,7 @@ def wide(name: str) -> dict[str, Any]:
     """Return the settings of heads of 64, which fused attention asks for."""
     settings: dict[str, Any] = {"hidden_size": 256, "head_dim": 64}
     if name == "phi3, longrope":
-        # Of one factor for each pair of a head's numbers.
+        # There is one factor for each pair of a head's numbers.
         factors = {key: LONGROPE[key] * 8 for key in ("short_factor", "long_factor")}
         settings["rope_parameters"] = {**LONGROPE, **factors}
     return settings

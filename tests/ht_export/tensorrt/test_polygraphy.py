@@ -58,7 +58,7 @@ def lint(folder: Path, graph: str) -> tuple[int, list[dict[str, str]], dict[str,
     pytest.importorskip("onnx_graphsurgeon")
     result = polygraphy(folder, "check", "lint", graph, "--load-inputs", "tree.json", "--output", "lint.json")
     report = json.loads((folder / "lint.json").read_text(encoding="utf-8"))
-    # What ONNX Runtime warns of may be the machine.
+    # Warnings of ONNX Runtime may be about the machine.
     findings = [e for e in report["lint_entries"] if (e["source"], e["level"]) != ("onnxruntime", "warning")]
     return result.returncode, findings, report["summary"]
 
@@ -117,7 +117,7 @@ def test_tensorrt_knows_every_operator(folder: Path, graph: str) -> None:
 
 @pytest.fixture(scope="session")
 def outputs(folder: Path) -> str:
-    """What the exported graph computes in all cases, saved by Polygraphy."""
+    """Outputs of the exported graph in all cases, saved by Polygraphy."""
     result = polygraphy(
         folder, *("run", "engine.onnx", "--onnxrt", "--load-inputs", "inputs.json", "--save-outputs", "outputs.json")
     )

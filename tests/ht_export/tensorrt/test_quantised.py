@@ -31,7 +31,7 @@ def test_every_product_has_quantised_weights(
     about = read_engine_file(tmp_path / "e.plan")
     assert about.plan is not None
     assert (about.precision, about.dims.dtype, about.plan.attention) == (precision, "float16", attention)
-    # Of 32 and 64 inputs; blocks are of 64.
+    # Products have 32 and 64 inputs; blocks are of 64.
     found = about.plan.build["network_layers"]["DEQUANTIZE"]
     assert found == PRODUCTS if precision != "int4" else 0 < found < PRODUCTS
     assert about.parity["largest_relative_difference"] < 1e-4

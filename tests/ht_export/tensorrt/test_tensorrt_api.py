@@ -1,4 +1,4 @@
-"""What we call in full TensorRT exists there, by the recorded API of three versions; see `tests/data/tensorrt-api`."""
+"""All that we call in full TensorRT exists, by the recorded API of three versions; see `tests/data/tensorrt-api`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RECORDED = sorted((ROOT / "tests/data/tensorrt-api").glob("*.json"))
 RTX = "tensorrt-rtx"
 PLAN = b"a plan"
 KERNELS = KernelBinaries("float16", 64, {80: {Variant(16, False): Kernel("k", 128, 0, b"cubin")}}).to_bytes()
-# Of query, new keys and values, cached ones, cache length, mask, output.
+# Shapes of query, new keys and values, cached ones, cache length, mask, output.
 SHAPES = [(1, 4, 8, 64), *[(1, 2, 8, 64)] * 2, *[(1, 2, 128, 64)] * 2, (1,), (1, 8, 8), (1, 4, 8, 64)]
 GRAPH = """<ir_version: 10, opset_import: ["": 20]>
 g (float[2] x) => (float[2] y) <float[2] w = {1, 2}> { y = Add(x, w) }"""
@@ -36,7 +36,7 @@ PROFILES = [{"input_ids": ((1, 1), (1, 4), (1, 8))}, {"input_ids": ((1, 1), (1, 
 
 
 class Library:
-    """What TensorRT does with what it is given, as far as that calls us: plugins, loggers, monitors, writers."""
+    """A double of TensorRT where it calls us: plugins, loggers, monitors, writers."""
 
     def __init__(self, name: str, api: dict[str, Any]) -> None:
         self.layers = 0
@@ -70,7 +70,7 @@ class Library:
         self.trt = Double(name, api, answers)
 
     def _parse(self, *_: Any) -> bool:
-        # What was loaded must still be there.
+        # Initializers that were loaded must still be there.
         for address, size in self.initializers.values():
             ctypes.string_at(address, size)
         trt = self.trt

@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ht_export.model.checkpoint import BaseModel, load_base_model
-from ht_export.prompts import Conversation, encode_chat, read_conversations, without_duplicates
+from ht_export.prompts import encode_chat
 from ht_export.training import generate
 from ht_export.training.data import AnsweredPrompt, fingerprint, read_data
 from ht_export.training.generate import DataSettings, answer, generate_data
@@ -92,14 +90,6 @@ def test_duplicates_and_held_out_prompts_are_left_out(base: BaseModel, tmp_path:
         generate_data(base, held_out, tmp_path / "none", SETTINGS, QUIET, held_out)
 
 
-@given(st.lists(st.lists(st.sampled_from(["a", "A ", " a b", "b"]), min_size=1, max_size=2)))
-def test_what_is_kept_is_distinct_and_in_order(turns: list[list[str]]) -> None:
-    conversations = [Conversation(str(i), "", tuple(t)) for i, t in enumerate(turns)]
-    kept = without_duplicates(conversations)
-    assert len({c.words for c in kept}) == len(kept) == len({c.words for c in conversations})
-    assert [c for c in conversations if c in kept] == kept
-
-
 def test_a_folder_of_other_settings_is_not_mixed(base: BaseModel, prompts_file: Path, data_folder: Path) -> None:
     with pytest.raises(InputError, match="made with another max_new_tokens"):
         generate_data(base, prompts_file, data_folder, DataSettings(max_new_tokens=5), QUIET)
@@ -128,12 +118,6 @@ def test_a_shard_cut_short_is_noticed(base: BaseModel, prompts_file: Path, data_
         generate_data(base, prompts_file, folder, SETTINGS, QUIET)
 
 
-def test_conversations_that_differ_after_the_turns_answered_are_duplicates() -> None:
-    conversations = [Conversation("0", "", ("a", "b")), Conversation("1", "", ("A", "c"))]
-    assert without_duplicates(conversations, max_turns=1) == conversations[:1]
-    assert without_duplicates(conversations, max_turns=2) == conversations
-
-
 def test_the_models_own_generation_settings_do_not_change_the_text(base: BaseModel) -> None:
     prompts = [[5, 6, 7], [8, 9, 10]]
     settings = DataSettings(max_new_tokens=24)
@@ -149,35 +133,6 @@ def test_data_of_other_weights_is_refused(data_folder: Path, tmp_path: Path) -> 
     other = load_base_model(str(save_checkpoint(tmp_path, tiny_llama(seed=1))))
     with pytest.raises(InputError, match="was made with other weights"):
         read_data(data_folder, other, 4)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"prompt": "a"}\n{"prompt": \n', "line 2: not valid JSON"),
-        ('{"prompt": "a"}\n\n{"text": "b"}\n', "line 3: needs 'prompt'"),
-        ('["a"]\n', "line 1: needs 'prompt'"),
-        ('{"turns": "abc"}\n', "line 1: needs 'prompt'"),
-        ('{"turns": {"a": 1}}\n', "line 1: needs 'prompt'"),
-        ('{"turns": ["a", 1]}\n', "line 1: needs 'prompt'"),
-        ('{"turns": []}\n', "line 1: needs 'prompt'"),
-        ('{"prompt": " "}\n', "line 1: needs 'prompt'"),
-        ('{"prompt": "a"}\n{"prompt": "\udcff"}\n', "line 2: not valid JSON"),
-        ('{"prompt": "a\\ud800"}\n', "line 1: not valid JSON"),
-        ("\n", "holds no prompts"),
-    ],
-)
-def test_prompts_that_cannot_be_read_name_the_line(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(content, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(InputError, match=message):
-        read_conversations(path)
-
-
-def test_prompts_may_hold_any_line_separator(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(json.dumps({"turns": ["one\u2028two\x85three", "next"]}, ensure_ascii=False) + "\n")
-    assert [c.turns for c in read_conversations(path)] == [("one\u2028two\x85three", "next")]
 
 
 def test_prompts_that_are_all_too_long(base: BaseModel, prompts_file: Path, tmp_path: Path) -> None:

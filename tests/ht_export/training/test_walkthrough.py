@@ -47,7 +47,6 @@ def test_every_command_of_the_walkthrough_works(
         "ht-generate": ["-m", "runtime.cli"],
         "python": [],
     }
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     monkeypatch.chdir(tmp_path)
     ran = []
     for command in commands():
