@@ -1,6 +1,7 @@
 """Files of prompts, read, thinned and without duplicates."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,6 @@ def test_prompts_are_taken_evenly_and_in_order(given_prompts: int, count: int) -
     places = [int(prompt.id) for prompt in evenly(prompts, count)]
     assert len(places) == min(count, given_prompts)
     assert places[0] == 0
-    gaps = [after - before for before, after in zip(places, places[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(places)]
     assert all(gap >= 1 for gap in gaps)
     assert max(gaps, default=1) - min(gaps, default=1) <= 1
