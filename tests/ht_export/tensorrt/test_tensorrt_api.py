@@ -200,11 +200,8 @@ def build(library: Library, folder: Path, *, plugin_layers: int = 0, expected: i
         plugin_layers=plugin_layers if expected is None else expected,
         timing_cache=str(folder / "timing.cache"),
     )
-    result, events, product = (
-        BuildResult(warnings=[]),
-        [],
-        Product(request.product, library.trt, library.trt.__version__),
-    )
+    result, events = BuildResult(warnings=[]), []
+    product = Product(request.product, library.trt, library.trt.__version__)
     worker.build(product, request, result, lambda **event: events.append(event))
     assert {"phase": "Building", "step": 1, "steps": 2} in events
     assert events[-1] == {"phase": "Building", "step": 2, "steps": 2}
