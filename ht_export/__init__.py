@@ -1,1 +1,1 @@
-"""Build time: checkpoints, transfer layers and their training, the PyTorch reference, and export to ONNX."""
+"""Build time: checkpoints, the PyTorch reference, export to ONNX and TensorRT, training, benchmarks and parity."""

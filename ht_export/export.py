@@ -26,14 +26,15 @@ from ht_export.progress import Stage
 from ht_export.prompts import encode_chat
 from ht_export.quantize.gptq import second_moments
 from ht_export.quantize.weights import quantise
-from ht_export.request import CALIBRATION_TOKENS, Request, check_request
-from ht_export.request import ExportSettings as ExportSettings
 from ht_export.scopes import collected
+from ht_export.settings import CALIBRATION_TOKENS, Checked, check_settings
+from ht_export.settings import ExportSettings as ExportSettings
 from ht_export.tensorrt.planner import DEFAULT_CHUNK, PlanSettings, PreparedPlan
 from ht_export.verify.passes import Expected, LoweredEngine, ReferenceEngine, check, difference, record
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import EngineFile, FileRecord, PlanFile
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
+from runtime.errors import InputError
 from runtime.tree import TreeSizes
 
 
@@ -103,36 +104,36 @@ def export(
     entered around each stage with its description. Nothing is put in place unless the graph passes `onnx.checker` with
     shape inference and agrees with the PyTorch reference. Raises `InputError`.
     """
-    request = check_request(source, transfer_file, out, settings, plan_settings)
+    checked = check_settings(source, transfer_file, out, settings, plan_settings)
     with staging_folder(out) as folder:
-        traced = collected(trace(request, folder, stage))
+        traced = collected(trace(checked, folder, stage))
         verified = collected(verify(traced, stage))
-        lowered = collected(lower(request, traced, stage))
-        quantised = collected(quantise_weights(request, traced, stage))
-        rounded = collected(verify_quantised(request, traced, lowered, stage))
-        plan = collected(build_plan(request, traced, folder, stage))
+        lowered = collected(lower(checked, traced, stage))
+        quantised = collected(quantise_weights(checked, traced, stage))
+        rounded = collected(verify_quantised(checked, traced, lowered, stage))
+        plan = collected(build_plan(checked, traced, folder, stage))
         parity = verified.parity | lowered.parity | quantised.parity | rounded.parity
-        return install(request, traced, lowered, plan, parity, folder, stage)
+        return install(checked, traced, lowered, plan, parity, folder, stage)
 
 
-def trace(request: Request, folder: Path, stage: Stage) -> Traced:
+def trace(checked: Checked, folder: Path, stage: Stage) -> Traced:
     """Do all that needs the model, whose memory is free afterwards: load it, write and check its graph, and record what
     the PyTorch reference computes.
     """
-    loaded = load(request, stage)
-    graph, weights = write_graph(request, loaded.model, folder, stage)
+    loaded = load(checked, stage)
+    graph, weights = write_graph(checked, loaded.model, folder, stage)
     with stage("checking the graph"):
         onnx.checker.check_model(str(graph), full_check=True)
-    with stage("running the PyTorch reference"), computing_in_float32(loaded.model, request.dtype):
+    with stage("running the PyTorch reference"), computing_in_float32(loaded.model, checked.dtype):
         expected = record(ReferenceEngine(loaded.model))
-    base, stem = loaded.base, request.out.stem
+    base, stem = loaded.base, checked.out.stem
     correction = write_correction(base.model, loaded.model.transfer, folder, stem)
     tokenizer, template = write_tokenizer(base, folder, stem)
     limit = min(CALIBRATION_TOKENS, loaded.max_context)
     describe = partial(
         EngineFile,
         dims=loaded.dims,
-        precision=loaded.dims.dtype if request.storage is None else request.precision,
+        precision=loaded.dims.dtype if checked.storage is None else checked.precision,
         tree=loaded.tree,
         prompt_chunk=loaded.chunk,
         max_context=loaded.max_context,
@@ -150,42 +151,46 @@ def trace(request: Request, folder: Path, stage: Stage) -> Traced:
         weights=weights,
         dims=loaded.dims,
         expected=expected,
-        texts=[encode_chat(base.tokenizer, [prompt])[:limit] for prompt in request.prompts],
+        texts=[encode_chat(base.tokenizer, [prompt])[:limit] for prompt in checked.prompts],
         plan=loaded.plan,
         describe=describe,
     )
 
 
-def load(request: Request, stage: Stage) -> Loaded:
+def load(checked: Checked, stage: Stage) -> Loaded:
     """Load the base model and its transfer layers. Raises `InputError` when the machine is too small for the export, or
     the engine cannot be.
     """
-    settings, planner = request.settings, request.planner
+    settings, planner = checked.settings, checked.planner
     with stage("loading the base model"):
-        base = load_base_model(request.source, None, settings.max_context)
-        transfer, about_transfer = transfer_layers(request.transfer, base)
+        try:
+            base = load_base_model(checked.source, None, settings.max_context)
+            transfer, about_transfer = transfer_layers(checked.transfer, base)
+        except OSError as error:
+            # Else it would be taken for an error of writing the engine.
+            raise InputError(f"cannot read {checked.source} or its transfer layers: {error}") from error
     tree = settings.tree(transfer.num_steps, plan=planner is not None)
-    weights_take = weight_bytes(base.model, request.dtype, request.storage, as_stored=request.as_stored)
-    check_space(weights_take, request.out)
-    check_memory(base.model, weights_take.quantised if request.as_stored else 0)
-    dims = graph_dims(base.model.config, transfer, str(request.dtype).removeprefix("torch."))
+    weights_take = weight_bytes(base.model, checked.dtype, checked.storage, as_stored=checked.as_stored)
+    check_space(weights_take, checked.out)
+    check_memory(base.model, weights_take.quantised if checked.as_stored else 0)
+    dims = graph_dims(base.model.config, transfer, str(checked.dtype).removeprefix("torch."))
     context = base.max_context
     chunk = DEFAULT_CHUNK if settings.chunk is None else settings.chunk
     plan = None
     if planner:
         asked = settings.chunk, settings.max_context
-        plan = planner.prepare(dims, tree, asked, context, weights_take.engine, request.out.parent)
+        plan = planner.prepare(dims, tree, asked, context, weights_take.engine, checked.out.parent)
         context, chunk = plan.limits.max_context, plan.limits.chunk
     model = HiddenTransferModel(base.model, transfer).eval()
     return Loaded(base, model, about_transfer, dims, tree, chunk, context, plan)
 
 
-def write_graph(request: Request, model: HiddenTransferModel, folder: Path, stage: Stage) -> tuple[Path, Path]:
+def write_graph(checked: Checked, model: HiddenTransferModel, folder: Path, stage: Stage) -> tuple[Path, Path]:
     """Write the graph to `folder`; return its path and that of its weights."""
-    path = folder / f"{request.out.stem}.onnx"
+    path = folder / f"{checked.out.stem}.onnx"
     weights = folder / f"{path.name}.data"
     with stage("tracing the graph"):
-        graph = build_graph(model, request.dtype, as_stored=request.as_stored)
+        graph = build_graph(model, checked.dtype, as_stored=checked.as_stored)
     with stage("writing the graph and its weights"):
         ir.save(graph, path, external_data=weights.name)
     return path, weights
@@ -198,9 +203,9 @@ def verify(traced: Traced, stage: Stage) -> Verified:
     return Verified({"reference": "PyTorch", "largest_relative_difference": largest})
 
 
-def lower(request: Request, traced: Traced, stage: Stage) -> Lowered:
+def lower(checked: Checked, traced: Traced, stage: Stage) -> Lowered:
     """Write the graph lowered for the CPU where there is one, and compare it with the reference."""
-    if request.planner or not can_be_lowered(traced.dims):
+    if checked.planner or not can_be_lowered(traced.dims):
         return Lowered()
     with stage("lowering the graph for the CPU"):
         path = _write_lowered(traced)
@@ -208,9 +213,9 @@ def lower(request: Request, traced: Traced, stage: Stage) -> Lowered:
         return Lowered(path, {"of_the_cpu_graph": check(engine, traced.expected)})
 
 
-def quantise_weights(request: Request, traced: Traced, stage: Stage) -> Quantised:
+def quantise_weights(checked: Checked, traced: Traced, stage: Stage) -> Quantised:
     """Quantise the weights of the graph in its place where that is asked for, calibrated on texts if there are any."""
-    if request.storage is None:
+    if checked.storage is None:
         return Quantised()
     whole = traced.graph.rename(traced.graph.with_name(f"{traced.graph.stem}.whole.onnx"))
     texts = traced.texts
@@ -218,18 +223,18 @@ def quantise_weights(request: Request, traced: Traced, stage: Stage) -> Quantise
         if texts:
             with in_float32(whole, traced.dims) as (graph, computed):
                 moments = second_moments(graph, computed, texts, lambda done, total: tell(f"text {done} of {total}"))
-                quantise(whole, traced.graph, request.storage, moments)
+                quantise(whole, traced.graph, checked.storage, moments)
         else:
-            quantise(whole, traced.graph, request.storage)
+            quantise(whole, traced.graph, checked.storage)
     whole.unlink()
     return Quantised({"quantisation": {"method": "GPTQ" if texts else "round to nearest", "texts": len(texts)}})
 
 
-def verify_quantised(request: Request, traced: Traced, lowered: Lowered, stage: Stage) -> Verified:
+def verify_quantised(checked: Checked, traced: Traced, lowered: Lowered, stage: Stage) -> Verified:
     """Check the graph with quantised weights, and measure how far they take it, and the one for the CPU, from the
     reference. Raises `InputError` when that is no longer what they compute.
     """
-    if request.storage is None:
+    if checked.storage is None:
         return Verified({})
     with stage("checking the quantised weights"):
         onnx.checker.check_model(str(traced.graph))
@@ -240,19 +245,19 @@ def verify_quantised(request: Request, traced: Traced, lowered: Lowered, stage: 
     return Verified(parity)
 
 
-def build_plan(request: Request, traced: Traced, folder: Path, stage: Stage) -> PlanFile | None:
+def build_plan(checked: Checked, traced: Traced, folder: Path, stage: Stage) -> PlanFile | None:
     """Build the plan where one is asked for, in the place of the graph and its weights."""
     if traced.plan is None:
         return None
     with stage("building the plan") as tell:
-        built = traced.plan.build(traced.graph, folder / request.out.name, tell)
+        built = traced.plan.build(traced.graph, folder / checked.out.name, tell)
     traced.graph.unlink()
     traced.weights.unlink()
     return built
 
 
 def install(
-    request: Request,
+    checked: Checked,
     traced: Traced,
     lowered: Lowered,
     plan: PlanFile | None,
@@ -262,14 +267,14 @@ def install(
 ) -> EngineFile:
     """Put the finished files in place; return what `engine.json` says."""
     description = traced.describe(
-        graph=FileRecord.of(folder / request.out.name),
+        graph=FileRecord.of(folder / checked.out.name),
         cpu_graph=FileRecord.of(lowered.graph) if lowered.graph else None,
         weights=None if plan else FileRecord.of(traced.weights),
         parity=parity,
         plan=plan,
     )
     with stage("putting the engine in place"):
-        put_in_place(folder, request.out, description)
+        put_in_place(folder, checked.out, description)
     return description
 
 

@@ -20,7 +20,7 @@ from ht_export.prompts import evenly, read_conversations
 from ht_export.quantize.formats import STORED_IN_PLANS
 from ht_export.quantize.gptq import second_moments
 from ht_export.quantize.weights import quantise
-from ht_export.request import CALIBRATION_TEXTS, CALIBRATION_TOKENS
+from ht_export.settings import CALIBRATION_TEXTS, CALIBRATION_TOKENS
 from runtime import Generator
 from runtime.bundle.engine_file import FileRecord, read_engine_file
 from runtime.errors import InputError

@@ -18,7 +18,7 @@ import psutil
 
 from ht_export.tensorrt.limits import Profile
 from ht_export.tensorrt.products import Capability, Product
-from ht_export.tensorrt.worker import Request, Result
+from ht_export.tensorrt.worker import BuildRequest, BuildResult
 from runtime.errors import InputError
 
 ATTENTIONS = ("auto", "plugin", "native")
@@ -64,7 +64,7 @@ def build_plan(
     plugin_layers: int = 0,
     timing_cache: Path | None = None,
     on_phase: OnPhase = lambda *_: None,
-) -> Result:
+) -> BuildResult:
     """Build `plan` from `graph` in a process of its own. Raises `InputError` with what the library said."""
     folder = plan.parent
     request_path, result_path = folder / "request.json", folder / "result.json"
@@ -72,7 +72,7 @@ def build_plan(
     if kernels is not None:
         kernels_path = folder / "kernels.bin"
         kernels_path.write_bytes(kernels)
-    request = Request(
+    request = BuildRequest(
         product=product.name,
         graph=str(graph),
         plan=str(plan),
@@ -93,7 +93,7 @@ def build_plan(
         shutil.rmtree(folder / LINKS, ignore_errors=True)
 
 
-def _run(product: Product, request: Path, result: Path, folder: Path, on_phase: OnPhase) -> Result:
+def _run(product: Product, request: Path, result: Path, folder: Path, on_phase: OnPhase) -> BuildResult:
     said = folder / "build.log"
     with said.open("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
@@ -128,10 +128,10 @@ def _run(product: Product, request: Path, result: Path, folder: Path, on_phase: 
     return found
 
 
-def _read(result: Path) -> Result | None:
+def _read(result: Path) -> BuildResult | None:
     """Return what the worker wrote, or None when it did not get to, or there was no room."""
     try:
-        return Result(**json.loads(result.read_text(encoding="utf-8")))
+        return BuildResult(**json.loads(result.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
 

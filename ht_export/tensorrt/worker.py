@@ -31,7 +31,7 @@ NO_GPU = "CUDA driver version is insufficient"
 
 
 @dataclass(frozen=True)
-class Request:
+class BuildRequest:
     """The plan to build. `kernels` is a file with the plugin's kernels; None builds without the plugin."""
 
     product: str
@@ -46,7 +46,7 @@ class Request:
 
 
 @dataclass
-class Result:
+class BuildResult:
     """How a build went: `error` None and a plan, or an error and no plan.
 
     Memory in bytes, resident at its most: all of it, and without what is mapped from files and can be dropped at will.
@@ -64,12 +64,12 @@ class Result:
 def main(path: str) -> int:
     """Build what the request at `path` says."""
     fields = json.loads(Path(path).read_text(encoding="utf-8"))
-    request = Request(**fields)
+    request = BuildRequest(**fields)
     # The library writes to stdout here and there; events go where nothing else does.
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     started = time.perf_counter()
-    result = Result(warnings=[])
+    result = BuildResult(warnings=[])
     watch = _MemoryWatch()
     try:
         build(find_product(request.product), request, result, lambda **event: print(json.dumps(event), file=events))
@@ -85,7 +85,7 @@ class BuildError(Exception):
     """The library refused; the message says what it said."""
 
 
-def build(product: Product, request: Request, result: Result, emit: Any) -> None:
+def build(product: Product, request: BuildRequest, result: BuildResult, emit: Any) -> None:
     """Parse, build, and write the plan. Raises `BuildError`."""
     trt = product.module
     log = _logger(trt)

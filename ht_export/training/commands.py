@@ -22,7 +22,7 @@ from rich.progress import Progress
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.transfer import TransferFile, default_layers, load_transfer_layers, save_transfer_layers
 from ht_export.progress import progress_bar
-from ht_export.request import ExportSettings
+from ht_export.settings import ExportSettings
 from ht_export.training.data import AnsweredPrompt, read_data
 from ht_export.training.evaluate import evaluate
 from ht_export.training.fit import FitSettings, MetricLog, fit

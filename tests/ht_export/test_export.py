@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 import resource
@@ -94,6 +95,18 @@ def test_a_place_that_cannot_be_written(tiny_checkpoint: Path, tiny_transfer: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*engine\.onnx"):
         run(tiny_checkpoint, tiny_transfer, tmp_path / "file" / "engine.onnx")
+
+
+def test_a_checkpoint_that_cannot_be_read(
+    tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "model.gguf")
+
+    monkeypatch.setattr(export_module, "load_base_model", refuse)
+    with pytest.raises(InputError, match=r"cannot read .*Permission denied: 'model\.gguf'"):
+        run(tiny_checkpoint, tiny_transfer, tmp_path / "engine.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_without_shipped_transfer_layers_asks_for_some(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from ht_export.tensorrt import worker
 from ht_export.tensorrt.products import Product
-from ht_export.tensorrt.worker import BuildError, Request, Result
+from ht_export.tensorrt.worker import BuildError, BuildRequest, BuildResult
 from plugins.binaries import Kernel, KernelBinaries, Variant
 from plugins.launch import Scores
 from plugins.tensorrt_plugin import NAME, NAMES, NAMESPACE, VERSION, WINDOWED_NAME, register
@@ -181,7 +181,7 @@ def library(request: pytest.FixtureRequest) -> Library:
     return Library("tensorrt", json.loads(path.read_text(encoding="utf-8")))
 
 
-def build(library: Library, folder: Path, *, plugin_layers: int = 0, expected: int | None = None) -> Result:
+def build(library: Library, folder: Path, *, plugin_layers: int = 0, expected: int | None = None) -> BuildResult:
     """Build in `folder`, where the timing cache stays."""
     path = folder / "tensorrt.onnx"
     onnx.save(onnx.parser.parse_model(GRAPH), path, save_as_external_data=True, location="weights", size_threshold=0)
@@ -189,7 +189,7 @@ def build(library: Library, folder: Path, *, plugin_layers: int = 0, expected: i
     kernels = folder / "kernels.bin"
     kernels.write_bytes(KERNELS)
     is_rtx = library.trt.__name__ == "tensorrt_rtx"
-    request = Request(
+    request = BuildRequest(
         product=RTX if is_rtx else "tensorrt",
         graph=str(path),
         plan=str(folder / "engine.plan"),
@@ -200,7 +200,8 @@ def build(library: Library, folder: Path, *, plugin_layers: int = 0, expected: i
         plugin_layers=plugin_layers if expected is None else expected,
         timing_cache=str(folder / "timing.cache"),
     )
-    result, events, product = Result(warnings=[]), [], Product(request.product, library.trt, library.trt.__version__)
+    result, events = BuildResult(warnings=[]), []
+    product = Product(request.product, library.trt, library.trt.__version__)
     worker.build(product, request, result, lambda **event: events.append(event))
     assert {"phase": "Building", "step": 1, "steps": 2} in events
     assert events[-1] == {"phase": "Building", "step": 2, "steps": 2}

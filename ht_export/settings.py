@@ -1,4 +1,4 @@
-"""The request for an export, checked before any work."""
+"""Settings of an export, and their check before any work."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ExportSettings:
 
 
 @dataclass(frozen=True)
-class Request:
+class Checked:
     """All that is asked for, checked before any work: `dtype` is the precision that the graph is traced and checked in,
     `storage` how its weights are stored if they are quantised, `prompts` the texts to calibrate that on.
     """
@@ -90,13 +90,13 @@ class Request:
         return self.storage is not None and self.planner is None
 
 
-def check_request(
+def check_settings(
     source: str,
     transfer_file: Path | Untrained | None,
     out: Path,
     settings: ExportSettings,
     plan_settings: PlanSettings | None,
-) -> Request:
+) -> Checked:
     """Return what is asked for. Raises `InputError` for what cannot be, as far as that shows without the model."""
     check_out(out)
     if settings.chunk is not None and settings.chunk < 1:
@@ -107,7 +107,7 @@ def check_request(
     planner = Planner(plan_settings or PlanSettings(), precision) if is_plan else None
     prompts = _calibration_prompts(settings.calibration, precision, storage)
     transfer = shipped_transfer(source) if transfer_file is None else transfer_file
-    return Request(source, transfer, out, settings, precision, dtype, storage, planner, prompts)
+    return Checked(source, transfer, out, settings, precision, dtype, storage, planner, prompts)
 
 
 def _calibration_prompts(path: Path | None, precision: str, storage: Storage | None) -> list[str]:
