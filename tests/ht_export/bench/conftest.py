@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,9 @@ from runtime import Generator, Sampling
 def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven prompts of the tasks a, b, a, b, a, b and none."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    rows = [{"id": f"p{i}", "task": "ab"[i % 2], "prompt": f"Prompt number {i}{'.' * i}"} for i in range(6)]
+    rows: list[dict[str, Any]] = [
+        {"id": f"p{i}", "task": "ab"[i % 2], "prompt": f"Prompt number {i}{'.' * i}"} for i in range(6)
+    ]
     rows.append({"id": "p6", "turns": ["Hello", "and again"]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -36,5 +39,5 @@ def engine_copy(tiny_engine: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy" / tiny_engine.name
 
 
-def job(text: str = "Hello", **sampling: float) -> Job:
+def job(text: str = "Hello", **sampling: Any) -> Job:
     return Job("0", "a", text, Sampling(**sampling))

@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_an_answer_that_has_ended_is_no_tie(generator: Generator) -> None:
     "options", [{"temperature": 1.5}, {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "repetition_penalty": 1.2}]
 )
 def test_a_sampled_gap_is_how_far_the_random_number_was_from_the_token(
-    generator: Generator, options: dict[str, float]
+    generator: Generator, options: dict[str, Any]
 ) -> None:
     sampled = job(**options, seed=5)
     tokens = generator.generate("Hello", max_new_tokens=12, sampling=sampled.sampling, speculate=False).tokens

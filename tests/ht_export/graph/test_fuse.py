@@ -1,5 +1,7 @@
 """The rotary rewrite on graphs written by hand: where it applies, and where it must not."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -34,7 +36,7 @@ def halves_that_differ(x: FLOAT["B", 2, "R", 4], frequencies: FLOAT["B", "R", 2]
 
 
 @pytest.mark.parametrize(("function", "fused"), [(rotary, True), (halves_that_differ, False)])
-def test_rotary_embedding_is_used_where_it_means_the_same(function, fused: bool) -> None:
+def test_rotary_embedding_is_used_where_it_means_the_same(function: Any, fused: bool) -> None:
     before = function.to_model_proto()
     model = ir.serde.deserialize_model(before)
     use_fused_operators(model)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -75,7 +76,7 @@ def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     yield Graphs(OnnxRuntimeEngine(path, dims, threads=1), OnnxRuntimeCpuEngine(lowered, dims, threads=1), lowered)
 
 
-def trace(layers: tuple[int, ...], changes: dict[str, object], folder: Path) -> tuple[Path, GraphDims]:
+def trace(layers: tuple[int, ...], changes: dict[str, Any], folder: Path) -> tuple[Path, GraphDims]:
     """Write the portable graph of a model of one layer; return its path and dimensions."""
     model = HiddenTransferModel(tiny_llama(num_hidden_layers=1, **changes), random_transfer(layers)).eval()
     path = folder / "engine.onnx"

@@ -1,5 +1,7 @@
 """The PyTorch reference against `transformers`, and the trainer's drafts against the reference."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -42,7 +44,7 @@ def test_a_chunk_over_the_cache_continues_the_text_and_rows_past_the_cache_lengt
     model = HiddenTransferModel(tiny_llama(), random_transfer((2,)))
     none = [torch.zeros(2, 0, dtype=torch.int64)]
 
-    def run(part: slice, keys: list[torch.Tensor], values: list[torch.Tensor], length: int):
+    def run(part: slice, keys: list[torch.Tensor], values: list[torch.Tensor], length: int) -> Any:
         rows = part.stop - part.start
         return model(
             ids[:, part],

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -79,7 +80,7 @@ def test_weights_are_within_half_a_step_and_zero_is_zero(weights: np.ndarray, bi
     assert packed.shape == (len(weights), blocks, BLOCK * bits // 8)
     assert scales.shape == (len(weights), blocks)
     assert zero_points.shape == (len(weights), -(-blocks * bits // 8))
-    assert (packed.dtype, scales.dtype, zero_points.dtype) == (np.uint8, np.float32, np.uint8)
+    assert [array.dtype.name for array in (packed, scales, zero_points)] == ["uint8", "float32", "uint8"]
     found = dequantised(packed, scales, zero_points, bits)[:, : weights.shape[1]]
     assert (abs(found - weights) <= 0.5001 * block_scales(scales)[:, : weights.shape[1]]).all()
     assert not found[weights == 0].any()
@@ -206,7 +207,7 @@ def test_weights_are_written_over_the_originals(
 ) -> None:
     save = ir.save
 
-    def save_where_there_is_room(model: ir.Model, path: Path, **options: str) -> None:
+    def save_where_there_is_room(model: ir.Model, path: Path, **options: Any) -> None:
         # The disk need not hold both.
         assert not path.with_name(f"{path.name}.data").exists()
         save(model, path, **options)

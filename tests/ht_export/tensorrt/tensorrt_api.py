@@ -118,7 +118,8 @@ class Double(ModuleType):
         self.kinds: dict[str, Any] = {}
         self.__version__ = api["version"]
         for kind, about in api["enums"].items():
-            self.kinds[kind] = (_Ordered if about["ordered"] else _Plain)(kind, about["members"])
+            make: Any = _Ordered if about["ordered"] else _Plain
+            self.kinds[kind] = make(kind, about["members"])
         for kind in api["classes"]:
             self._make(kind)
         for kind, value in self.kinds.items():
@@ -155,8 +156,8 @@ class Double(ModuleType):
             return isinstance(value, expected)
         if kind == "Dims":
             return isinstance(value, tuple | list) and all(isinstance(size, int) for size in value)
-        types = {"int": int | np.integer, "SupportsInt": int | np.integer, "str": str, "FallbackString": str}
-        types |= {"bool": bool, "tuple": tuple, "list": list}
+        types: dict[str, Any] = {"bool": bool, "tuple": tuple, "list": list, "str": str, "FallbackString": str}
+        types |= {"int": int | np.integer, "SupportsInt": int | np.integer}
         types |= dict.fromkeys(("buffer", "Buffer"), bytes | bytearray | memoryview | np.ndarray)
         return isinstance(value, types.get(kind, object))
 

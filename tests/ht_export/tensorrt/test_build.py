@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -127,7 +128,7 @@ def test_auto_takes_the_plugin_where_it_can_compute_the_model(tmp_path: Path) ->
     ],
 )
 def test_models_that_a_plan_cannot_compute(
-    attention: str, capabilities: tuple, dims: dict[str, object], message: str, tmp_path: Path
+    attention: str, capabilities: tuple, dims: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
         prepare(planner_for(attention, capabilities), tmp_path, **dims)

@@ -8,6 +8,7 @@ import gc
 import inspect
 import json
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,10 @@ class Library:
         self.restored: list[Any] = []
         self.initializers: dict[str, tuple[int, int]] = {}
         self.cache_fits = True
-        answers = {
+        answers: dict[str, Callable[..., Any]] = {
             "IPluginRegistry.all_creators": lambda _: list(self.creators),
-            "IPluginRegistry.register_creator": lambda _, creator, *space: self.creators.append(creator) or True,
-            "IPluginRegistry.deregister_creator": lambda _, creator: self.creators.remove(creator) or True,
+            "IPluginRegistry.register_creator": self._register,
+            "IPluginRegistry.deregister_creator": self._deregister,
             "PluginFieldCollection.__iter__": lambda fields: iter(vars(fields)["arg0"]),
             "OnnxParser.parse": self._parse,
             "OnnxParser.parse_from_file": self._parse,
@@ -67,7 +68,15 @@ class Library:
             "Builder.build_serialized_network": self._build,
             "Builder.build_serialized_network_to_stream": self._stream,
         }
-        self.trt = Double(name, api, answers)
+        self.trt: Any = Double(name, api, answers)
+
+    def _register(self, _: Any, creator: Any, *space: Any) -> bool:
+        self.creators.append(creator)
+        return True
+
+    def _deregister(self, _: Any, creator: Any) -> bool:
+        self.creators.remove(creator)
+        return True
 
     def _parse(self, *_: Any) -> bool:
         # Initializers that were loaded must still be there.
