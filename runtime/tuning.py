@@ -38,7 +38,7 @@ FILL_CHUNK = 64
 QUANTILE = 0.25
 
 # Told the steps done and to do.
-OnProgress = Callable[[int, int], None]
+Advance = Callable[[int, int], None]
 # Returns what drafts one text, with the sizes given.
 NewDrafter = Callable[[Sizing], Drafter]
 
@@ -89,7 +89,7 @@ def measure(
     contexts: Sequence[int],
     repeats: int,
     seconds: float = float("inf"),
-    progress: OnProgress | None = None,
+    progress: Advance | None = None,
     new_drafter: NewDrafter = default_drafter,
 ) -> Menu:
     """Return the menu of `sizes`, the first of which are those of plain decoding, timed at each of `contexts`, which
