@@ -63,5 +63,5 @@ def test_whole_logits_are_asked_for_where_a_choice_depends_on_more(options: dict
 @pytest.mark.parametrize("temperature", [0.0, 0.8, 1.0])
 def test_a_row_that_overflowed_is_an_error_wherever_the_choice_is_made(value: float, temperature: float) -> None:
     sampler = Sampler(Sampling(temperature=temperature), [1], VOCAB)
-    with pytest.raises(InputError, match="no token is left|its numbers overflow"):
+    with pytest.raises(InputError, match=r"no token is left|its numbers overflow"):
         sampler(sampler.wanted.of(np.full(VOCAB, value, dtype=np.float32), 1))
