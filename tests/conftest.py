@@ -116,8 +116,8 @@ def random_transfer(
         for parameter in transfer.correction.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
     for linear in transfer.linears:
-        linear.weight += 0.2 * torch.randn(linear.weight.shape, generator=generator)
-        linear.bias += 0.2 * torch.randn(linear.bias.shape, generator=generator)
+        linear.weight.add_(0.2 * torch.randn(linear.weight.shape, generator=generator))
+        linear.bias.add_(0.2 * torch.randn(linear.bias.shape, generator=generator))
     return transfer
 
 

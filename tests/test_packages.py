@@ -51,8 +51,9 @@ def test_an_environment_without_torch_and_transformers_generates(tiny_engine: Pa
     )
     assert found.stdout.strip() == "[]"
     arguments = [str(tiny_engine), "Hello", "--json", "--max-new-tokens", "9"]
-    command = [programs / "ht-generate", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    done = subprocess.run(
+        [programs / "ht-generate", *arguments], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     here = [sys.executable, "-m", "runtime.cli", *arguments]
     expected = subprocess.run(here, capture_output=True, text=True, check=True, cwd=ROOT)
     assert json.loads(done.stdout)["tokens"] == json.loads(expected.stdout)["tokens"]

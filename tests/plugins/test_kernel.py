@@ -79,7 +79,7 @@ def test_a_tuning_that_spills_is_passed_over(tmp_path: Path, monkeypatch: pytest
 def test_the_launcher_passes_the_parameters_that_a_kernel_takes(form: Form) -> None:
     sizes = {"c_void_p": 8, "c_int": 4, "c_float": 4}
     shapes = Shapes(1, 4, 2, 4, 4096, 64)
-    buffers = Buffers(*range(8), 8 if form.windowed else 0)
+    buffers = Buffers(0, 1, 2, 3, 4, 5, 6, 7, 8 if form.windowed else 0)
     found = launches(shapes, buffers, 1 << 20, Scores(0.5, 30.0 if form.capped else 0.0), 108)
     assert [launch.variant for launch in found] == [Variant(16, True, form), COMBINE]
     kernels = (compile_attention("float16", 64, 80, 16, True, form), compile_combine("float16", 64, 80))
