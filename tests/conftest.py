@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import gc
 import re
 import shutil
 import tempfile
@@ -65,6 +66,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip_gpu)
     items.sort(key=lambda item: next((i for i, name in enumerate(FIRST) if item.path.as_posix().endswith(name)), 99))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector of garbage what the libraries made when they were imported: exports call it often."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Give back to the collector what `pytest_collection_finish` took from it: some libraries complain at the end."""
+    gc.unfreeze()
 
 
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:

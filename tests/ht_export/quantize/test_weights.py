@@ -4,6 +4,7 @@ import errno
 import logging
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ht_export import cli
 from ht_export import export as export_module
 from ht_export.export import ExportSettings, Untrained, export
+from ht_export.graph import trace as trace_module
 from ht_export.graph.lower_cpu import lower_for_cpu
 from ht_export.graph.trace import build_graph, graph_dims
 from ht_export.model.reference import HiddenTransferModel
@@ -29,6 +31,7 @@ from ht_export.quantize.grid import BLOCK, packed_blocks
 from ht_export.quantize.weights import quantise
 from ht_export.verify.passes import LoweredEngine, check, compare, difference, record
 from runtime import Generator, Sampling
+from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import read_engine_file
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import InputError
@@ -296,6 +299,24 @@ def test_speculative_text_is_that_of_plain_decoding_but_where_two_tokens_are_as_
     assert agreed > 80
 
 
+@pytest.fixture(scope="module")
+def traced_once() -> Iterator[None]:
+    """Trace models of one shape once; their weights come afterwards."""
+    kept: dict[tuple[object, ...], onnx.ModelProto] = {}
+    trace = trace_module._trace
+
+    def traced(model: HiddenTransferModel, dims: GraphDims) -> ir.Model:
+        key = model.transfer.layers, model.base.config.tie_word_embeddings, dims
+        if key not in kept:
+            kept[key] = ir.serde.serialize_model(trace(model, dims))
+        return ir.serde.deserialize_model(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace_module, "_trace", traced)
+        yield
+
+
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 def test_weights_stored_in_half_precision_are_rounded_from_what_is_stored(

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from ht_export.model.checkpoint import BaseModel
 from ht_export.model.transfer import TransferLayers, load_transfer_layers
+from ht_export.training import cli
 from ht_export.training import fit as fit_module
 from ht_export.training.batches import make_batch
 from ht_export.training.data import AnsweredPrompt
@@ -134,7 +135,7 @@ def test_a_fit_killed_twice_with_sigkill_ends_with_the_same_weights(
         with safe_open(checkpoint, framework="pt") as file:
             return json.loads(file.metadata()["fit"])["step"]
 
-    subprocess.run(command(tmp_path / "whole.safetensors"), check=True, capture_output=True, timeout=300)
+    assert cli.main(command(tmp_path / "whole.safetensors")[3:]) == 0
     killed = tmp_path / "killed.safetensors"
     checkpoint = Path(f"{killed}.checkpoint")
     for _ in range(2):
@@ -172,7 +173,7 @@ def test_two_processes_share_a_step_and_reach_the_same_weights(
     # Its processes find each other through ports that something else may take: the launcher may start them once more.
     restarts = ["--max-restarts", "1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *restarts]
-    subprocess.run([sys.executable, "-m", *command("one")], check=True, capture_output=True, timeout=300)
+    assert cli.main(command("one")[1:]) == 0
     done = subprocess.run([*torchrun, "-m", *command("two")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_transfer_layers(tmp_path / name)[0] for name in ("one", "two"))
