@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
-from runtime.decode import Accepted, Decoding, Request, decode
+from runtime.decode import Accepted, Request, decode
 from runtime.engines.protocol import Batch, Engine, Slot
 from runtime.rows import Outputs, Rows
 
@@ -17,49 +16,46 @@ def run(engine: Engine, requests: Sequence[Request]) -> Iterator[None]:
     What a step made certain is in `Request.tokens`. A step is one pass for each phase that requests are in, or several
     where an engine takes fewer of them at once.
     """
-    running = [_Running(request, decode(request), engine.new_slot()) for request in requests]
+    running = [_Running(request, engine.new_slot()) for request in requests]
     while running:
         for group in _groups(running, engine.max_batch):
-            batch = Batch.of([one.wanted for one in group], [one.slot for one in group])
+            batch = Batch.of([one.rows for one in group], [one.slot for one in group])
             result = engine.run(batch)
             engine.commit(result, [one.accept(result.outputs(index)) for index, one in enumerate(group)])
         yield
-        running = [one for one in running if one.wants_more()]
+        running = [one for one in running if not one.request.ended]
+        for one in running:
+            one.propose()
 
 
-@dataclass
 class _Running:
-    """A request under way, in its slot."""
+    """A request under way in its slot, and the `rows` that it wants next."""
 
-    request: Request
-    decoding: Decoding
-    slot: Slot
+    rows: Rows
 
-    def __post_init__(self) -> None:
-        self.wanted = self._rows()
+    def __init__(self, request: Request, slot: Slot) -> None:
+        self.request = request
+        self.slot = slot
+        self._decoding = decode(request)
+        self.propose()
+
+    def propose(self) -> None:
+        """Ask for the next rows."""
+        rows = next(self._decoding)
+        assert isinstance(rows, Rows), "what was accepted is followed by the next rows"
+        self.rows = rows
 
     def accept(self, outputs: Outputs) -> Sequence[int]:
-        """Hand over the outputs of the rows wanted; return the rows that became certain."""
-        accepted = self.decoding.send(outputs)
+        """Hand over the outputs of the rows; return the rows that became certain."""
+        accepted = self._decoding.send(outputs)
         assert isinstance(accepted, Accepted), "outputs are answered with what was accepted"
         return accepted.rows
-
-    def wants_more(self) -> bool:
-        """Return whether the request goes on; then `wanted` are its next rows."""
-        if not self.request.ended:
-            self.wanted = self._rows()
-        return not self.request.ended
-
-    def _rows(self) -> Rows:
-        rows = next(self.decoding)
-        assert isinstance(rows, Rows), "what was accepted is followed by the next rows"
-        return rows
 
 
 def _groups(running: Sequence[_Running], most: int) -> Iterator[list[_Running]]:
     """Yield requests that may run in one pass: of the same phase, at most `most` of them."""
-    in_order = sorted(running, key=lambda one: one.wanted.phase.value)
-    for _, found in groupby(in_order, key=lambda one: one.wanted.phase):
+    in_order = sorted(running, key=lambda one: one.rows.phase.value)
+    for _, found in groupby(in_order, key=lambda one: one.rows.phase):
         group = list(found)
         for start in range(0, len(group), most):
             yield group[start : start + most]
