@@ -107,7 +107,7 @@ def decode(request: Request) -> Decoding:
             request.join_order,
             request.committed,
             wanted=request.choose.wanted,
-            candidates=drafter.candidates,
+            shortlist=drafter.shortlist,
         )
         outputs = yield rows
         accepted = verify(tree, outputs, request)
@@ -166,7 +166,7 @@ def process_prompt(request: Request) -> Generator[Rows | Accepted, Outputs, list
             start,
             drafter.draft_steps if ends_prompt else 0,
             wanted=request.choose.wanted,
-            candidates=drafter.candidates,
+            shortlist=drafter.shortlist,
         )
         if ends_prompt:
             request.take(outputs.chosen(0))

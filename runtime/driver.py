@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 
 from runtime.decode import Accepted, Request, decode
 from runtime.engines.protocol import Batch, Engine, Slot
-from runtime.rows import Outputs, Rows
+from runtime.rows import Outputs, Phase, Rows
 
 
 def run(engine: Engine, requests: Sequence[Request]) -> Iterator[None]:
     """Run `requests` to their end, all of them one step further before any takes the next; yield after each step.
 
     What a step made certain is in `Request.tokens`. A step is one pass for each phase that requests are in, or several
-    where an engine takes fewer of them at once.
+    where an engine takes fewer of them at once. Requests wait in order until the engine has a slot for them.
     """
-    running = [_Running(request, engine.new_slot()) for request in requests]
-    while running:
+    waiting = deque(requests)
+    running: list[_Running] = []
+    while waiting or running:
+        while waiting and len(running) < engine.max_slots:
+            running.append(_Running(waiting.popleft(), engine.new_slot()))
         for group in _groups(running, engine.max_batch):
             batch = Batch.of([one.rows for one in group], [one.slot for one in group])
             result = engine.run(batch)
@@ -43,6 +46,7 @@ class _Running:
         """Ask for the next rows."""
         rows = next(self._decoding)
         assert isinstance(rows, Rows), "what was accepted is followed by the next rows"
+        assert self.request.committed == self.slot.length, "request and engine agree on what is committed"
         self.rows = rows
 
     def accept(self, outputs: Outputs) -> Sequence[int]:
@@ -54,8 +58,7 @@ class _Running:
 
 def _groups(running: Sequence[_Running], most: int) -> Iterator[list[_Running]]:
     """Yield requests that may run in one pass: of the same phase, at most `most` of them."""
-    in_order = sorted(running, key=lambda one: one.rows.phase.value)
-    for _, found in groupby(in_order, key=lambda one: one.rows.phase):
-        group = list(found)
+    for phase in Phase:
+        group = [one for one in running if one.rows.phase is phase]
         for start in range(0, len(group), most):
             yield group[start : start + most]

@@ -29,7 +29,7 @@ class Phase(Enum):
 class Rows:
     """The rows of one request in one pass, without the batch dimension; shapes as in `runtime.bindings`.
 
-    Back come what is `wanted` of each of the M `logit_rows`, and of each pseudo row the `candidates` most probable
+    Back come what is `wanted` of each of the M `logit_rows`, and of each pseudo row the `shortlist` most probable
     tokens.
     """
 
@@ -40,7 +40,7 @@ class Rows:
     logit_rows: IntArray
     phase: Phase = Phase.DECODE
     wanted: Wanted = field(default_factory=WholeLogits)
-    candidates: int = 0
+    shortlist: int = 0
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -70,29 +70,52 @@ class PickedRows:
         return self._rows[int(self._index[row])]
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """One request's slice of a pass over `rows`: logits [M, V], draft_logits [sum R_k, V] in row order.
+class Outputs(Protocol):
+    """One request's slice of a pass. It holds as long as the result that it is of."""
 
-    It makes the choices that the rows ask for, when it is asked for one: few rows ever are. An engine that makes them
-    where the logits are has a slice of its own kind.
-    """
+    @property
+    def rows(self) -> Rows:
+        """The rows that were run."""
+        ...
+
+    @property
+    def logits(self) -> LogitRows:
+        """The logits [M, V] of the logit rows, whatever was wanted of them."""
+        ...
+
+    @property
+    def draft_logits(self) -> LogitRows:
+        """The draft logits [sum R_k, V], in row order."""
+        ...
+
+    def chosen(self, index: int) -> Choice:
+        """Return what is wanted of row `logit_rows[index]`, for the token after it."""
+        ...
+
+    def draft(self, row: int) -> DraftStep | None:
+        """Return the most probable tokens of a pseudo row, as many as the rows ask for; None where it overflowed: a
+        draft may be bad, not fatal.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class HostOutputs:
+    """Outputs whose choices are made on the host, when one is asked for: few rows ever are. See `Outputs`."""
 
     rows: Rows
     logits: LogitRows
     draft_logits: LogitRows
 
     def chosen(self, index: int) -> Choice:
-        """Return what is wanted of row `logit_rows[index]`, for the token after it."""
+        """See `Outputs.chosen`."""
         position = int(self.rows.position_ids[self.rows.logit_rows[index]]) + 1
-        return self.rows.wanted.of(self.logits[index], position)
+        return self.rows.wanted.choose(self.logits[index], position)
 
     def draft(self, row: int) -> DraftStep | None:
-        """Return the most probable tokens of a pseudo row, as many as the rows ask for; None where it overflowed: a
-        draft may be bad, not fatal.
-        """
+        """See `Outputs.draft`."""
         logits = self.draft_logits[row]
-        return most_probable(logits, self.rows.candidates) if math.isfinite(logits.max()) else None
+        return most_probable(logits, self.rows.shortlist) if math.isfinite(logits.max()) else None
 
 
 def lay_out(
@@ -104,7 +127,7 @@ def lay_out(
     *,
     phase: Phase = Phase.DECODE,
     wanted: Wanted | None = None,
-    candidates: int = 0,
+    shortlist: int = 0,
 ) -> Rows:
     """Return the rows of one pass: the tree's nodes, then each step's pseudo rows in `join_order`.
 
@@ -122,7 +145,7 @@ def lay_out(
     mask[size:, size:] = (parents[:, None] == parents[None, :]) & (steps[None, :] <= steps[:, None])
     positions = np.concatenate([tree.depths, tree.depths[parents] + steps + 1]) + start
     asked = np.arange(size, dtype=np.int64) if logit_rows is None else logit_rows
-    return Rows(tree.tokens, positions, mask, pseudo_parents, asked, phase, wanted or WholeLogits(), candidates)
+    return Rows(tree.tokens, positions, mask, pseudo_parents, asked, phase, wanted or WholeLogits(), shortlist)
 
 
 def prompt_rows(
@@ -132,7 +155,7 @@ def prompt_rows(
     draft_steps: int = 0,
     *,
     wanted: Wanted | None = None,
-    candidates: int = 0,
+    shortlist: int = 0,
 ) -> Rows:
     """Return the rows of a prompt chunk that begins at the absolute position `start`: the logits of its last token are
     asked for, and drafts of the first `draft_steps` steps after it.
@@ -140,7 +163,7 @@ def prompt_rows(
     last = np.array([len(tokens) - 1], dtype=np.int64)
     parents = tuple(last[: int(step < draft_steps)] for step in range(len(join_order)))
     return lay_out(
-        chain(tokens), parents, join_order, start, last, phase=Phase.PROMPT, wanted=wanted, candidates=candidates
+        chain(tokens), parents, join_order, start, last, phase=Phase.PROMPT, wanted=wanted, shortlist=shortlist
     )
 
 

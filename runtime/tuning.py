@@ -60,7 +60,7 @@ def cpu_name(threads: int | None) -> str:
 
 def device_name(engine: Engine, threads: int | None) -> str:
     """Return what the engine runs on: the GPU's name, or the CPU's with the number of threads."""
-    return getattr(engine, "gpu_name", None) or cpu_name(threads)
+    return engine.gpu_name or cpu_name(threads)
 
 
 def menu_sizes(default: TreeSizes) -> tuple[TreeSizes, ...]:
@@ -171,7 +171,7 @@ class _Steps:
             tree = chain([0] * sizes.tree_rows)
             ends = likely_ends(tree, sizes.pseudo_rows)
         rows = lay_out(
-            tree, ends, join_order, self.length, wanted=request.choose.wanted, candidates=max(1, drafter.candidates)
+            tree, ends, join_order, self.length, wanted=request.choose.wanted, shortlist=max(1, drafter.shortlist)
         )
         outputs = self._engine.run(Batch.of([rows], [self._slot])).outputs(0)
         verify(tree, outputs, request)

@@ -18,7 +18,7 @@ from runtime import bindings
 from runtime.bindings import GraphDims
 from runtime.engines.host_cache import HostCacheEngine, HostResult, KeyValueCache, cache_of, caches_of
 from runtime.engines.layout import stack
-from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine, new_rows
+from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine
 from runtime.engines.protocol import Batch
 from runtime.errors import InputError
 from runtime.rows import Rows, lay_out
@@ -89,8 +89,9 @@ class LoweredEngine(HostCacheEngine):
             in_place.arrays[kind, ..., : cache.length, :] = arrays[..., : cache.length, :]
         in_place.length = cache.length
         result = self._engine.run(Batch.of([rows], [in_place]))
-        keys, values = ([new.copy() for new in kind] for kind in new_rows(in_place, self.dims, rows))
-        return HostResult(batch, result.logits[None], result.draft_logits[None], keys, values)
+        keys, values = ([new.copy() for new in kind] for kind in result.new(self.dims))
+        every = np.arange(len(result.draft_logits))
+        return HostResult(batch, result.logits[None], result.draft_logits[None], keys, values, (every,))
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,16 @@ from runtime.tree import IntArray, Tree
 class Drafter:
     """Builds the trees of one text: what `sources` propose, merged, of the size that `sizing` chooses.
 
-    `candidates` of the most probable tokens of each pseudo row are of use to them, and `draft_steps` draft steps.
+    The `shortlist` most probable tokens of each pseudo row are of use to them, and `draft_steps` draft steps. Where a
+    later source and those before it disagree, the surer one has the more weight: their order matters little.
     """
 
     def __init__(self, sizing: Sizing, sources: Sequence[DraftSource]) -> None:
         self.sizing = sizing
         self.sources = tuple(sources)
-        self.candidates = max((source.candidates(sizing.most_rows) for source in self.sources), default=0)
+        self.shortlist = max((source.shortlist(sizing.most_rows) for source in self.sources), default=0)
         # Pseudo rows that nobody reads are not worth their time.
-        self.draft_steps = sizing.draft_steps if self.candidates else 0
+        self.draft_steps = sizing.draft_steps if self.shortlist else 0
 
     def begin(self, tokens: Sequence[int]) -> None:
         """Take the tokens of the prompt, and the first one after it."""
@@ -39,7 +40,7 @@ class Drafter:
         tree = merge(token, (source.propose(context) for source in self.sources), context.max_rows)
         sizes = self.sizing.choose(tree, length, bool(drafted))
         tree = tree.first(sizes.tree_rows)
-        return tree, likely_ends(tree, sizes.pseudo_rows if self.candidates else (0,) * len(sizes.pseudo_rows))
+        return tree, likely_ends(tree, sizes.pseudo_rows if self.shortlist else (0,) * len(sizes.pseudo_rows))
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Take the tokens that a step made certain: the accepted candidates, and the one chosen after them."""

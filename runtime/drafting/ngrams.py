@@ -42,8 +42,8 @@ class Ngrams:
         self._proposed = Continuation()
         self.extend(tokens)
 
-    def candidates(self, max_rows: int) -> int:
-        """See `DraftSource.candidates`: pseudo rows are not read."""
+    def shortlist(self, max_rows: int) -> int:
+        """See `DraftSource.shortlist`: pseudo rows are not read."""
         return 0
 
     def propose(self, context: Context) -> Tree:

@@ -31,7 +31,7 @@ class Context:
 class DraftSource(Protocol):
     """Guesses how a text goes on."""
 
-    def candidates(self, max_rows: int) -> int:
+    def shortlist(self, max_rows: int) -> int:
         """Return how many of the most probable tokens of each pseudo row are of use for a tree of `max_rows` nodes; 0
         for a source that does not read pseudo rows.
         """

@@ -40,8 +40,8 @@ class TransferDrafts:
         self._temperature = temperature
         self._noise = noise
 
-    def candidates(self, max_rows: int) -> int:
-        """See `DraftSource.candidates`."""
+    def shortlist(self, max_rows: int) -> int:
+        """See `DraftSource.shortlist`."""
         reordered = self._correction is not None or self._temperature > 0.0
         return max(SHORTLIST, max_rows) if reordered else max_rows
 
@@ -49,7 +49,7 @@ class TransferDrafts:
         """See `DraftSource.propose`."""
         rows = context.max_rows
         # Noise may bring any candidate to the top.
-        kept = rows if self._noise is None else self.candidates(rows)
+        kept = rows if self._noise is None else self.shortlist(rows)
 
         def adjusted(step: int, found: DraftStep) -> DraftStep:
             return self._adjusted(step, found, context)

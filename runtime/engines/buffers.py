@@ -15,9 +15,9 @@ from runtime.bindings import BYTES, GraphDims, dynamic_dims
 from runtime.bundle.engine_file import Limits
 from runtime.engines.cuda import Cuda
 from runtime.engines.device_cache import DeviceCache
-from runtime.engines.layout import LaidOut
-from runtime.engines.protocol import Batch
-from runtime.rows import Outputs, PickedRows
+from runtime.engines.layout import BatchInputs
+from runtime.engines.protocol import Batch, Freshness
+from runtime.rows import HostOutputs, PickedRows
 from runtime.tree import IntArray, TreeSizes
 
 ALIGNMENT = 256
@@ -80,7 +80,7 @@ class PassBuffers:
         joins = self._dims.transfer_layers
         return sizes.tree_rows + sum(rows for rows, at in zip(sizes.pseudo_rows, joins, strict=True) if at <= layer)
 
-    def write(self, laid_out: LaidOut) -> None:
+    def write(self, laid_out: BatchInputs) -> None:
         """Put the inputs of a pass into the pinned block."""
         for name, value in laid_out.values.items():
             flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
@@ -147,8 +147,8 @@ class DraftRows:
 
 @dataclass(frozen=True)
 class DeviceResult:
-    """A pass on a GPU, `laid_out` in its `sizes`: logits [M, V] on the host, all else where the pass left it. See
-    `Result`.
+    """Pass `number` on a GPU, of one request, laid out in these `sizes`: logits [M, V] on the host, all else where the
+    pass left it; `pseudo` are the rows of the draft logits that are the request's own. See `Result`.
     """
 
     batch: Batch
@@ -156,12 +156,15 @@ class DeviceResult:
     sizes: TreeSizes
     logits: NDArray[np.float32]
     pseudo: IntArray
+    number: int
+    freshness: Freshness
 
-    def outputs(self, index: int) -> Outputs:
+    def outputs(self, index: int) -> HostOutputs:
         """See `Result.outputs`."""
+        self.freshness.check(self.number)
         rows = self.batch.rows[index]
         drafts = DraftRows(self.buffers, sum(self.sizes.pseudo_rows))
-        return Outputs(rows, self.logits[: len(rows.logit_rows)], PickedRows(drafts, self.pseudo))
+        return HostOutputs(rows, self.logits[: len(rows.logit_rows)], PickedRows(drafts, self.pseudo))
 
 
 def _align(size: int) -> int:

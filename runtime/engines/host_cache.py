@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from runtime.bindings import GraphDims
 from runtime.engines.protocol import Batch, Result, Slot
-from runtime.rows import Outputs, PickedRows
+from runtime.rows import HostOutputs, PickedRows
 from runtime.tree import IntArray
 
 BLOCK = 64
+# Slots that the memory of the host is the only limit of.
+MANY = 1 << 20
 
 
 class KeyValueCache:
@@ -67,7 +69,8 @@ class HostResult:
     """A pass whose outputs are all on the host: logits [B, M, V]; draft_logits [B, sum R_k, V] in row order; key_new
     and value_new L arrays [B, Hkv, R_l, D], the tree's rows first.
 
-    Where requests were padded, `pseudo` [B] has the rows of their own draft logits. See `Result`.
+    `pseudo` [B] has for each request the rows of its own draft logits. See `Result`. Nothing of it is used again by a
+    later pass.
     """
 
     batch: Batch
@@ -75,13 +78,13 @@ class HostResult:
     draft_logits: NDArray[np.float32]
     key_new: Sequence[NDArray]
     value_new: Sequence[NDArray]
-    pseudo: tuple[IntArray, ...] | None = None
+    pseudo: tuple[IntArray, ...]
 
-    def outputs(self, index: int) -> Outputs:
+    def outputs(self, index: int) -> HostOutputs:
         """See `Result.outputs`."""
-        rows, drafts = self.batch.rows[index], self.draft_logits[index]
-        own = drafts if self.pseudo is None else PickedRows(drafts, self.pseudo[index])
-        return Outputs(rows, self.logits[index, : len(rows.logit_rows)], own)
+        rows = self.batch.rows[index]
+        drafts = PickedRows(self.draft_logits[index], self.pseudo[index])
+        return HostOutputs(rows, self.logits[index, : len(rows.logit_rows)], drafts)
 
 
 class HostCacheEngine(ABC):
@@ -89,6 +92,8 @@ class HostCacheEngine(ABC):
 
     dims: GraphDims
     max_batch: int
+    max_slots = MANY
+    gpu_name = None
 
     @abstractmethod
     def run(self, batch: Batch) -> HostResult:

@@ -16,34 +16,34 @@ from runtime.tree import IntArray, TreeSizes
 
 
 @dataclass(frozen=True)
-class LaidOut:
+class BatchInputs:
     """The inputs of the graph but for the cache, by name, as `runtime.bindings` has them: [B, ...].
 
-    `sizes` are those that all requests share, `logit_rows` is M. The real tree rows, and their logits, come first;
+    `sizes` are those that all requests share, `logit_count` is M. The real tree rows, and their logits, come first;
     `pseudo` [B] has for each request the rows of the draft logits that are of its real pseudo rows.
     """
 
     sizes: TreeSizes
-    logit_rows: int
+    logit_count: int
     values: dict[str, NDArray]
     pseudo: tuple[IntArray, ...]
 
     def dims(self, capacity: int) -> dict[str, int]:
         """Return the value of each letter, for caches of S = `capacity` rows."""
         batch = len(self.values[bindings.INPUT_IDS])
-        return dynamic_dims(self.sizes.tree_rows, self.sizes.pseudo_rows, self.logit_rows, capacity, batch)
+        return dynamic_dims(self.sizes.tree_rows, self.sizes.pseudo_rows, self.logit_count, capacity, batch)
 
 
-def stack(batch: Batch, join_order: Sequence[int], sizes: TreeSizes | None = None) -> LaidOut:
+def stack(batch: Batch, join_order: Sequence[int], sizes: TreeSizes | None = None) -> BatchInputs:
     """Return `batch` laid out in `sizes`, a row of logits for every tree row; or, with None, in the least sizes that
     all requests share, which copies nothing for a single one.
     """
     if sizes is None:
         sizes = shared_sizes(batch.rows)
-        logit_rows = max(len(rows.logit_rows) for rows in batch.rows)
+        logit_count = max(len(rows.logit_rows) for rows in batch.rows)
     else:
-        logit_rows = sizes.tree_rows
-    padded = [pad(rows, sizes, logit_rows, join_order) for rows in batch.rows]
+        logit_count = sizes.tree_rows
+    padded = [pad(rows, sizes, logit_count, join_order) for rows in batch.rows]
     parts: dict[str, list[NDArray]] = {
         bindings.INPUT_IDS: [one.rows.input_ids for one in padded],
         bindings.POSITION_IDS: [one.rows.position_ids for one in padded],
@@ -54,7 +54,7 @@ def stack(batch: Batch, join_order: Sequence[int], sizes: TreeSizes | None = Non
         parts[bindings.pseudo_parent(step + 1)] = [one.rows.pseudo_parents[step] for one in padded]
     values = {name: np.stack(arrays) if len(arrays) > 1 else arrays[0][None] for name, arrays in parts.items()}
     values[bindings.CACHE_LENGTH] = np.array([slot.length for slot in batch.slots], dtype=np.int64)
-    return LaidOut(sizes, logit_rows, values, tuple(one.pseudo for one in padded))
+    return BatchInputs(sizes, logit_count, values, tuple(one.pseudo for one in padded))
 
 
 def shared_sizes(batch: Sequence[Rows]) -> TreeSizes:
@@ -91,10 +91,10 @@ class PaddedRows:
     pseudo: IntArray
 
 
-def pad(rows: Rows, sizes: TreeSizes, logit_rows: int, join_order: Sequence[int]) -> PaddedRows:
+def pad(rows: Rows, sizes: TreeSizes, logit_count: int, join_order: Sequence[int]) -> PaddedRows:
     """Return `rows` with `sizes`, and so many rows of logits. A row added sees itself alone, and none other sees it."""
     tree = len(rows.input_ids)
-    if TreeSizes(tree, rows.counts) == sizes and len(rows.logit_rows) == logit_rows:
+    if TreeSizes(tree, rows.counts) == sizes and len(rows.logit_rows) == logit_count:
         return PaddedRows(rows, np.arange(sum(rows.counts), dtype=np.int64))
     real = []
     end = sizes.tree_rows
@@ -115,7 +115,7 @@ def pad(rows: Rows, sizes: TreeSizes, logit_rows: int, join_order: Sequence[int]
         pseudo_parents=tuple(
             _extend(parents, count) for parents, count in zip(rows.pseudo_parents, sizes.pseudo_rows, strict=True)
         ),
-        logit_rows=_extend(rows.logit_rows, logit_rows),
+        logit_rows=_extend(rows.logit_rows, logit_count),
     )
     return PaddedRows(padded, pseudo - sizes.tree_rows)
 

@@ -14,7 +14,7 @@ from runtime import bindings
 from runtime.bindings import Binding, GraphDims
 from runtime.checks import MOST_THREADS, whole
 from runtime.engines.host_cache import HostCacheEngine, HostResult, caches_of
-from runtime.engines.layout import LaidOut, stack
+from runtime.engines.layout import BatchInputs, stack
 from runtime.engines.protocol import Batch
 from runtime.errors import EngineFileError, InputError
 
@@ -45,7 +45,7 @@ class OnnxRuntimeEngine(HostCacheEngine):
         return HostResult(batch, logits, draft_logits, new[:layers], new[layers:], laid_out.pseudo)
 
 
-def graph_inputs(laid_out: LaidOut, batch: Batch) -> dict[str, NDArray]:
+def graph_inputs(laid_out: BatchInputs, batch: Batch) -> dict[str, NDArray]:
     """Return the inputs of the graph for a pass of `batch`, `laid_out`, by name."""
     feed = dict(laid_out.values)
     for layer, (keys, values) in enumerate(zip(*caches_of(batch), strict=True)):

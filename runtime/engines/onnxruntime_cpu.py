@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from runtime import bindings
 from runtime.bindings import GraphDims, dynamic_dims
+from runtime.engines.host_cache import MANY
 from runtime.engines.layout import stack
 from runtime.engines.onnxruntime import open_session
-from runtime.engines.protocol import Batch, Result, Slot
-from runtime.rows import Outputs, Rows
+from runtime.engines.protocol import Batch, Freshness, Result, Slot
+from runtime.rows import HostOutputs
 
 BLOCK = 256
 
@@ -62,15 +63,33 @@ class InPlaceCache:
 
 @dataclass(frozen=True)
 class InPlaceResult:
-    """A pass that left its keys and values in the cache: logits [M, V], draft_logits [sum R_k, V]. See `Result`."""
+    """Pass `number` of an engine, of one request: logits [M, V], draft_logits [sum R_k, V]; new keys and values are in
+    the cache. See `Result`.
+    """
 
     batch: Batch
     logits: NDArray[np.float32]
     draft_logits: NDArray[np.float32]
+    number: int
+    freshness: Freshness
 
-    def outputs(self, index: int) -> Outputs:
+    def outputs(self, index: int) -> HostOutputs:
         """See `Result.outputs`."""
-        return Outputs(self.batch.rows[index], self.logits, self.draft_logits)
+        self.freshness.check(self.number)
+        return HostOutputs(self.batch.rows[index], self.logits, self.draft_logits)
+
+    def new(self, dims: GraphDims) -> tuple[list[NDArray], list[NDArray]]:
+        """Return the new keys and the new values, not committed yet: L arrays [1, Hkv, R_l, D] each."""
+        self.freshness.check(self.number)
+        (rows,), (slot,) = self.batch.rows, self.batch.slots
+        cache = _cache_of(slot)
+        sizes = dynamic_dims(len(rows.input_ids), rows.counts, 0, 0)
+        alive = [sum(sizes[part] for part in dims.rows_alive(layer).split(" + ")) for layer in range(dims.num_layers)]
+        keys, values = (
+            [cache.arrays[kind, layer, :, :, cache.length : cache.length + count] for layer, count in enumerate(alive)]
+            for kind in range(2)
+        )
+        return keys, values
 
 
 class OnnxRuntimeCpuEngine:
@@ -78,6 +97,8 @@ class OnnxRuntimeCpuEngine:
 
     # `GroupQueryAttention` takes several rows over a cache of one request only.
     max_batch = 1
+    max_slots = MANY
+    gpu_name = None
 
     def __init__(self, path: Path, dims: GraphDims, threads: int | None = None, *, small: bool = False) -> None:
         self._session = open_session(
@@ -86,6 +107,7 @@ class OnnxRuntimeCpuEngine:
         self.dims = dims
         self._binding = self._session.io_binding()
         self._bound: weakref.ref[NDArray] | None = None
+        self._freshness = Freshness()
         self._logits = np.empty((0, dims.vocab_size), dtype=np.float32)
         self._drafts = np.empty((0, dims.vocab_size), dtype=np.float32)
 
@@ -101,21 +123,25 @@ class OnnxRuntimeCpuEngine:
         drafts = sum(laid_out.sizes.pseudo_rows)
         cache.reserve(laid_out.sizes.tree_rows + drafts)
         self._bind_cache(cache)
+        number = self._freshness.next_pass()
         # Kept until the pass is over: they are bound by address.
         values = {name: np.ascontiguousarray(value) for name, value in laid_out.values.items()}
         for name, value in values.items():
             self._binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
-        self._logits = _room_for(self._logits, laid_out.logit_rows)
+        self._logits = _room_for(self._logits, laid_out.logit_count)
         self._drafts = _room_for(self._drafts, drafts)
         sizes = laid_out.dims(cache.capacity)
         for binding, buffer in zip(self.dims.outputs()[:2], (self._logits, self._drafts), strict=True):
             shape = binding.sizes(sizes)
             self._binding.bind_output(binding.name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
         self._session.run_with_iobinding(self._binding)
-        return InPlaceResult(batch, self._logits[: laid_out.logit_rows], self._drafts[:drafts])
+        logits, draft_logits = self._logits[: laid_out.logit_count], self._drafts[:drafts]
+        return InPlaceResult(batch, logits, draft_logits, number, self._freshness)
 
     def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
         """See `Engine.commit`."""
+        assert isinstance(result, InPlaceResult), "a result of another engine"
+        self._freshness.commit(result.number)
         for slot, rows in zip(result.batch.slots, accepted, strict=True):
             _cache_of(slot).commit(rows)
 
@@ -138,17 +164,6 @@ class OnnxRuntimeCpuEngine:
 def _cache_of(slot: Slot) -> InPlaceCache:
     assert isinstance(slot, InPlaceCache), "a slot of another engine"
     return slot
-
-
-def new_rows(cache: InPlaceCache, dims: GraphDims, rows: Rows) -> tuple[list[NDArray], list[NDArray]]:
-    """Return the new keys and the new values of the last pass, over `rows`: L arrays [1, Hkv, R_l, D] each."""
-    sizes = dynamic_dims(len(rows.input_ids), rows.counts, 0, 0)
-    alive = [sum(sizes[part] for part in dims.rows_alive(layer).split(" + ")) for layer in range(dims.num_layers)]
-    keys, values = (
-        [cache.arrays[kind, layer, :, :, cache.length : cache.length + count] for layer, count in enumerate(alive)]
-        for kind in range(2)
-    )
-    return keys, values
 
 
 def _room_for(buffer: NDArray[np.float32], rows: int) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from runtime.engines.cuda import Cuda
 from runtime.engines.device_cache import CacheMemory, DeviceCache, cache_of
 from runtime.engines.layout import stack
 from runtime.engines.onnxruntime import Provider, open_session
-from runtime.engines.protocol import Batch, Result
+from runtime.engines.protocol import Batch, Freshness, Result
 from runtime.errors import InputError
 from runtime.rows import Phase
 from runtime.tree import TreeSizes
@@ -34,9 +34,10 @@ class OnnxRuntimeCudaEngine:
     of a pass. Raises `InputError` where there is no GPU, or no ONNX Runtime that can use it.
     """
 
-    # Whose memory the graph's inputs and outputs are in, as ONNX Runtime calls it.
+    # The device whose memory the graph's inputs and outputs are in, as ONNX Runtime calls it.
     device = "cuda"
     max_batch = 1
+    max_slots = 1
 
     def __init__(self, path: Path, dims: GraphDims, tree: TreeSizes, chunk: int, max_context: int) -> None:
         self.dims = dims
@@ -53,6 +54,7 @@ class OnnxRuntimeCudaEngine:
                 "example with pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
         self._buffers = PassBuffers(self._cuda, dims, self._limits)
+        self._freshness = Freshness()
         self._cache_memory = CacheMemory(self._cuda, dims, self._limits.capacity)
 
     @property
@@ -75,6 +77,7 @@ class OnnxRuntimeCudaEngine:
         most = self._limits.chunk if batch.phase is Phase.PROMPT else self._limits.max_rows
         if (rows := max(sizes.tree_rows, *sizes.pseudo_rows)) > most:
             raise InputError(f"a pass of {rows} rows; this engine takes at most {most}, use fewer")
+        number = self._freshness.next_pass()
         self._buffers.write(laid_out)
         self._buffers.upload()
         values = laid_out.dims(cache.capacity)
@@ -87,14 +90,15 @@ class OnnxRuntimeCudaEngine:
             where = (self.device, 0, _element(value.dtype), value.sizes(values), addresses[value.name])
             binding.bind_output(value.name, *where)
         self._session.run_with_iobinding(binding)
-        self._buffers.download_logits(laid_out.logit_rows)
+        self._buffers.download_logits(laid_out.logit_count)
         self._cuda.synchronise()
-        logits = self._buffers.logits(laid_out.logit_rows)
-        return DeviceResult(batch, self._buffers, sizes, logits, laid_out.pseudo[0])
+        logits = self._buffers.logits(laid_out.logit_count)
+        return DeviceResult(batch, self._buffers, sizes, logits, laid_out.pseudo[0], number, self._freshness)
 
     def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
         """See `Engine.commit`: copies the accepted rows behind those of the cache."""
         assert isinstance(result, DeviceResult), "a result of another engine"
+        self._freshness.commit(result.number)
         self._cuda.use()
         for slot, rows in zip(result.batch.slots, accepted, strict=True):
             cache = cache_of(slot)

@@ -23,27 +23,31 @@ class Slot(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One pass over B requests in the same `phase`: the `rows` [B] that each wants, and the `slots` [B] that they are
-    in.
-    """
+    """One pass over B requests in the same phase: the `rows` [B] that they want, and the `slots` [B] they are in."""
 
-    phase: Phase
     rows: tuple[Rows, ...]
     slots: tuple[Slot, ...]
 
     @classmethod
     def of(cls, rows: Sequence[Rows], slots: Sequence[Slot]) -> Batch:
-        """Return the batch of requests in the same phase."""
-        (phase,) = {one.phase for one in rows}
-        assert len(rows) == len(slots), "each request is in one slot"
-        return cls(phase, tuple(rows), tuple(slots))
+        """Return the batch of these requests."""
+        return cls(tuple(rows), tuple(slots))
+
+    def __post_init__(self) -> None:
+        assert len(self.rows) == len(self.slots) > 0, "each request is in one slot"
+        assert len({rows.phase for rows in self.rows}) == 1, "a pass is in one phase"
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that all requests are in."""
+        return self.rows[0].phase
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
 class Result(Protocol):
-    """The outputs of one pass. They hold until the engine's next pass."""
+    """The outputs of one pass. They hold until the engine's next pass, and are refused when they no longer do."""
 
     @property
     def batch(self) -> Batch:
@@ -56,10 +60,20 @@ class Result(Protocol):
 
 
 class Engine(Protocol):
-    """Runs the graph of `dims` for up to `max_batch` requests at once."""
+    """Runs the graph of `dims` for up to `max_batch` requests at once, of up to `max_slots` that are under way.
+
+    `gpu_name` is None on the CPU. Slots and results are of the engine's own kinds; those of another are refused by an
+    assertion, as types that are tied to an engine would tie all that holds one to it too.
+    """
 
     dims: GraphDims
     max_batch: int
+    max_slots: int
+
+    @property
+    def gpu_name(self) -> str | None:
+        """The GPU that passes run on."""
+        ...
 
     def new_slot(self) -> Slot:
         """Return an empty slot of this engine's cache."""
@@ -75,6 +89,31 @@ class Engine(Protocol):
     def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
         """Append the keys and values of the `accepted` tree rows of each request, in that order, to its slot.
 
-        `result` is that of the engine's last pass.
+        `result` is that of the engine's last pass, and is committed once.
         """
         ...
+
+
+class Freshness:
+    """Tells whether a result is that of an engine's last pass, whose buffers the next pass uses again."""
+
+    def __init__(self) -> None:
+        self._passes = 0
+        self._committed = 0
+
+    def next_pass(self) -> int:
+        """Return the number of the pass that begins: earlier ones no longer hold."""
+        self._passes += 1
+        return self._passes
+
+    def check(self, number: int) -> None:
+        """Raise `RuntimeError` unless pass `number` is the last one."""
+        if number != self._passes:
+            raise RuntimeError("the outputs of a pass are gone: the engine has run another one since")
+
+    def commit(self, number: int) -> None:
+        """Take note that pass `number` is committed. Raises `RuntimeError` when it is not the last, or was before."""
+        self.check(number)
+        if number == self._committed:
+            raise RuntimeError("a pass is committed once, and this one was before")
+        self._committed = number

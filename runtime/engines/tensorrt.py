@@ -21,9 +21,9 @@ from runtime.bundle.engine_file import PlanFile
 from runtime.engines.buffers import DeviceResult, PassBuffers
 from runtime.engines.cuda import Cuda
 from runtime.engines.device_cache import CacheMemory, DeviceCache, cache_of
-from runtime.engines.layout import LaidOut, bucket, shared_sizes, stack
+from runtime.engines.layout import BatchInputs, bucket, shared_sizes, stack
 from runtime.engines.plans import RuntimeCache, check_device, deserialise, import_product, make_logger
-from runtime.engines.protocol import Batch, Result
+from runtime.engines.protocol import Batch, Freshness, Result
 from runtime.errors import EngineFileError, InputError
 from runtime.rows import Phase
 from runtime.tree import TreeSizes
@@ -41,6 +41,7 @@ class TensorRTEngine:
 
     # Plans take more; the commit kernel, and the memory of caches, take one.
     max_batch = 1
+    max_slots = 1
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class TensorRTEngine:
         # Contexts run one after the other, and so can share it.
         self._scratch = self._cuda.allocate(int(self._engine.device_memory_size_v2))
         self._buffers = PassBuffers(self._cuda, dims, about.limits)
+        self._freshness = Freshness()
         self._cache_memory = CacheMemory(self._cuda, dims, about.limits.capacity)
         self._prompt: _Context | None = None
         self._passes: dict[tuple[int, ...], _CapturedPass] = {}
@@ -97,6 +99,7 @@ class TensorRTEngine:
         (slot,) = batch.slots
         cache = cache_of(slot)
         self._check_limits(batch, cache)
+        number = self._freshness.next_pass()
         if batch.phase is Phase.PROMPT:
             laid_out = stack(batch, self.dims.join_order)
             self._run_prompt(laid_out, cache)
@@ -109,12 +112,13 @@ class TensorRTEngine:
                 # Rare, and by then whatever this shape needs has been compiled.
                 self._runtime_cache.save()
         self._cuda.synchronise()
-        logits = self._buffers.logits(laid_out.logit_rows)
-        return DeviceResult(batch, self._buffers, laid_out.sizes, logits, laid_out.pseudo[0])
+        logits = self._buffers.logits(laid_out.logit_count)
+        return DeviceResult(batch, self._buffers, laid_out.sizes, logits, laid_out.pseudo[0], number, self._freshness)
 
     def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
         """See `Engine.commit`: copies the accepted rows behind those of the cache."""
         assert isinstance(result, DeviceResult), "a result of another engine"
+        self._freshness.commit(result.number)
         self._cuda.use()
         for slot, rows in zip(result.batch.slots, accepted, strict=True):
             cache = cache_of(slot)
@@ -124,11 +128,11 @@ class TensorRTEngine:
             self._commit(table, len(rows), heads, cache.length, cache.capacity, self._cuda.stream)
             cache.length += len(rows)
 
-    def _run_prompt(self, laid_out: LaidOut, cache: DeviceCache) -> None:
+    def _run_prompt(self, laid_out: BatchInputs, cache: DeviceCache) -> None:
         """Run a prompt chunk, of whatever length: too many shapes for a graph of each."""
         if self._prompt is None:
             self._prompt = _Context(self, PROMPT)
-        self._prompt.set_shapes(laid_out.sizes, laid_out.logit_rows, cache)
+        self._prompt.set_shapes(laid_out.sizes, laid_out.logit_count, cache)
         self._buffers.write(laid_out)
         self._prompt.enqueue()
 

@@ -1,15 +1,14 @@
 """Choices: a request says what it wants back of a row of logits, and gets that.
 
 The whole vocabulary is seldom needed: a greedy request wants the most probable token, a sampled one the winner of its
-race. Saying so leaves it to the engine where the choice is made. An engine whose logits are on the host uses `of`; one
-whose logits are on a GPU may make the same choice there and send one token in the place of the vocabulary.
+race. Saying so leaves it to the engine where the choice is made. An engine whose logits are on the host calls `choose`;
+one whose logits are on a GPU may make the same choice there and send one token in the place of the vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,19 +31,11 @@ class Chosen:
 Choice = Chosen | Logits
 
 
-class Wanted(Protocol):
-    """A kind of choice to be made of each row of a pass."""
-
-    def of(self, logits: Logits, position: int) -> Choice:
-        """Return it, of logits [V] for the token at the absolute `position`; they stay as they are."""
-        ...
-
-
 class ArgMax:
     """The most probable token; among equals the smallest, as `argmax` of other libraries."""
 
-    def of(self, logits: Logits, position: int) -> Chosen:
-        """See `Wanted.of`."""
+    def choose(self, logits: Logits, position: int) -> Chosen:
+        """Return it of logits [V], for the token at the absolute `position`; they stay as they are."""
         token = int(logits.argmax())
         return Chosen(token, float(logits[token]))
 
@@ -52,8 +43,8 @@ class ArgMax:
 class WholeLogits:
     """The logits themselves, for choices that depend on more than one row."""
 
-    def of(self, logits: Logits, position: int) -> Logits:
-        """See `Wanted.of`."""
+    def choose(self, logits: Logits, position: int) -> Logits:
+        """Return logits [V] as they are."""
         return logits
 
 
@@ -82,8 +73,8 @@ class Race:
         self._weights = np.empty(vocab_size, dtype=np.float32)
         self._all = np.arange(vocab_size)
 
-    def of(self, logits: Logits, position: int) -> Chosen:
-        """See `Wanted.of`."""
+    def choose(self, logits: Logits, position: int) -> Chosen:
+        """Return it of logits [V], for the token at the absolute `position`; they stay as they are."""
         if self.temperature != 1.0:
             logits = np.divide(logits, np.float32(self.temperature), out=self._tempered)
         top = float(logits.max())
@@ -95,3 +86,7 @@ class Race:
         if tokens is None:
             tokens = self._all
         return Chosen(int(tokens[self.noise.first(position, tokens, weights)]), top)
+
+
+# All that can be wanted back of each row of a pass.
+Wanted = ArgMax | Race | WholeLogits

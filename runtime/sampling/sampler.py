@@ -97,7 +97,7 @@ class Sampler:
 
     def _choose(self, logits: NDArray[np.float32]) -> Chosen:
         processed = self._process(logits) if self._processes else logits
-        return self._last_step.of(processed, len(self._tokens))
+        return self._last_step.choose(processed, len(self._tokens))
 
     def _process(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         settings = self._settings

@@ -32,6 +32,7 @@ class KnownEngine(HostCacheEngine):
     def __init__(self, dims: GraphDims, logits: Logits, draft_logits: DraftLogits, max_batch: int = 1) -> None:
         self.dims = dims
         self.max_batch = max_batch
+        self.max_slots = 8
         self.batches: list[Batch] = []
         self.logits = logits
         self.draft_logits = draft_logits
@@ -43,7 +44,7 @@ class KnownEngine(HostCacheEngine):
         drafts = sum(laid_out.sizes.pseudo_rows)
         found = HostResult(
             batch,
-            np.zeros((len(batch), laid_out.logit_rows, self.dims.vocab_size), dtype=np.float32),
+            np.zeros((len(batch), laid_out.logit_count, self.dims.vocab_size), dtype=np.float32),
             np.zeros((len(batch), drafts, self.dims.vocab_size), dtype=np.float32),
             [laid_out.values[bindings.INPUT_IDS].astype(np.float32)[:, None, :, None]],
             [laid_out.values[bindings.INPUT_IDS].astype(np.float32)[:, None, :, None]],

@@ -15,7 +15,7 @@ from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import FixedSizes
 from runtime.drafting.source import DraftSource
 from runtime.drafting.transfer_drafts import TransferDrafts
-from runtime.rows import Outputs, Phase, Rows, lay_out
+from runtime.rows import HostOutputs, Phase, Rows, lay_out
 from runtime.tree import Tree, TreeSizes
 from tests.five_nodes import EXAMPLE
 from tests.passes import run_one
@@ -119,8 +119,8 @@ def test_phases_are_said_and_never_follow_from_shapes() -> None:
     assert [len(batch.rows[0].position_ids) for batch in engine.batches] == [4, 1, 1, 1]
 
 
-def outputs_of(tree: Tree, logits: np.ndarray, request: Request) -> Outputs:
-    return Outputs(lay_out(tree, (), (), 0, wanted=request.choose.wanted), logits, logits[:0])
+def outputs_of(tree: Tree, logits: np.ndarray, request: Request) -> HostOutputs:
+    return HostOutputs(lay_out(tree, (), (), 0, wanted=request.choose.wanted), logits, logits[:0])
 
 
 def request_for(drafter: Drafter, prompt: Sequence[int] = (1,), **options: object) -> Request:

@@ -16,7 +16,7 @@ from runtime.bindings import GraphDims
 from runtime.bundle.tuning_file import Tuning, read_tuning, tuning_path, write_tuning
 from runtime.drafting.sizing import Menu
 from runtime.engines.onnxruntime_cpu import InPlaceResult
-from runtime.engines.protocol import Batch, Result
+from runtime.engines.protocol import Batch, Freshness, Result
 from runtime.errors import InputError
 from runtime.rows import Rows
 from runtime.tree import TreeSizes
@@ -59,6 +59,9 @@ class TimedEngine:
     seconds: Callable[[Rows, int], float]
     dims: GraphDims = DIMS
     max_batch: int = 1
+    max_slots: int = 1
+    gpu_name: str | None = None
+    freshness: Freshness = field(default_factory=Freshness)
     passes: list[tuple[TreeSizes, int]] = field(default_factory=list)
     newest: TimedSlot | None = None
 
@@ -76,7 +79,7 @@ class TimedEngine:
         logits, draft_logits = (
             rng.standard_normal((count, 11), dtype=np.float32) for count in (len(rows.logit_rows), sum(rows.counts))
         )
-        return InPlaceResult(batch, logits, draft_logits)
+        return InPlaceResult(batch, logits, draft_logits, self.freshness.next_pass(), self.freshness)
 
     def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
         for slot, rows in zip(result.batch.slots, accepted, strict=True):

@@ -24,7 +24,7 @@ from runtime.bindings import Binding, GraphDims
 from runtime.bundle.engine_file import read_engine_file
 from runtime.engines.host_cache import KeyValueCache
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
-from runtime.engines.onnxruntime_cpu import InPlaceCache, OnnxRuntimeCpuEngine, new_rows
+from runtime.engines.onnxruntime_cpu import InPlaceCache, OnnxRuntimeCpuEngine
 from runtime.rows import Rows, lay_out
 from runtime.tree import Tree, chain
 from tests.conftest import random_transfer, tiny_llama
@@ -119,7 +119,7 @@ def assert_same_pass(graphs: Graphs, rows: Rows, length: int, spare: int, seed: 
     cache, in_place = caches(graphs.dims, length, count + spare, seed)
     before = in_place.arrays.copy()
     expected, found = run_one(graphs.portable, rows, cache), run_one(graphs.lowered, rows, in_place)
-    keys, values = new_rows(in_place, graphs.dims, rows)
+    keys, values = found.new(graphs.dims)
     pairs = [
         ("logits", [found.logits], [expected.logits[0]]),
         ("draft_logits", [found.draft_logits], [expected.draft_logits[0]]),

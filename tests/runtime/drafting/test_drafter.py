@@ -110,7 +110,7 @@ def test_candidates_are_never_right_more_often_than_always() -> None:
     assert tree.probabilities[1] == tree.probabilities[2] > tree.probabilities[3]
 
 
-def test_drafts_for_sampling_have_its_temperature_and_no_calibration() -> None:
+def test_drafts_for_sampling_have_its_temperature_and_no_reliability() -> None:
     reliability = Reliability([[{"predicted": 0.5, "observed": 0.01}]])
     drafter = Drafter(FixedSizes(TreeSizes(3, (3,))), [TransferDrafts(None, reliability, 2.0)])
     drafted = step(0.5, 0.3, 0.2)
@@ -121,19 +121,19 @@ def test_drafts_for_sampling_have_its_temperature_and_no_calibration() -> None:
 def test_as_many_candidates_are_asked_for_as_are_of_use() -> None:
     sizing = FixedSizes(TreeSizes(5, (5, 5, 5)))
 
-    def candidates(*sources: DraftSource) -> int:
-        return Drafter(sizing, sources).candidates
+    def shortlist(*sources: DraftSource) -> int:
+        return Drafter(sizing, sources).shortlist
 
-    assert candidates(TransferDrafts()) == 5
-    assert candidates(TransferDrafts(random_correction(0))) > 5
-    assert candidates(TransferDrafts(temperature=0.5)) > 5
-    assert candidates(Ngrams(), TransferDrafts()) == 5
+    assert shortlist(TransferDrafts()) == 5
+    assert shortlist(TransferDrafts(random_correction(0))) > 5
+    assert shortlist(TransferDrafts(temperature=0.5)) > 5
+    assert shortlist(Ngrams(), TransferDrafts()) == 5
     assert Drafter(sizing, [TransferDrafts()]).draft_steps == 3
 
 
 def test_pseudo_rows_that_no_source_reads_are_not_asked_for() -> None:
     drafter = Drafter(FixedSizes(TreeSizes(5, (5, 5, 5))), [Ngrams()])
-    assert (drafter.candidates, drafter.draft_steps) == (0, 0)
+    assert (drafter.shortlist, drafter.draft_steps) == (0, 0)
     _, ends = drafter.propose(3, [], 0)
     assert [len(nodes) for nodes in ends] == [0, 0, 0]
 
@@ -145,7 +145,7 @@ class Foretold:
         self.text = text
         self.taken: list[int] = []
 
-    def candidates(self, max_rows: int) -> int:
+    def shortlist(self, max_rows: int) -> int:
         return 0
 
     def propose(self, context: Context) -> Tree:

@@ -105,5 +105,5 @@ def test_a_single_request_is_laid_out_without_a_copy() -> None:
 
 
 def test_requests_in_different_phases_are_not_one_batch() -> None:
-    with pytest.raises(ValueError, match="unpack"):
+    with pytest.raises(AssertionError, match="a pass is in one phase"):
         Batch.of([prompt_rows([1], (), 0), lay_out(chain([1]), (), (), 0)], [Cached(0), Cached(0)])

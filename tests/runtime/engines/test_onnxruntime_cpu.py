@@ -22,7 +22,7 @@ from runtime.bundle.engine_file import FORMAT_VERSION, FileRecord, read_engine_f
 from runtime.engines import onnxruntime_cpu as module
 from runtime.engines.host_cache import KeyValueCache
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
-from runtime.engines.onnxruntime_cpu import InPlaceCache, OnnxRuntimeCpuEngine, new_rows
+from runtime.engines.onnxruntime_cpu import InPlaceCache, OnnxRuntimeCpuEngine
 from runtime.engines.protocol import Engine
 from runtime.rows import Rows, lay_out
 from runtime.tree import Tree, TreeSizes, chain
@@ -179,16 +179,21 @@ def test_a_text_does_not_disturb_one_that_begins_after_it_or_alternates_with_it(
     assert found == expected
 
 
-def test_outputs_hold_until_the_next_pass_only(engine: OnnxRuntimeCpuEngine) -> None:
+def test_outputs_hold_until_the_next_pass_only_and_are_refused_afterwards(engine: OnnxRuntimeCpuEngine) -> None:
     cache = engine.new_slot()
     first = run_one(engine, rows_of([3, 4, 5], 0, engine.dims), cache)
     kept = first.logits.copy()
     engine.commit(first, [range(3)])
-    np.testing.assert_array_equal(first.logits, kept)
+    np.testing.assert_array_equal(first.outputs(0).logits[2], kept[2])
+    with pytest.raises(RuntimeError, match="a pass is committed once"):
+        engine.commit(first, [range(3)])
     second = run_one(engine, rows_of([6, 7, 8], 3, engine.dims), cache)
     assert np.shares_memory(first.logits, second.logits)
-    np.testing.assert_array_equal(first.logits, second.logits)
     assert not np.array_equal(second.logits, kept)
+    for use in (lambda: first.outputs(0), lambda: first.new(engine.dims), lambda: engine.commit(first, [[0]])):
+        with pytest.raises(RuntimeError, match="the engine has run another one since"):
+            use()
+    assert cache.length == 3
 
 
 def test_a_pass_has_the_logits_that_were_asked_for_and_no_more(engine: OnnxRuntimeCpuEngine) -> None:
@@ -284,8 +289,7 @@ def test_new_rows_are_those_alive_at_each_layer(engine: OnnxRuntimeCpuEngine) ->
     cache = engine.new_slot()
     # Transfer layers 3, 1, 3.
     rows = lay_out(chain([3, 1, 4]), (np.arange(3), np.arange(2), np.arange(1)), engine.dims.join_order, 0)
-    run_one(engine, rows, cache)
-    for arrays in new_rows(cache, engine.dims, rows):
+    for arrays in run_one(engine, rows, cache).new(engine.dims):
         assert [array.shape[2] for array in arrays] == [3, 5, 5, 9]
         assert all(np.abs(array).min(axis=(0, 1, 3)).max() > 0 for array in arrays)
 

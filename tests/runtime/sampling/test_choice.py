@@ -32,7 +32,7 @@ def test_what_a_sampler_asks_for_gives_the_token_of_whole_logits(
     asked, whole = (Sampler(Sampling(**options, seed=seed), [0] * prompt_length, VOCAB) for _ in range(2))
     assert isinstance(asked.wanted, Race if options else ArgMax)
     for position, logits in enumerate(rows, start=prompt_length):
-        found = asked.wanted.of(logits, position)
+        found = asked.wanted.choose(logits, position)
         assert isinstance(found, Chosen)
         assert asked(found) == whole(logits)
 
@@ -56,7 +56,7 @@ def test_whole_logits_are_asked_for_where_a_choice_depends_on_more(options: dict
     sampler = Sampler(Sampling(**options, temperature=temperature), [1], VOCAB)
     assert isinstance(sampler.wanted, WholeLogits)
     logits = np.arange(VOCAB, dtype=np.float32)
-    assert sampler.wanted.of(logits, 1) is logits
+    assert sampler.wanted.choose(logits, 1) is logits
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -64,4 +64,4 @@ def test_whole_logits_are_asked_for_where_a_choice_depends_on_more(options: dict
 def test_a_row_that_overflowed_is_an_error_wherever_the_choice_is_made(value: float, temperature: float) -> None:
     sampler = Sampler(Sampling(temperature=temperature), [1], VOCAB)
     with pytest.raises(InputError, match=r"no token is left|its numbers overflow"):
-        sampler(sampler.wanted.of(np.full(VOCAB, value, dtype=np.float32), 1))
+        sampler(sampler.wanted.choose(np.full(VOCAB, value, dtype=np.float32), 1))
