@@ -14,11 +14,13 @@ import pytest
 
 from ht_export.tensorrt.limits import profiles
 from plugins.binaries import COMMIT, Kernel, KernelBinaries
-from runtime import EngineFileError, Generator, InputError, TreeSizes
+from runtime import EngineFileError, Generator, InputError, TreeSizes, driver
 from runtime.bundle.engine_file import EngineFile, FileRecord, Limits, PlanFile, engine_file_path, read_engine_file
+from runtime.decode import Request
+from runtime.drafting.sizing import FixedSizes
 from runtime.engines import device_cache, tensorrt
 from runtime.engines.tensorrt import TensorRTEngine
-from runtime.rows import lay_out
+from runtime.rows import lay_out, prompt_rows
 from runtime.tree import chain
 
 pytest.importorskip("cuda.bindings")
@@ -152,6 +154,45 @@ def test_one_text_at_a_time(plan: Path) -> None:
     with pytest.raises(InputError, match="another text was begun on this engine before this one ended"):
         next(first)
     next(second)
+
+
+def test_several_requests_take_turns_in_the_one_cache_that_there_is(plan: Path, tiny_engine: Path) -> None:
+    generator = Generator(plan)
+    about = generator.about
+    texts = ["Hello", "Hello there", "x" * 40]
+    requests = []
+    for text in texts:
+        drafter = generator.new_drafter(FixedSizes(about.tree))
+        ids = generator.encode(text)
+        requests.append(Request(ids, drafter, about.prompt_chunk, about.dims.join_order, max_new_tokens=20))
+    for _ in driver.run(generator.engine, requests):
+        assert sum(bool(request.tokens) and not request.ended for request in requests) <= 1
+    expected = Generator(tiny_engine, threads=1, adapt=False)
+    for text, request in zip(texts, requests, strict=True):
+        assert request.tokens == expected.generate(text, max_new_tokens=20, speculate=False).tokens
+
+
+def test_a_last_prompt_chunk_of_one_token_runs_as_a_prompt(plan: Path, tiny_engine: Path) -> None:
+    generator = Generator(plan)
+    chunk = generator.about.prompt_chunk
+    text = next("x" * n for n in range(1, 40) if len(generator.encode("x" * n)) % chunk == 1)
+    found = generator.generate(text, max_new_tokens=1)
+    assert isinstance(generator.engine, TensorRTEngine)
+    # Nothing is captured for it.
+    assert generator.engine.captured == (0, 0)
+    assert found.tokens == Generator(tiny_engine, threads=1, adapt=False).generate(text, max_new_tokens=1).tokens
+
+
+def test_outputs_of_a_pass_are_refused_after_the_next(plan: Path) -> None:
+    engine = Generator(plan).engine
+    slot = engine.new_slot()
+    rows = prompt_rows([1, 2, 3], engine.dims.join_order, 0)
+    first = run_one(engine, rows, slot)
+    run_one(engine, rows, slot)
+    with pytest.raises(RuntimeError, match="the engine has run another one since"):
+        first.outputs(0)
+    with pytest.raises(RuntimeError, match="the engine has run another one since"):
+        engine.commit(first, [[0]])
 
 
 def test_what_the_library_compiled_is_kept(plan: Path, tmp_path: Path) -> None:
