@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -52,6 +53,9 @@ def staging_folder(out: Path) -> Iterator[Path]:
     try:
         yield folder
     except OSError as error:
+        if error.filename is not None and folder not in Path(os.fsdecode(error.filename)).parents:
+            # Reading something else failed, such as the checkpoint.
+            raise
         raise unwritable(out, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -34,7 +34,6 @@ from ht_export.verify.passes import Expected, LoweredEngine, ReferenceEngine, ch
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import EngineFile, FileRecord, PlanFile
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
-from runtime.errors import InputError
 from runtime.tree import TreeSizes
 
 
@@ -69,7 +68,7 @@ class Traced:
 
 @dataclass(frozen=True)
 class Verified:
-    """How far graphs are from the reference, as `engine.json` has it; empty where there was nothing to compare."""
+    """Differences of graphs from the reference, as `engine.json` has them; empty where there was nothing to compare."""
 
     parity: dict[str, Any]
 
@@ -84,7 +83,7 @@ class Lowered:
 
 @dataclass(frozen=True)
 class Quantised:
-    """How the weights were quantised; empty if they were not."""
+    """The method that weights were quantised by; empty if they were not."""
 
     parity: dict[str, Any] = field(default_factory=dict)
 
@@ -109,7 +108,7 @@ def export(
         traced = collected(trace(checked, folder, stage))
         verified = collected(verify(traced, stage))
         lowered = collected(lower(checked, traced, stage))
-        quantised = collected(quantise_weights(checked, traced, stage))
+        quantised = collected(quantise_weights(checked, traced, lowered, stage))
         rounded = collected(verify_quantised(checked, traced, lowered, stage))
         plan = collected(build_plan(checked, traced, folder, stage))
         parity = verified.parity | lowered.parity | quantised.parity | rounded.parity
@@ -163,12 +162,8 @@ def load(checked: Checked, stage: Stage) -> Loaded:
     """
     settings, planner = checked.settings, checked.planner
     with stage("loading the base model"):
-        try:
-            base = load_base_model(checked.source, None, settings.max_context)
-            transfer, about_transfer = transfer_layers(checked.transfer, base)
-        except OSError as error:
-            # Else it would be taken for an error of writing the engine.
-            raise InputError(f"cannot read {checked.source} or its transfer layers: {error}") from error
+        base = load_base_model(checked.source, None, settings.max_context)
+        transfer, about_transfer = transfer_layers(checked.transfer, base)
     tree = settings.tree(transfer.num_steps, plan=planner is not None)
     weights_take = weight_bytes(base.model, checked.dtype, checked.storage, as_stored=checked.as_stored)
     check_space(weights_take, checked.out)
@@ -213,8 +208,10 @@ def lower(checked: Checked, traced: Traced, stage: Stage) -> Lowered:
         return Lowered(path, {"of_the_cpu_graph": check(engine, traced.expected)})
 
 
-def quantise_weights(checked: Checked, traced: Traced, stage: Stage) -> Quantised:
-    """Quantise the weights of the graph in its place where that is asked for, calibrated on texts if there are any."""
+def quantise_weights(checked: Checked, traced: Traced, lowered: Lowered, stage: Stage) -> Quantised:
+    """Quantise the weights of the graph, and of the lowered one, in their place where that is asked for, calibrated on
+    texts if there are any.
+    """
     if checked.storage is None:
         return Quantised()
     whole = traced.graph.rename(traced.graph.with_name(f"{traced.graph.stem}.whole.onnx"))
@@ -227,6 +224,8 @@ def quantise_weights(checked: Checked, traced: Traced, stage: Stage) -> Quantise
         else:
             quantise(whole, traced.graph, checked.storage)
     whole.unlink()
+    if lowered.graph:
+        _write_lowered(traced)
     return Quantised({"quantisation": {"method": "GPTQ" if texts else "round to nearest", "texts": len(texts)}})
 
 
@@ -240,7 +239,7 @@ def verify_quantised(checked: Checked, traced: Traced, lowered: Lowered, stage: 
         onnx.checker.check_model(str(traced.graph))
         parity = {"of_quantised_weights": _difference_of_weights(traced)}
         if lowered.graph:
-            engine = LoweredEngine(_write_lowered(traced), traced.dims)
+            engine = LoweredEngine(lowered.graph, traced.dims)
             parity["of_quantised_weights_on_the_cpu"] = difference(engine, traced.expected)
     return Verified(parity)
 

@@ -15,8 +15,6 @@ from rich.progress import TimeRemainingColumn as RemainingColumn
 
 # Entered around each stage with its description; gives what tells how far the stage is.
 Stage = Callable[[str], AbstractContextManager[Callable[[str], None]]]
-# Told the parts of the work that are done, and all that there are.
-Advance = Callable[[int, int], None]
 
 # Between lines in a log, in seconds.
 LOG_EVERY = 30

@@ -31,7 +31,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Variant:
-    """Which kernel: attention of a form, of `block_m` packed rows a program, over a split cache or not; or one of those
+    """A kernel: attention of a form, of `block_m` packed rows a program, over a split cache or not; or one of those
     below.
     """
 

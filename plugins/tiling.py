@@ -1,4 +1,4 @@
-"""How a tree attention is cut into programs: by shapes alone, so that a captured CUDA graph stays right."""
+"""Tiling of a tree attention into programs: by shapes alone, so that a captured CUDA graph stays right."""
 
 from __future__ import annotations
 

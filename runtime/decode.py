@@ -88,7 +88,8 @@ class Accepted:
     rows: Sequence[int]
 
 
-# Yields `Rows` and is sent their `Outputs`, then yields `Accepted` and is sent nothing.
+# Yields `Rows` and is sent their `Outputs`, then yields `Accepted` and is sent nothing. It need not be resumed once the
+# request has ended.
 Decoding = Generator[Rows | Accepted, Outputs, None]
 
 

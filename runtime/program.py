@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 
 from runtime.errors import InputError
 
+# Told how many steps of a long work are done, and how many there are.
+Advance = Callable[[int, int], None]
+
 
 def run(program: str, work: Callable[[], None], *, interrupted: str) -> int:
     """Do `work` and return the exit status.

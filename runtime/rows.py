@@ -11,9 +11,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.arrays import IntArray
 from runtime.drafting.drafts import DraftStep, most_probable
 from runtime.sampling.choice import Choice, Wanted, WholeLogits
-from runtime.tree import IntArray, Tree, chain
+from runtime.tree import Tree, chain
 
 
 class Phase(Enum):

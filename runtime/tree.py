@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-IntArray = NDArray[np.int64]
+from runtime.arrays import IntArray
 
 # No tree is larger: beyond it a pass is no faster than the passes that it saves.
 MOST_ROWS = 1024

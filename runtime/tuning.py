@@ -25,6 +25,7 @@ from runtime.drafting.sizing import FixedSizes, Menu, Sizing
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.engines.protocol import Batch, Engine
 from runtime.errors import InputError
+from runtime.program import Advance
 from runtime.rows import lay_out, prompt_rows
 from runtime.tree import TreeSizes, chain
 
@@ -37,8 +38,6 @@ FILL_CHUNK = 64
 # The quantile of the repeats that counts: what disturbs a pass makes it longer only.
 QUANTILE = 0.25
 
-# Told the steps done and to do.
-Advance = Callable[[int, int], None]
 # Returns what drafts one text, with the sizes given.
 NewDrafter = Callable[[Sizing], Drafter]
 

@@ -49,7 +49,13 @@ CHAT_TEMPLATE = (
 
 
 # What takes longest comes first, so that at the end no process works alone; SmolLM2's tests share an engine.
-FIRST = ("test_smollm2.py", "test_smollm2_plan.py", "plan/test_families.py", "test_walkthrough.py", "test_packages.py")
+FIRST = (
+    "test_smollm2.py",
+    "test_smollm2_plan.py",
+    "tensorrt/test_families.py",
+    "test_walkthrough.py",
+    "test_packages.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,13 +6,13 @@ import numpy as np
 
 
 def largest_chi_square(degrees: int) -> float:
-    """What a chi-square statistic exceeds once in 10,000 times (Wilson and Hilferty's approximation)."""
+    """Return the value that a chi-square statistic exceeds once in 10,000 times (by Wilson and Hilferty)."""
     spread = 2 / (9 * degrees)
     return degrees * (1 - spread + 3.719 * math.sqrt(spread)) ** 3
 
 
 def is_uniform(sample: np.ndarray) -> bool:
-    """Whether numbers of [0, 1] may be uniform by Kolmogorov and Smirnov's test, which errs once in 10,000 times."""
+    """Return whether numbers of [0, 1] may be uniform, by a Kolmogorov-Smirnov test that errs once in 10,000 times."""
     ordered = np.sort(sample)
     count = len(ordered)
     places = np.arange(count)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the compiled kernel against its definition, and texts of a plan built for this GPU."""
+"""Checks that need a GPU: the compiled kernel against its definition, and texts of a plan built for this GPU."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ht_export.progress import Advance
+    from runtime.program import Advance
 
 
 @contextlib.contextmanager

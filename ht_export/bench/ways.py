@@ -45,7 +45,7 @@ class Answer:
 # Properties that engines must share to have the same answer to a prompt.
 ALIKE = ("base model", "tokenizer", "chat template", "stop tokens", "context limit")
 
-# How near plain decoding was to the other answer where they part: gap(job, plain tokens, own tokens, position).
+# Tells how near plain decoding was to the other answer where they part: gap(job, plain tokens, own tokens, position).
 Gap = Callable[[Job, Sequence[int], Sequence[int], int], float]
 
 

@@ -1,4 +1,4 @@
-"""How rows of the base model's own layers attend: a `transformers` attention function that asks the rows themselves.
+"""Attention of rows in the base model's own layers: a `transformers` attention function that asks the rows themselves.
 
 The layers of the base model stay as they are. They call the attention function registered here, and what the rows of
 this forward may see is decided by the `AttentionRows` object that the layers get in the place of an attention mask,
@@ -23,8 +23,8 @@ ATTENTION_NAME = "ht_rows"
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """How a layer attends: scores times `scale`; with a `softcap` c, scores s become c tanh(s / c); with a `window` W,
-    a row sees positions less than W before its own, itself included.
+    """The attention of a layer: scores times `scale`; with a `softcap` c, scores s become c tanh(s / c); with a
+    `window` W, a row sees positions less than W before its own, itself included.
     """
 
     scale: float

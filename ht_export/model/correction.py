@@ -1,6 +1,6 @@
 """The token correction: what the token before a draft says about it, as trained and as tables for the runtime.
 
-The runtime's side, and what it is for, are in `runtime.drafts`.
+The runtime's side, and what it is for, are in `runtime.drafting.correction`.
 """
 
 from __future__ import annotations

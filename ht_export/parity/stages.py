@@ -27,8 +27,8 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Deviation:
-    """How one output of a pass differs: the largest and the mean absolute difference, and the largest one relative to
-    the output's largest value. `layer` is None for what comes after all layers.
+    """The deviation of one output of a pass: the largest and the mean absolute difference, and the largest one relative
+    to the output's largest value. `layer` is None for what comes after all layers.
     """
 
     case: str

@@ -20,7 +20,7 @@ from runtime.generator import Generator
 
 # Rows of a pass that are compared with one row a pass.
 ROWS = 8
-# How far apart logits of the same token may be of two engines, for a pair of tokens: each of two may be off by as much.
+# Factor for a pair of tokens on how far apart logits of one token may be: each of two may be off by as much.
 BOTH_SIDES = 2.0
 
 

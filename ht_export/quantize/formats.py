@@ -1,5 +1,5 @@
-"""How engines store quantised weights and multiply with them: ONNX Runtime as `MatMulNBits`, TensorRT as weights that
-`DequantizeLinear` turns into numbers just before a product, with which its builder fuses it.
+"""Formats in which engines store quantised weights and multiply with them: ONNX Runtime as `MatMulNBits`, TensorRT as
+weights that `DequantizeLinear` turns into numbers just before a product, with which its builder fuses it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Array = NDArray[np.float32]
 
 
 class Storage(ABC):
-    """How weights of one precision are stored: in `bits` each, their part of scales and zero points included. `grid` is
+    """The format of weights of one precision: `bits` each, their part of scales and zero points included. `grid` is
     what they are rounded to, None where that has no steps of one size; `opsets` are domains that the graph needs
     besides its own.
     """

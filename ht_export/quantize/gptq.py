@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from ht_export.progress import Advance
 from ht_export.quantize.grid import Grid
 from ht_export.verify.traces import tapped_session
 from runtime.bindings import GraphDims
@@ -22,6 +21,7 @@ from runtime.engines.host_cache import KeyValueCache
 from runtime.engines.layout import stack
 from runtime.engines.onnxruntime import graph_inputs
 from runtime.engines.protocol import Batch
+from runtime.program import Advance
 from runtime.rows import lay_out
 from runtime.tree import chain
 

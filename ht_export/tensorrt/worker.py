@@ -47,7 +47,7 @@ class BuildRequest:
 
 @dataclass
 class BuildResult:
-    """How a build went: `error` None and a plan, or an error and no plan.
+    """The outcome of a build: `error` None and a plan, or an error and no plan.
 
     Memory in bytes, resident at its most: all of it, and without what is mapped from files and can be dropped at will.
     """

@@ -37,7 +37,7 @@ RIDGE_TEXTS = 512
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How transfer layers are fitted; two runs with equal settings, data and precision give equal weights on a CPU.
+    """Options of a fit of transfer layers. Runs with equal ones, data and precision give equal weights on a CPU.
 
     A step takes `accumulate` batches of `sequences` texts with `anchors` anchors each, whatever the number of
     processes. `init` "file" begins with transfer layers trained before. `patience` is how many held-out measurements

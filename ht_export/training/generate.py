@@ -24,7 +24,7 @@ from runtime.files import sha256_file
 
 @dataclass(frozen=True)
 class DataSettings:
-    """How self-distillation text is made.
+    """Options of making self-distillation text.
 
     `max_prompts` None takes all; lengths are in tokens. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 keep all
     tokens. `max_turns` is how many turns of a conversation are answered.

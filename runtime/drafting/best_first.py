@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from runtime.arrays import IntArray
 from runtime.drafting.drafts import Drafts
-from runtime.tree import IntArray, Tree, chain
+from runtime.tree import Tree, chain
 
 
 def best_first_tree(root: int, drafts: Drafts, max_rows: int) -> Tree:

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.drafting.drafts import Drafts, DraftStep, FloatArray, IndependentDrafts, IntArray
+from runtime.arrays import FloatArray, IntArray
+from runtime.drafting.drafts import Drafts, DraftStep, IndependentDrafts
 from runtime.errors import EngineFileError
 
 # Candidates of a step that a correction may reorder.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from runtime.arrays import IntArray
 from runtime.drafting.best_first import likely_ends, merge
 from runtime.drafting.drafts import DraftStep
 from runtime.drafting.sizing import Sizing
 from runtime.drafting.source import Context, DraftSource
-from runtime.tree import IntArray, Tree
+from runtime.tree import Tree
 
 
 class Drafter:

@@ -1,4 +1,4 @@
-"""Which sizes to run a step with: those that bring the most tokens in the least time.
+"""Chooses the sizes to run a step with: those that bring the most tokens in the least time.
 
 A *menu* holds the sizes that an engine may run, each with its measured time. For every step the best-first tree says
 how many tokens to expect of its first T nodes, and pseudo rows are worth what drafts have been worth in the step after.
@@ -19,11 +19,9 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from runtime.arrays import FloatArray
 from runtime.tree import Tree, TreeSizes
-
-FloatArray = NDArray[np.float64]
 
 # Weight of what was seen before against one more step: about 25 steps are remembered.
 MEMORY = 0.96

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from runtime.arrays import FloatArray
 from runtime.drafting.best_first import best_first_tree
 from runtime.drafting.correction import SHORTLIST, TokenCorrection, corrected
-from runtime.drafting.drafts import AdjustedDrafts, DraftStep, FloatArray
+from runtime.drafting.drafts import AdjustedDrafts, DraftStep
 from runtime.drafting.reliability import Reliability
 from runtime.drafting.source import Context
 from runtime.sampling.noise import Noise

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from plugins.launch import CommitTable
 from runtime import bindings
+from runtime.arrays import IntArray
 from runtime.bindings import BYTES, GraphDims, dynamic_dims
 from runtime.bundle.engine_file import Limits
 from runtime.engines.cuda import Cuda
@@ -18,7 +19,7 @@ from runtime.engines.device_cache import DeviceCache
 from runtime.engines.layout import BatchInputs
 from runtime.engines.protocol import Batch, Freshness
 from runtime.rows import HostOutputs, PickedRows
-from runtime.tree import IntArray, TreeSizes
+from runtime.tree import TreeSizes
 
 ALIGNMENT = 256
 

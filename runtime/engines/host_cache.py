@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.arrays import IntArray
 from runtime.bindings import GraphDims
 from runtime.engines.protocol import Batch, Result, Slot
 from runtime.rows import HostOutputs, PickedRows
-from runtime.tree import IntArray
 
 BLOCK = 64
 # Slots that the memory of the host is the only limit of.

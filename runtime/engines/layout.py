@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import bindings
+from runtime.arrays import IntArray
 from runtime.bindings import dynamic_dims
 from runtime.engines.protocol import Batch
 from runtime.rows import Rows
-from runtime.tree import IntArray, TreeSizes
+from runtime.tree import TreeSizes
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,8 @@ Nothing here sorts or accumulates a whole vocabulary: that takes longer than all
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-IntArray = NDArray[np.int64]
-Float32Array = NDArray[np.float32]
+from runtime.arrays import Float32Array, IntArray
 
 BLOCK = 64
 

@@ -17,8 +17,8 @@ from runtime.engines.protocol import Batch, Engine, Slot
 from runtime.rows import LogitRows, Rows, lay_out, prompt_rows
 from runtime.tree import Tree, chain
 
-# How far outputs may be from those of an fp32 engine on the CPU, relative to the largest of the pass. SmolLM2-135M in
-# PyTorch differs by 3e-3 in fp16 and 4e-2 in bf16; what is wrong differs by about 1.
+# The most that outputs may differ from those of an fp32 engine on the CPU, relative to the largest of the pass.
+# SmolLM2-135M in PyTorch differs by 3e-3 in fp16 and 4e-2 in bf16; what is wrong differs by about 1.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1.5e-1}
 TREE_ROWS = (1, 4, 8, 16, 32)
 CONTEXTS = (128, 512, 2048)

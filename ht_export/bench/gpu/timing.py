@@ -1,4 +1,4 @@
-"""How fast the kernel is, beside torch's attention with a mask and the memory's bandwidth."""
+"""Times the kernel beside torch's attention with a mask and the memory's bandwidth."""
 
 from __future__ import annotations
 

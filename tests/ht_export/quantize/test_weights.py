@@ -262,7 +262,7 @@ def test_an_engine_from_the_command_line(
     assert about.parity["of_the_cpu_graph"] < 1e-4
     # Not the one above: what is written is not what was compared then.
     assert 1e-3 < about.parity["of_quantised_weights"] < 2
-    # Whose products round the rows, too.
+    # Its products round the rows, too.
     on_the_cpu = about.parity["of_quantised_weights_on_the_cpu"]
     assert 1e-3 < on_the_cpu < 2
     message = capsys.readouterr().err.replace("\n", "")

@@ -28,7 +28,7 @@ Work = Callable[[], None]
 
 
 class SimulatedDriver:
-    """What `cuda.bindings.driver` offers, as far as the runtime uses it."""
+    """The part of `cuda.bindings.driver` that the runtime uses."""
 
     def __init__(self, dims: GraphDims, capability: tuple[int, int] = (8, 0), memory: int = 1 << 34) -> None:
         self._dims = dims

@@ -59,7 +59,7 @@ class PenalisesAnswer:
 
 
 def by_transformers(sampling: Sampling, prompt_length: int, warp: bool = True) -> LogitsProcessorList:
-    """What `generate` would apply, in its order; `warp=False` without temperature and what comes after it."""
+    """Return the processors of `generate`, in its order; `warp=False` without temperature and what comes after it."""
     processors: list[Any] = []
     if sampling.logit_bias:
         bias = {(token,): value for token, value in sampling.logit_bias.items()}
@@ -292,7 +292,7 @@ def test_tokens_come_as_often_as_the_distribution_of_transformers_says(
     for seed in range(700):
         steps, _ = decode(prompt, Sampling(**chosen, seed=seed), sizes, 3, stop_tokens=())
         text = flat(steps)
-        # What follows the prompt, and what follows each continuation that is frequent enough.
+        # Counts of what follows the prompt, and of what follows each continuation that is frequent enough.
         for place in range(3):
             counts.setdefault(tuple(text[:place]), np.zeros(VOCAB))[text[place]] += 1
     statistic, degrees = 0.0, 0

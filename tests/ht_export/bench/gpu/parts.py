@@ -1,4 +1,4 @@
-"""Parts for `test_gpu_check`, in a module that their processes import quickly."""
+"""Parts for `test_check`, in a module that their processes import quickly."""
 
 import os
 import time
