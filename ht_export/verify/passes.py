@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ht_export.graph.trace import graph_dims
 from ht_export.model.reference import HiddenTransferModel
+from ht_export.verify.random_trees import random_chain, random_ends, random_tree
 from runtime import bindings
 from runtime.bindings import GraphDims
 from runtime.engines.host_cache import HostCacheEngine, HostResult, KeyValueCache, cache_of, caches_of
@@ -22,7 +23,6 @@ from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine
 from runtime.engines.protocol import Batch
 from runtime.errors import InputError
 from runtime.rows import Rows, lay_out
-from runtime.tree import Tree, chain
 
 # Tolerance, relative to the largest value of the output compared: float32 sums of a few thousand terms, in another
 # order.
@@ -218,16 +218,8 @@ def _random_rows(
     dims: GraphDims, rng: np.random.Generator, start: int, tree_rows: int, pseudo_rows: tuple[int, ...], chained: bool
 ) -> Rows:
     """Return rows of random tokens: a chain as in a prompt, or a random tree."""
-    tokens = rng.integers(0, dims.vocab_size, tree_rows)
-    tree = chain(tokens.tolist())
-    if not chained:
-        parents = [-1, *(int(rng.integers(0, node)) for node in range(1, tree_rows))]
-        depths = [0]
-        for parent in parents[1:]:
-            depths.append(depths[parent] + 1)
-        tree = Tree(tree.tokens, np.array(parents), np.array(depths), tree.probabilities)
-    ends = tuple(np.sort(rng.permutation(tree_rows)[:count]) for count in pseudo_rows)
-    return lay_out(tree, ends, dims.join_order, start)
+    tree = (random_chain if chained else random_tree)(rng, dims.vocab_size, tree_rows)
+    return lay_out(tree, random_ends(rng, tree_rows, pseudo_rows), dims.join_order, start)
 
 
 def _of_norm(found: np.ndarray, expected: np.ndarray) -> float:

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ht_export.bench.gpu.parts import finite
+from ht_export.verify.random_trees import random_chain, random_ends, random_tree
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import Limits
 from runtime.engines.protocol import Batch, Engine, Slot
 from runtime.rows import LogitRows, Rows, lay_out, prompt_rows
-from runtime.tree import Tree, chain
 
 # The most that outputs may differ from those of an fp32 engine on the CPU, relative to the largest of the pass.
 # SmolLM2-135M in PyTorch differs by 3e-3 in fp16 and 4e-2 in bf16; what is wrong differs by about 1.
@@ -162,16 +162,11 @@ def random_rows(
     """Return rows of random tokens: a random tree, or `chained` a chunk of a prompt, whose last row alone has logits
     and pseudo rows.
     """
-    tree = chain(rng.integers(0, dims.vocab_size, tree_rows).tolist())
     if chained:
-        return prompt_rows(tree.tokens.tolist(), dims.join_order, start, sum(pseudo_counts))
-    parents = [-1, *(int(rng.integers(0, node)) for node in range(1, tree_rows))]
-    depths = [0]
-    for parent in parents[1:]:
-        depths.append(depths[parent] + 1)
-    tree = Tree(tree.tokens, np.array(parents), np.array(depths), tree.probabilities)
-    ends = tuple(np.sort(rng.permutation(tree_rows)[:count]) for count in pseudo_counts)
-    return lay_out(tree, ends, dims.join_order, start)
+        tokens = random_chain(rng, dims.vocab_size, tree_rows).tokens.tolist()
+        return prompt_rows(tokens, dims.join_order, start, sum(pseudo_counts))
+    tree = random_tree(rng, dims.vocab_size, tree_rows)
+    return lay_out(tree, random_ends(rng, tree_rows, pseudo_counts), dims.join_order, start)
 
 
 def difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> dict[str, Any]:
