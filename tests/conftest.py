@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# SymPy reads it when torch imports it: the tracer asks for the same sums of sizes again and again.
+os.environ.setdefault("SYMPY_CACHE_SIZE", "None")
 
 import gc
 import re
