@@ -106,11 +106,11 @@ def export(
     checked = check_settings(source, transfer_file, out, settings, plan_settings)
     with staging_folder(out) as folder:
         traced = collected(trace(checked, folder, stage))
-        verified = collected(verify(traced, stage))
-        lowered = collected(lower(checked, traced, stage))
+        verified = verify(traced, stage)
+        lowered = lower(checked, traced, stage)
         quantised = collected(quantise_weights(checked, traced, lowered, stage))
-        rounded = collected(verify_quantised(checked, traced, lowered, stage))
-        plan = collected(build_plan(checked, traced, folder, stage))
+        rounded = verify_quantised(checked, traced, lowered, stage)
+        plan = build_plan(checked, traced, folder, stage)
         parity = verified.parity | lowered.parity | quantised.parity | rounded.parity
         return install(checked, traced, lowered, plan, parity, folder, stage)
 
