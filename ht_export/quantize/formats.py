@@ -5,6 +5,7 @@ weights that `DequantizeLinear` turns into numbers just before a product, with w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import chain, count
 from typing import Any, ClassVar
 
 import ml_dtypes
@@ -152,6 +153,8 @@ class Float8Columns(Dequantised):
 
 
 def _initializer(graph: ir.Graph, name: str, tensor: Any) -> ir.Value:
+    # Small matrices that are equal are one initializer, of several products.
+    name = next(found for found in chain([name], (f"{name}.{n}" for n in count(2))) if found not in graph.initializers)
     tensor.name = name
     value = ir.val(name, const_value=tensor)
     graph.register_initializer(value)

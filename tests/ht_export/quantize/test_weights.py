@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ht_export import cli
 from ht_export import export as export_module
-from ht_export.export import ExportSettings, Untrained, export
+from ht_export.export import UNTRAINED, ExportSettings, Untrained, export
 from ht_export.graph import trace as trace_module
 from ht_export.graph.lower_cpu import lower_for_cpu
 from ht_export.graph.trace import build_graph, graph_dims
@@ -203,6 +203,14 @@ def test_more_bits_are_closer_to_the_original(tiny_engine: Path, tmp_path: Path)
         assert names["SkipSimplifiedLayerNormalization"] == 5
         assert names["MatMul"] == 0
     assert 2 * found["int8"] < found["int4"] < 2
+
+
+def test_matrices_that_are_equal_share_weights_and_are_quantised_each(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Untrained transfer layers are the identity, all of them; so small, they are one initializer of the graph."""
+    out = tmp_path / "engine.onnx"
+    settings = ExportSettings(precision="int8", tree_rows=4, chunk=16)
+    export(str(tiny_checkpoint), UNTRAINED, out, settings, lambda _: nullcontext(lambda _: None))
+    assert len(Generator(out, threads=1, adapt=False).generate("Hello", max_new_tokens=9).tokens) == 9
 
 
 def test_weights_are_written_over_the_originals(

@@ -28,7 +28,7 @@ def test_each_rung_trains_the_better_half_for_twice_as_long(
         return fit(model, data, settings, *rest, **options)
 
     monkeypatch.setattr(sweep_module, "fit", counted)
-    rows = sweep(base, sequences, sequences[:1], FIT, SETTINGS, tmp_path, QUIET, report=lambda _: None)
+    rows = sweep(base, sequences, sequences[:3], FIT, SETTINGS, tmp_path, QUIET, report=lambda _: None)
     assert [steps for _, steps in fits] == [2] * 5 + [4] * 3 + [8] * 2
     assert len(rows) == 5
     assert [row["finalist"] for row in rows] == [True, True, False, False, False]
@@ -36,26 +36,25 @@ def test_each_rung_trains_the_better_half_for_twice_as_long(
     assert all(row["speedup"] == pytest.approx(row["tokens_per_step"] / row["cost"], abs=1e-3) for row in rows)
 
     fits.clear()
-    assert sweep(base, sequences, sequences[:1], FIT, SETTINGS, tmp_path, QUIET, report=lambda _: None) == rows
+    assert sweep(base, sequences, sequences[:3], FIT, SETTINGS, tmp_path, QUIET, report=lambda _: None) == rows
     assert not fits
 
 
 def test_a_sweep_goes_on_where_it_was_killed(base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path) -> None:
-    # One text: measuring trees takes longer than training here.
-    whole = sweep(base, sequences, sequences[:1], FIT, SETTINGS, tmp_path / "whole", QUIET, report=lambda _: None)
+    whole = sweep(base, sequences, sequences[:3], FIT, SETTINGS, tmp_path / "whole", QUIET, report=lambda _: None)
 
     def dies(text: str) -> None:
         if text.startswith("3-2 after 2"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep(base, sequences, sequences[:1], FIT, SETTINGS, tmp_path / "killed", QUIET, report=dies)
-    resumed = sweep(base, sequences, sequences[:1], FIT, SETTINGS, tmp_path / "killed", QUIET, report=lambda _: None)
+        sweep(base, sequences, sequences[:3], FIT, SETTINGS, tmp_path / "killed", QUIET, report=dies)
+    resumed = sweep(base, sequences, sequences[:3], FIT, SETTINGS, tmp_path / "killed", QUIET, report=lambda _: None)
     assert resumed == whole
     cached = sweep(
         base,
         sequences,
-        sequences[:1],
+        sequences[:3],
         FIT,
         SETTINGS,
         tmp_path / "cached",
@@ -66,7 +65,7 @@ def test_a_sweep_goes_on_where_it_was_killed(base: BaseModel, sequences: list[An
     assert [row["name"] for row in cached] == [row["name"] for row in whole]
     with pytest.raises(InputError, match="holds a sweep with another row_cost"):
         changed = replace(SETTINGS, row_cost=0.5)
-        sweep(base, sequences, sequences[:1], FIT, changed, tmp_path / "killed", QUIET, report=lambda _: None)
+        sweep(base, sequences, sequences[:3], FIT, changed, tmp_path / "killed", QUIET, report=lambda _: None)
 
 
 def test_the_default_placements_span_the_depth() -> None:
