@@ -50,7 +50,7 @@ CHAT_TEMPLATE = (
 )
 
 
-# What takes longest comes first, so that at the end no process works alone; SmolLM2's tests share an engine.
+# The longest tests come first, so that at the end no process works alone; SmolLM2's tests share an engine.
 FIRST = (
     "test_smollm2.py",
     "test_smollm2_plan.py",
@@ -158,7 +158,7 @@ def own_copy(factory: pytest.TempPathFactory, folder: Path) -> Path:
 def quick_tracing() -> Iterator[None]:
     """Let the tracer be quicker with tiny models; their graphs are the same to the byte."""
     with pytest.MonkeyPatch.context() as patch:
-        # What it keeps of one layer for the next is worth less than it costs when there are few.
+        # Its cache from one layer to the next is worth less than it costs when there are few.
         patch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", False)
         # Its table of operators is the same for every graph.
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))

@@ -158,7 +158,7 @@ def tiny_model(name: str, seed: int = 0, **more: object) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**COMMON, **changes, **more})
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    # What models begin with as ones or zeros would hide that it is left out.
+    # Parameters that begin as ones or zeros would hide that they are left out.
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim == 1:

@@ -123,7 +123,7 @@ def _run(product: Product, request: Path, result: Path, folder: Path, on_phase: 
             "try --attention native, another --precision or another version"
         )
     if found.error:
-        # What a plugin raises reaches stderr only.
+        # An error that a plugin raises reaches stderr only.
         raise InputError(f"{found.error}{f' ({tail})' if tail else ''}")
     return found
 

@@ -86,7 +86,7 @@ class Planner:
         settings = self.settings
         chunk, max_context = asked
         context = min(model_context, DEFAULT_CONTEXT) if max_context is None else max_context
-        # What the user asked for is taken as it is, or refused.
+        # A choice of the user is taken as it is, or refused.
         max_rows = min(max(DEFAULT_ROWS, tree.tree_rows), context) if settings.max_rows is None else settings.max_rows
         limits = Limits(settings.max_batch, context, max_rows, min(DEFAULT_CHUNK, context) if chunk is None else chunk)
         check_limits(limits, tree, model_context)

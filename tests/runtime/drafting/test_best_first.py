@@ -170,7 +170,7 @@ def test_two_trees_merge_into_a_best_first_tree_of_their_paths(
     assert_valid(whole)
     assert set(paths(whole)) == {*paths(trees[0]), *paths(trees[1])}
     assert paths(found) == paths(whole)[:max_rows]
-    # What follows a node is never more than certain.
+    # The children of a node are together never more than certain.
     for node in range(len(whole)):
         below = whole.probabilities[1:][whole.parents[1:] == node]
         assert below.sum() <= whole.probabilities[node] * (1 + 1e-9)
