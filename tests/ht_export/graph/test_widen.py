@@ -15,7 +15,7 @@ from runtime.engines.onnxruntime import use_little_memory
 
 @pytest.mark.parametrize("precision", ["fp16", *STORED_IN_PLANS])
 def test_a_small_session_holds_weights_in_float32_one_by_one(half_engine: Path, tmp_path: Path, precision: str) -> None:
-    """The graph that ONNX Runtime writes once it has loaded one shows what it holds, and the order that it runs it in."""
+    """The graph that ONNX Runtime writes once it has loaded one shows what it holds, and the order that it runs in."""
     graph, widened = half_engine, half_engine.with_name("widened.onnx")
     if precision != "fp16":
         graph, widened = tmp_path / "stored.onnx", tmp_path / "widened.onnx"
