@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import pytest
+
+from runtime.errors import EngineFileError, InputError
+from runtime.formats import Format, JsonFormat
+
+
+@dataclass(frozen=True)
+class Box:
+    width: Annotated[int, msgspec.Meta(ge=1, le=10)]
+    about: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.about.get("width", self.width) != self.width:
+            raise ValueError("two widths")
+
+
+@pytest.fixture
+def boxes() -> Iterator[JsonFormat[Box]]:
+    yield JsonFormat("box", most_bytes=1000, remedy="pack it again", error=EngineFileError, kind=Box)
+    del Format.known["box"]
+
+
+def test_a_fitting_file_is_read(boxes: JsonFormat[Box], tmp_path: Path) -> None:
+    path = tmp_path / "box.json"
+    path.write_text('{"width": 3, "about": {"width": 3}, "of a later version": 1}')
+    assert boxes.read(path) == Box(3, {"width": 3})
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b'{"width": 11, "about": {}}', "`$.width`"),
+        (b'{"width": true, "about": {}}', "`$.width`"),
+        (b'{"width": 1e3, "about": {}}', "`$.width`"),
+        (b'{"width": 1' + b"0" * 200 + b', "about": {}}', "`$.width`"),
+        (b'{"about": {}}', "width"),
+        (b'{"width": 1, "about": {"width": NaN}}', "malformed"),
+        (b'{"width": 1, "about": {"width": 1e999}}', "out of range"),
+        (b'{"width": 1, "about": {"width": 2}}', "two widths"),
+        (b'{"width": 1, "about": {"\xff": 2}}', "decode"),
+        (b"[]", "object"),
+        (b"", "truncated"),
+        (b" " * 1001, "more than 1000 bytes"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_with_its_cause(
+    boxes: JsonFormat[Box], tmp_path: Path, content: bytes, cause: str
+) -> None:
+    path = tmp_path / "box.json"
+    path.write_bytes(content)
+    with pytest.raises(EngineFileError) as raised:
+        boxes.read(path)
+    assert str(raised.value).startswith(f"{path} is not a valid box (")
+    assert cause in str(raised.value)
+    assert str(raised.value).endswith("pack it again")
+    assert "\n" not in str(raised.value)
+
+
+def test_nesting_without_end_is_refused(boxes: JsonFormat[Box]) -> None:
+    with pytest.raises(EngineFileError, match="nested too deeply"):
+        boxes.decode('{"width": 1, "about": {"a": ' + "[" * 100_000 + "]" * 100_000 + "}}", "here")
+
+
+def test_a_cause_is_cut_short(boxes: JsonFormat[Box]) -> None:
+    with pytest.raises(EngineFileError) as raised:
+        raise boxes.unfit("here", "x" * 10_000)
+    assert len(str(raised.value)) < 400
+
+
+def test_a_pipe_is_not_waited_for(boxes: JsonFormat[Box], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(EngineFileError, match="no regular file"):
+        boxes.read(tmp_path / "pipe")
+
+
+def test_a_missing_file_is_an_error_of_the_format(boxes: JsonFormat[Box], tmp_path: Path) -> None:
+    with pytest.raises(EngineFileError, match="No such file"):
+        boxes.read(tmp_path / "none")
+
+
+def test_a_text_must_be_utf_8(boxes: JsonFormat[Box], tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="decode"):
+        boxes.text(tmp_path / "text")
+
+
+def test_a_format_is_described_once(boxes: JsonFormat[Box]) -> None:
+    with pytest.raises(AssertionError, match="twice"):
+        Format("box", 1, "")
