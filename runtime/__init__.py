@@ -1,10 +1,16 @@
 """Run time: draft-and-verify decoding on an exported engine."""
 
-from runtime.answer import GenerationChunk, GenerationResult
-from runtime.errors import EngineFileError, InputError, PromptTooLongError
-from runtime.generator import Generator
-from runtime.sampling import LogitsProcessor, Sampling, TokenLogProbability
-from runtime.tree import TreeSizes
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.answer import GenerationChunk, GenerationResult
+    from runtime.errors import EngineFileError, InputError, InputWarning, PromptTooLongError
+    from runtime.generator import Generator
+    from runtime.sampling import LogitsProcessor, Sampling, TokenLogProbability
+    from runtime.tree import TreeSizes
 
 __all__ = [
     "EngineFileError",
@@ -12,9 +18,39 @@ __all__ = [
     "GenerationResult",
     "Generator",
     "InputError",
+    "InputWarning",
     "LogitsProcessor",
     "PromptTooLongError",
     "Sampling",
     "TokenLogProbability",
     "TreeSizes",
 ]
+
+# The module of each name. It is imported when the name is asked for: the programs are in this package too, and can tell
+# of a Ctrl-C in one line only after they have begun.
+_MODULES = {
+    "GenerationChunk": "answer",
+    "GenerationResult": "answer",
+    "EngineFileError": "errors",
+    "InputError": "errors",
+    "InputWarning": "errors",
+    "PromptTooLongError": "errors",
+    "Generator": "generator",
+    "LogitsProcessor": "sampling",
+    "Sampling": "sampling",
+    "TokenLogProbability": "sampling",
+    "TreeSizes": "tree",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Return the public `name`."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"runtime.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,3 +11,7 @@ class EngineFileError(InputError):
 
 class PromptTooLongError(InputError):
     """The prompt leaves no room for a single new token within the engine's context limit."""
+
+
+class InputWarning(UserWarning):
+    """Something given by the user works, and likely not as it was meant. Command lines show it as one line."""
