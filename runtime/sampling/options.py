@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from runtime.checks import number, whole
 from runtime.errors import InputError
 
-# Takes the tokens so far, those of the prompt first, and logits [V], which it may write into; returns logits [V].
+# Takes the tokens so far, those of the prompt first, which it cannot change, and logits [V], which it may write into;
+# returns logits [V].
 LogitsProcessor = Callable[[Sequence[int], NDArray[np.float32]], NDArray[np.float32]]
 
 # Temperatures and repetition penalties: beyond these, float32 may overflow.
@@ -39,8 +40,8 @@ class Sampling:
     - `banned_tokens` cannot be chosen; the model's stop tokens not before there are `min_new_tokens` others.
     - `forced_tokens`, index of a new token, from 0 -> the token that it is.
     - `processors`: each is called exactly once for each token, in order, speculation or not, with the tokens so far
-      (not to be changed) and the logits [V], and returns logits [V]. It may keep state, of one request; -inf rules a
-      token out.
+      (read-only; they grow as the answer does) and the logits [V], and returns logits [V]. It may keep state, of one
+      request; -inf rules a token out.
     - `temperature`, 0 (greedy: the most probable token, the smallest among equals) or 0.01 to 100: divides the logits.
     - `top_k` keeps the k most probable tokens, and all as probable as the last of them.
     - `top_p`, above 0 up to 1, keeps the most probable tokens up to the first with which their probabilities add up to

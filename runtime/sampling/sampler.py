@@ -21,9 +21,11 @@ from runtime.sampling.candidates import largest
 from runtime.sampling.choice import ArgMax, Choice, Chosen, Race, Wanted, WholeLogits
 from runtime.sampling.noise import Noise
 from runtime.sampling.options import LogitsProcessor, Sampling, TokenLogProbability
+from runtime.sampling.tokens import TokensSoFar
 
 # A fresh seed is exact in every JSON reader.
 SEED_BITS = 53
+LARGEST_LOGIT = float(np.finfo(np.float32).max)
 
 
 class Sampler:
@@ -42,6 +44,7 @@ class Sampler:
         _check_fit(settings, vocab_size, stops)
         self._settings = settings
         self._tokens = list(prompt_tokens)
+        self._readable = TokensSoFar(self._tokens)
         self._new_tokens = 0
         self._biased = np.array(list(settings.logit_bias), dtype=np.int64)
         self._biases = np.array(list(settings.logit_bias.values()), dtype=np.float32)
@@ -118,8 +121,14 @@ class Sampler:
             out[forced] = 0.0
         for index, processor in enumerate(settings.processors):
             # A copy is the processor's to keep and to write into; what it returns may be its own too.
-            out = processor(self._tokens, out.copy())
-            _check_processed(out, index, processor, logits.shape)
+            try:
+                out = processor(self._readable, out.copy())
+            except StopIteration as error:
+                # In a generator, as decoding is, it would become a RuntimeError that says nothing of processors.
+                raise InputError(
+                    f"{_name(index, processor)} raised StopIteration; let it raise another error"
+                ) from error
+            _check_processed(out, index, processor, logits.shape, settings.temperature)
         return out
 
     def _check_largest(self, logit: float) -> None:
@@ -200,15 +209,25 @@ def _check_fit(settings: Sampling, vocab_size: int, stop_tokens: Collection[int]
             )
 
 
+def _name(index: int, processor: LogitsProcessor) -> str:
+    return f"processor {index} ({getattr(processor, '__name__', type(processor).__name__)})"
+
+
 def _check_processed(
-    logits: NDArray[np.float32], index: int, processor: LogitsProcessor, shape: tuple[int, ...]
+    logits: NDArray[np.float32], index: int, processor: LogitsProcessor, shape: tuple[int, ...], temperature: float
 ) -> None:
-    name = f"processor {index} ({getattr(processor, '__name__', type(processor).__name__)})"
-    if not isinstance(logits, np.ndarray):
+    name = _name(index, processor)
+    # What is masked would be chosen all the same.
+    if not isinstance(logits, np.ndarray) or isinstance(logits, np.ma.MaskedArray):
         raise InputError(f"{name} returned {type(logits).__name__}; it must return an array of logits")
     if logits.shape != shape or logits.dtype != np.float32:
         raise InputError(
             f"{name} returned {logits.dtype} {list(logits.shape)}; it must return logits of float32 {list(shape)}"
         )
-    if not (top := logits.max()) < np.inf:
+    if not (top := float(logits.max())) < np.inf:
         raise InputError(f"{name} returned logits that hold {top}; they must be numbers, or -inf to rule a token out")
+    if top > LARGEST_LOGIT * (temperature or 1.0):
+        raise InputError(
+            f"{name} returned logits that hold {top:g}; divided by temperature {temperature:g} it overflows; let it "
+            "rule the other tokens out by -inf"
+        )

@@ -476,6 +476,10 @@ def returns(value: Any) -> Callable[[Sequence[int], NDArray[np.float32]], Any]:
         (np.zeros((1, VOCAB), dtype=np.float32), r"returned float32 \[1, 12\]; it must return"),
         (np.full(VOCAB, np.nan, dtype=np.float32), "returned logits that hold nan; they must be numbers, or -inf"),
         (np.full(VOCAB, np.inf, dtype=np.float32), "returned logits that hold inf; they must be numbers, or -inf"),
+        (np.float32(1), "returned float32; it must return an array of logits"),
+        (np.array(1, dtype=np.float32), r"returned float32 \[\]; it must return logits of float32 \[12\]"),
+        (np.zeros(VOCAB, dtype=">f4"), r"returned >f4 \[12\]; it must return logits of float32 \[12\]"),
+        (np.ma.masked_array(np.zeros(VOCAB, dtype=np.float32), mask=True), "returned MaskedArray; it must return an"),
     ],
 )
 def test_a_processor_that_returns_something_else_than_logits(value: object, message: str) -> None:
@@ -497,9 +501,84 @@ def test_a_processor_may_keep_what_it_is_given_and_return_what_it_keeps() -> Non
         np.testing.assert_array_equal(after, fixed)
 
 
-def test_an_error_of_a_processor_reaches_the_caller() -> None:
-    def breaks(tokens: Sequence[int], logits: np.ndarray) -> np.ndarray:
-        raise KeyError("grammar")
+@pytest.mark.parametrize("view", [np.zeros(2 * VOCAB, np.float32)[::2], np.zeros(VOCAB, np.float32)[::-1]])
+@pytest.mark.parametrize("chosen", [{}, {"temperature": 1.0, "seed": 0, "top_k": 3}])
+def test_a_processor_may_return_a_view(view: np.ndarray, chosen: dict[str, Any]) -> None:
+    view[5] = 50
+    assert Sampler(Sampling(**chosen, processors=[returns(view)]), [1], VOCAB)(np.zeros(VOCAB, np.float32)) == 5
 
-    with pytest.raises(KeyError, match="grammar"):
+
+def test_what_a_processor_does_later_with_the_array_that_it_returned_does_not_matter() -> None:
+    """It keeps what it returned for one token and changes it at the next."""
+    kept: list[np.ndarray] = []
+
+    def keeps(tokens: Sequence[int], logits: np.ndarray) -> np.ndarray:
+        for array in kept:
+            array.fill(np.nan)
+        kept.append(logits)
+        return logits
+
+    chosen: dict[str, Any] = {"repetition_penalty": 2.0, "temperature": 1.0, "seed": 0, "logprobs": 2}
+    rows_ = np.random.default_rng(0).normal(size=(9, VOCAB)).astype(np.float32)
+    before = rows_.copy()
+    first = Sampler(Sampling(**chosen, processors=[keeps]), [1], VOCAB)
+    second = Sampler(Sampling(**chosen), [1], VOCAB)
+    assert [first(row) for row in rows_] == [second(row) for row in rows_]
+    assert first.log_probabilities == second.log_probabilities
+    np.testing.assert_array_equal(rows_, before)
+
+
+@pytest.mark.parametrize("chosen", [{}, {"repetition_penalty": 2.0, "temperature": 1.0, "seed": 0}])
+def test_a_processor_cannot_change_the_tokens_so_far(chosen: dict[str, Any]) -> None:
+    """One that tries to gets an error of its own, and the next token is what it would be without."""
+
+    def tries(tokens: Any, logits: np.ndarray) -> np.ndarray:
+        with pytest.raises(AttributeError):
+            tokens.append(7)
+        with pytest.raises(TypeError):
+            tokens[0] = 7
+        tokens[:].clear()
+        return logits
+
+    rows_ = np.random.default_rng(0).normal(size=(9, VOCAB)).astype(np.float32)
+    spy = Spy()
+    changed = Sampler(Sampling(**chosen, processors=[tries, spy]), [1, 2], VOCAB)
+    plain = Sampler(Sampling(**chosen), [1, 2], VOCAB)
+    tokens = [plain(row) for row in rows_]
+    assert [changed(row) for row in rows_] == tokens
+    assert spy.tokens == [[1, 2, *tokens[:count]] for count in range(len(rows_))]
+
+
+def test_a_logit_that_overflows_by_the_temperature_is_not_the_engines() -> None:
+    forced = np.zeros(VOCAB, dtype=np.float32)
+    forced[3] = np.finfo(np.float32).max
+    row = np.zeros(VOCAB, dtype=np.float32)
+    assert Sampler(Sampling(processors=[returns(forced)]), [1], VOCAB)(row) == 3
+    assert Sampler(Sampling(temperature=1.0, processors=[returns(forced)]), [1], VOCAB)(row) == 3
+    sampler = Sampler(Sampling(temperature=0.5, processors=[returns(forced)]), [1], VOCAB)
+    with pytest.raises(InputError, match=r"processor 0 .* hold 3.40282e\+38; divided by temperature 0.5 it overflows"):
+        sampler(row)
+
+
+@pytest.mark.parametrize("kind", [KeyError, SystemError, KeyboardInterrupt, GeneratorExit])
+def test_an_error_of_a_processor_reaches_the_caller(kind: type[BaseException]) -> None:
+    def breaks(tokens: Sequence[int], logits: np.ndarray) -> np.ndarray:
+        raise kind("grammar")
+
+    with pytest.raises(kind, match="grammar"):
         Sampler(Sampling(processors=[breaks]), [1], VOCAB)(np.zeros(VOCAB, dtype=np.float32))
+
+
+def test_a_processor_that_has_run_out_is_named() -> None:
+    """StopIteration cannot leave a generator, which decoding is."""
+    plan = iter([3])
+
+    def planned(tokens: Sequence[int], logits: np.ndarray) -> np.ndarray:
+        logits[next(plan)] = 50
+        return logits
+
+    sampler = Sampler(Sampling(processors=[planned]), [1], VOCAB)
+    row = np.zeros(VOCAB, dtype=np.float32)
+    assert sampler(row) == 3
+    with pytest.raises(InputError, match=r"processor 0 \(planned\) raised StopIteration; let it raise another error"):
+        sampler(row)
