@@ -13,6 +13,12 @@ from typing import Any
 
 from runtime.errors import InputError
 
+# Bytes of a file's name, where a file system does not say, and of a whole path, as Linux counts them.
+LONGEST_NAME = 255
+LONGEST_PATH = 4095
+# Characters that `tempfile` adds to a prefix.
+RANDOM = 8
+
 
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as 64 hex digits."""
@@ -20,11 +26,97 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_writable(path: Path) -> None:
-    """Raise `InputError` unless a file can be made at `path`: asked before long work, so that none is lost."""
+def check_name(path: Path, longest_suffix: str = "") -> None:
+    """Raise `InputError` unless the file system can have files of the name of `path`, and of its stem with
+    `longest_suffix`: the longest of the suffixes that others beside it have, such as ".chat_template.jinja".
+    """
+    _check_characters(path)
+    if not path.name:
+        raise InputError(f"{path} is a folder; give the name of a file")
+    most = _longest_name(path)
+    for folder in path.parts[:-1]:
+        if _size(folder) > most:
+            raise InputError(
+                f"{_shortened(path)}: a folder's name has {_size(folder)} bytes, and {most} are allowed; choose a "
+                "shorter one"
+            )
+    added = max(0, _size(path.stem + longest_suffix) - _size(path.name))
+    if _size(path.name) + added > most:
+        beside = f", as other files' names end in {longest_suffix}" if added else ""
+        raise InputError(
+            f"{_shortened(path)}: the file's name has {_size(path.name)} bytes, and {most - added} are "
+            f"allowed{beside}; choose a shorter one"
+        )
+    # Files are written under another name, or in a folder of another name, before they are put there.
+    room = LONGEST_PATH - len("/..") - RANDOM - _size(path.name) - added
+    if _size(path) > room:
+        raise InputError(
+            f"{_shortened(path)}: the path has {_size(path)} bytes, and {room} are allowed; choose a shorter one"
+        )
+
+
+def check_readable(path: Path) -> None:
+    """Raise `InputError` where what is at `path` cannot be asked for, or not by libraries in C++ and Rust, which take
+    names in UTF-8 only. A path where nothing is passes.
+    """
+    _check_characters(path)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{str(path)!r}: the name is not in UTF-8; rename the file or folder") from error
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise InputError(f"cannot read {_shortened(path)}: {error.strerror}; choose another file") from error
+
+
+def temporary_prefix(path: Path) -> str:
+    """Return a prefix for `tempfile` in the folder of `path` that tells what the file is for; of a long name, its
+    beginning.
+    """
+    name, most = path.name, _longest_name(path) - RANDOM
+    while _size(f".{name}.") > most:
+        name = name[:-1]
+    return f".{name}."
+
+
+def _check_characters(path: Path) -> None:
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r} has a character of code 0, which no file's name can have; choose another")
+
+
+def _longest_name(path: Path) -> int:
+    """Return how many bytes a name may have in the folder of `path`, or where that is to be made."""
+    for folder in path.absolute().parents:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return os.pathconf(folder, "PC_NAME_MAX")
+    return LONGEST_NAME
+
+
+def _size(path: str | Path) -> int:
+    return len(os.fsencode(path))
+
+
+def _shortened(path: Path) -> str:
+    """Return a path as messages show it."""
+    return text if len(text := str(path)) <= 100 else f"{text[:30]}...{text[-60:]}"
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise `InputError` for what a file must not take the place of."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is a device or a pipe; give the name of a file")
+
+
+def check_writable(path: Path) -> None:
+    """Raise `InputError` unless a file can be made at `path`: asked before long work, so that none is lost."""
+    check_name(path)
     try:
+        _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -36,11 +128,14 @@ def check_writable(path: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it into place when the block succeeds, remove it when not.
 
-    Raises `InputError` when the folder cannot be written or the disk is full.
+    Raises `InputError` when the folder cannot be written or the disk is full, and for a name that cannot be.
     """
+    check_name(path)
     try:
+        # A name such as /dev/null would be lost to the whole machine.
+        _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=temporary_prefix(path), dir=path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
     os.close(handle)
