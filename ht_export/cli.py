@@ -6,15 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.bundle.engine_file import PlanFile
 from runtime.errors import InputError
-from runtime.program import add_model, integers, run
+from runtime.program import add_model, integers, pathname, run
 
 if TYPE_CHECKING:
     from ht_export.tensorrt.planner import PlanSettings
+    from runtime.bundle.engine_file import PlanFile
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model(parser)
     drafts = parser.add_mutually_exclusive_group()
     drafts.add_argument(
-        "--transfer", type=Path, metavar="FILE", help="transfer layers (default: those shipped for a known model)"
+        "--transfer", type=pathname, metavar="FILE", help="transfer layers (default: those shipped for a known model)"
     )
     drafts.add_argument(
         "--random-transfer",
@@ -39,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         "drafts are hardly ever right, and what speed there is comes from repetitions in the text",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="ENGINE", help="engine file to write (.onnx or .plan)"
+        "--out", type=pathname, required=True, metavar="ENGINE", help="engine file to write (.onnx or .plan)"
     )
     parser.add_argument(
         "--precision",
@@ -50,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--calibrate",
-        type=Path,
+        type=pathname,
         metavar="PROMPTS",
         help="calibrate int8 or int4 weights (GPTQ) on this JSONL file of prompts, as ht-train reads it; without, they "
         "are rounded to the nearest",
@@ -103,14 +102,17 @@ def _add_plan(plan: argparse._ArgumentGroup) -> None:
         "--max-rows", type=int, metavar="T", help="most candidates of a pass (default: 32, or --tree-rows if more)"
     )
     plan.add_argument(
-        "--timing-cache", type=Path, metavar="FILE", help="keep the builder's measurements here, for later builds"
+        "--timing-cache", type=pathname, metavar="FILE", help="keep the builder's measurements here, for later builds"
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ht-export` and return its exit status: 0, or 1 with one line on stderr for a user's mistake."""
-    options = build_parser().parse_args(arguments)
-    return run("ht-export", lambda: _export(options), interrupted="interrupted; nothing was written")
+    return run(
+        "ht-export",
+        lambda: _export(build_parser().parse_args(arguments)),
+        interrupted="interrupted; nothing was written",
+    )
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import io
+import codecs
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import InputError
-from runtime.program import run
-from runtime.sampling import Sampling
+from runtime.program import pathname, run
+
+if TYPE_CHECKING:
+    from runtime.sampling import Sampling
+
+# Characters that are read of a prompt on stdin: more than any model's context has room for.
+MOST_STDIN = 2**26
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         "plain decoding (--plain); only the number of engine passes differs.",
         epilog='example: ht-generate engine.onnx "Why is the sky blue?" --temperature 0.8 --top-p 0.95 --seed 7',
     )
-    parser.add_argument("engine", type=Path, help="engine file made by ht-export (.onnx or .plan)")
+    parser.add_argument("engine", type=pathname, help="engine file made by ht-export (.onnx or .plan)")
     parser.add_argument("prompt", help="the user's message, put into the model's chat template; '-' reads stdin")
     parser.add_argument("--raw", action="store_true", help="use the prompt as it is, without the chat template")
     parser.add_argument("--plain", action="store_true", help="decode one token a pass, without speculation")
@@ -131,12 +135,13 @@ def _index_and_token(text: str) -> tuple[int, int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ht-generate` and return its exit status: 0, or 1 with one line on stderr for a user's mistake."""
-    options = build_parser().parse_args(arguments)
-    return run("ht-generate", lambda: _generate(options), interrupted="interrupted")
+    return run("ht-generate", lambda: _generate(build_parser().parse_args(arguments)), interrupted="interrupted")
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:
     """Return what the sampling options of `ht-generate` ask for. Raises `InputError` where they do not fit."""
+    from runtime.sampling import Sampling
+
     if options.logprobs and not options.json:
         raise InputError("--logprobs is for --json; add it, or leave --logprobs out")
     return Sampling(
@@ -166,12 +171,17 @@ def _once(option: str, pairs: Sequence[tuple[int, Any]]) -> dict[int, Any]:
 
 
 def _from_stdin() -> str:
+    if sys.stdin is None:
+        raise InputError("stdin is closed; give the prompt as an argument, or on stdin")
     try:
-        return sys.stdin.read()
+        text = sys.stdin.read(MOST_STDIN + 1)
     except UnicodeDecodeError as error:
         raise InputError(
             f"the prompt on stdin is not {sys.stdin.encoding} text ({error.reason}); convert it"
         ) from error
+    if len(text) > MOST_STDIN:
+        raise InputError(f"the prompt on stdin has more than {MOST_STDIN} characters; shorten it")
+    return text
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -188,11 +198,11 @@ def _generate(options: argparse.Namespace) -> None:
         "sampling": sampling,
     }
     if options.json:
-        print(json.dumps(generator.generate(prompt, **arguments).to_dict(), ensure_ascii=False))
+        found = generator.generate(prompt, **arguments).to_dict()
+        # Where stdout lacks a character JSON has an escape for it.
+        every = codecs.lookup(sys.stdout.encoding or "utf-8").name.startswith("utf")
+        print(json.dumps(found, ensure_ascii=not every))
         return
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that lacks a character shows another in its place.
-        sys.stdout.reconfigure(errors="replace")
     for chunk in generator.stream(prompt, **arguments):
         print(chunk.text, end="", flush=True)
         result = chunk.result

@@ -41,11 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ht-bench` and return its exit status: 0; 1 for a wrong text, or with one line on stderr for a mistake."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     asked = next((argument for argument in given if not argument.startswith("-")), None)
-    options = build_parser(asked).parse_args(given)
-    options.arguments = given
-    statuses: list[int] = []
-    mistake = program.run("ht-bench", lambda: statuses.append(options.work(options)), interrupted=options.interrupted)
-    return mistake or sum(statuses)
+    interrupted = "interrupted"
+
+    def work() -> int:
+        nonlocal interrupted
+        options = build_parser(asked).parse_args(given)
+        options.arguments = given
+        interrupted = options.interrupted
+        status: int = options.work(options)
+        return status
+
+    return program.run("ht-bench", work, interrupted=lambda: interrupted)
 
 
 if __name__ == "__main__":

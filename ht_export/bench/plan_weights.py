@@ -24,6 +24,7 @@ from ht_export.settings import CALIBRATION_TEXTS, CALIBRATION_TOKENS
 from runtime import Generator
 from runtime.bundle.engine_file import FileRecord, read_engine_file
 from runtime.errors import InputError
+from runtime.program import pathname
 
 DESCRIPTION = """
 Write an engine for the CPU with the weights of a quantised plan: it tells, without a GPU, what rounding them costs.
@@ -42,10 +43,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(work=run, interrupted="interrupted; nothing was written")
-    parser.add_argument("engine", type=Path, help="an .onnx engine of --precision fp16")
+    parser.add_argument("engine", type=pathname, help="an .onnx engine of --precision fp16")
     parser.add_argument("--precision", choices=STORED_IN_PLANS, required=True)
-    parser.add_argument("--calibrate", type=Path, metavar="PROMPTS", help="as in ht-export")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--calibrate", type=pathname, metavar="PROMPTS", help="as in ht-export")
+    parser.add_argument("--out", type=pathname, required=True)
 
 
 def run(options: argparse.Namespace) -> int:

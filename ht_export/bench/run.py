@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ht_export.bench.bar import bar
 from runtime.errors import InputError
 from runtime.files import check_writable
-from runtime.program import integers
+from runtime.program import integers, pathname, say
 
 if TYPE_CHECKING:
     from ht_export.bench.results import Results
@@ -35,9 +35,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--plots plots/ --prompt-lookup --compare medusa=medusa.onnx"
     )
     parser.set_defaults(work=run, interrupted="interrupted; with --json, run the same command again to continue")
-    parser.add_argument("engine", type=Path, help="engine file made by ht-export (.onnx or .plan)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write results here, after each prompt")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="folder for plots as PNG files (default: none)")
+    parser.add_argument("engine", type=pathname, help="engine file made by ht-export (.onnx or .plan)")
+    parser.add_argument("--json", type=pathname, metavar="FILE", help="write results here, after each prompt")
+    parser.add_argument("--plots", type=pathname, metavar="DIR", help="folder for plots as PNG files (default: none)")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     _add_prompts(parser.add_argument_group("prompts"))
     _add_ways(parser.add_argument_group("what is compared"))
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     if results.left:
         _measure(results, generator, others, settings, options.quiet)
     found = results.to_dict()
-    print(to_markdown(found))
+    say(to_markdown(found))
     if options.plots:
         from ht_export.bench.plots import plot_results
 
@@ -159,7 +159,7 @@ def _settings(options: argparse.Namespace) -> BenchSettings:
 def _add_prompts(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prompts",
-        type=Path,
+        type=pathname,
         required=True,
         metavar="FILE",
         help="JSON lines with 'prompt' (a string) or 'turns' (a list of strings, of which the first is used)",

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime import program
 from runtime.errors import InputError
-from runtime.files import atomic_path, check_writable, write_json
 
 if TYPE_CHECKING:
     from ht_export.parity.report import Report
@@ -29,12 +27,18 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: ht-parity smollm2-135m engine.onnx --prompts prompts.jsonl --count 10 --report parity.html",
     )
     program.add_model(parser)
-    parser.add_argument("engine", type=Path, help="engine file made by ht-export (.onnx or .plan)")
+    parser.add_argument("engine", type=program.pathname, help="engine file made by ht-export (.onnx or .plan)")
     parser.add_argument(
-        "--transfer", type=Path, metavar="FILE", help="transfer layers of the engine (default: as ht-export takes them)"
+        "--transfer",
+        type=program.pathname,
+        metavar="FILE",
+        help="transfer layers of the engine (default: as ht-export takes them)",
     )
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="JSONL file as ht-train reads it (default: three prompts of ours)"
+        "--prompts",
+        type=program.pathname,
+        metavar="FILE",
+        help="JSONL file as ht-train reads it (default: three prompts of ours)",
     )
     parser.add_argument("--count", type=int, metavar="N", help="so many prompts, evenly from the file (default: 10)")
     parser.add_argument(
@@ -45,22 +49,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--no-evaluator", action="store_true", help="leave out ONNX's reference evaluator, which is slow"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="of the engine on the CPU (default: all cores)")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report here (.md or .html)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    parser.add_argument("--report", type=program.pathname, metavar="FILE", help="write the report here (.md or .html)")
+    parser.add_argument("--json", type=program.pathname, metavar="FILE", help="write all numbers here")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ht-parity` and return its exit status: 0 where parity holds, else 1; 1 with one line for a mistake."""
-    options = build_parser().parse_args(arguments)
-    statuses: list[int] = []
-    mistake = program.run(
-        "ht-parity", lambda: statuses.append(_run(options)), interrupted="interrupted; nothing was written"
+    return program.run(
+        "ht-parity",
+        lambda: _run(build_parser().parse_args(arguments)),
+        interrupted="interrupted; nothing was written",
     )
-    return mistake or sum(statuses)
 
 
 def _run(options: argparse.Namespace) -> int:
+    from runtime.files import check_writable
+
     for path in (options.report, options.json):
         if path:
             check_writable(path)
@@ -82,13 +87,14 @@ def _run(options: argparse.Namespace) -> int:
     )
     with stage_display() as stage:
         report = run(settings, stage)
-    print(to_markdown(report, options.per_layer), end="")
     _write(report, options)
+    program.say(to_markdown(report, options.per_layer).removesuffix("\n"))
     return 1 if report.faults else 0
 
 
 def _write(report: Report, options: argparse.Namespace) -> None:
     from ht_export.parity.report import to_html, to_markdown
+    from runtime.files import atomic_path, write_json
 
     if options.report:
         text = (to_html if options.report.suffix == ".html" else to_markdown)(report, options.per_layer)

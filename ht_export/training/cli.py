@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from runtime.errors import InputError
-from runtime.program import add_model, integers, run
+from runtime.program import add_model, integers, pathname, run
 
 PLACEMENT_HELP = (
     "transfer layer of each draft step, 0-based, the number of layers meaning the last one's output; as many numbers "
@@ -36,11 +35,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ht-train` and return its exit status: 0, or 1 with one line on stderr for a user's mistake."""
-    options = build_parser().parse_args(arguments)
-    resumes = options.command != "eval"
-    again = "interrupted; run the same command again to continue" if resumes else "interrupted"
+    interrupted = "interrupted"
 
     def work() -> None:
+        nonlocal interrupted
+        options = build_parser().parse_args(arguments)
+        if options.command != "eval":
+            interrupted = "interrupted; run the same command again to continue"
         # Imports torch and transformers, which --help and a mistyped option should not wait for.
         import torch
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lower = "--batch-size" if options.command == "data" else "--sequences or --anchors"
             raise InputError(f"the GPU's memory is used up ({error}); lower {lower}, or use --device cpu") from error
 
-    return run("ht-train", work, interrupted=again)
+    return run("ht-train", work, interrupted=lambda: interrupted)
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
@@ -64,10 +65,15 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     )
     add_model(data)
     data.add_argument(
-        "--prompts", type=Path, required=True, help="JSON lines with 'prompt' (a string) or 'turns' (a list of strings)"
+        "--prompts",
+        type=pathname,
+        required=True,
+        help="JSON lines with 'prompt' (a string) or 'turns' (a list of strings)",
     )
-    data.add_argument("--exclude", type=Path, help="another such file; prompts that begin as one of it are left out")
-    data.add_argument("--out", type=Path, required=True, help="folder for the shards and their manifest")
+    data.add_argument(
+        "--exclude", type=pathname, help="another such file; prompts that begin as one of it are left out"
+    )
+    data.add_argument("--out", type=pathname, required=True, help="folder for the shards and their manifest")
     data.add_argument("--max-prompts", type=int, help="use this many, drawn at random (default: all)")
     data.add_argument("--max-turns", type=int, default=1, help="turns of a conversation to answer (default: 1)")
     data.add_argument("--max-prompt-tokens", type=int, default=256, help="leave out longer prompts (default: 256)")
@@ -89,26 +95,28 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
         "ends with the same weights. On several GPUs: accelerate launch -m ht_export.training.cli fit ...",
     )
     add_model(fit)
-    fit.add_argument("--data", type=Path, nargs="+", required=True, help=DATA_HELP)
-    fit.add_argument("--held-out", type=Path, help="another such folder, to measure acceptance on; never trained on")
-    fit.add_argument("--out", type=Path, required=True, help="transfer-layers file to write (.safetensors)")
+    fit.add_argument("--data", type=pathname, nargs="+", required=True, help=DATA_HELP)
+    fit.add_argument(
+        "--held-out", type=pathname, help="another such folder, to measure acceptance on; never trained on"
+    )
+    fit.add_argument("--out", type=pathname, required=True, help="transfer-layers file to write (.safetensors)")
     fit.add_argument("--layers", type=integers, help=PLACEMENT_HELP)
     beginning = fit.add_mutually_exclusive_group()
     _add_init(beginning)
-    beginning.add_argument("--start", type=Path, help="begin with these transfer layers, to train them further; their "
-                           "layers and correction rank are the default then")  # fmt: skip
+    beginning.add_argument("--start", type=pathname, help="begin with these transfer layers, to train them further; "
+                           "their layers and correction rank are the default then")  # fmt: skip
     fit.add_argument("--steps", type=int, default=500, help="optimizer steps (default: 500)")
     _add_batches(fit)
     _add_loss(fit)
     fit.add_argument("--patience", type=int, default=0, help="stop after so many held-out measurements in a row that "
                      "bring nothing, and keep the best weights (default: 0, never)")  # fmt: skip
-    fit.add_argument("--checkpoint", type=Path, help="checkpoint file (default: OUT with .checkpoint added)")
+    fit.add_argument("--checkpoint", type=pathname, help="checkpoint file (default: OUT with .checkpoint added)")
     fit.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints (default: 50)")
     fit.add_argument("--evaluate-every", type=int, default=100, help="steps between held-out measurements "
                      "(default: 100)")  # fmt: skip
     fit.add_argument("--evaluate-texts", type=int, default=40, help="held-out texts of such a measurement; all are "
                      "measured at the end (default: 40)")  # fmt: skip
-    fit.add_argument("--log", type=Path, help="folder for TensorBoard logs (default: none)")
+    fit.add_argument("--log", type=pathname, help="folder for TensorBoard logs (default: none)")
     _add_machine(fit, "bfloat16")
 
 
@@ -120,9 +128,9 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         "calibration, and tokens per step by tree rows. Prints JSON.",
     )
     add_model(evaluation)
-    evaluation.add_argument("--transfer", type=Path, required=True, help="transfer-layers file")
-    evaluation.add_argument("--data", type=Path, required=True, help="folder made by ht-train data")
-    evaluation.add_argument("--out", type=Path, help="folder for eval.json and plots as PNG files (default: none)")
+    evaluation.add_argument("--transfer", type=pathname, required=True, help="transfer-layers file")
+    evaluation.add_argument("--data", type=pathname, required=True, help="folder made by ht-train data")
+    evaluation.add_argument("--out", type=pathname, help="folder for eval.json and plots as PNG files (default: none)")
     evaluation.add_argument("--tree-rows", type=int, help="also simulate this tree (default: the export's default)")
     evaluation.add_argument("--pseudo-rows", type=integers, help="its pseudo rows by draft step")
     evaluation.add_argument("--store", action="store_true", help="put the statistics into the transfer-layers file")
@@ -138,9 +146,9 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
         "command continues.",
     )
     add_model(sweep)
-    sweep.add_argument("--data", type=Path, nargs="+", required=True, help=DATA_HELP)
-    sweep.add_argument("--held-out", type=Path, required=True, help="another such folder, to measure acceptance on")
-    sweep.add_argument("--out", type=Path, required=True, help="folder for results and checkpoints")
+    sweep.add_argument("--data", type=pathname, nargs="+", required=True, help=DATA_HELP)
+    sweep.add_argument("--held-out", type=pathname, required=True, help="another such folder, to measure acceptance on")
+    sweep.add_argument("--out", type=pathname, required=True, help="folder for results and checkpoints")
     sweep.add_argument("--row-cost", type=float, default=0.05, help="cost of one more row in a pass, in plain passes; "
                        "compare passes of two engines or trees (default: 0.05, a CPU with few cores)")  # fmt: skip
     sweep.add_argument("--draft-steps", type=int, default=3, help="draft steps to train; fewer are compared too "
@@ -166,8 +174,8 @@ def _add_init(parser: argparse._ActionsContainer) -> None:
 def _add_batches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", type=int, default=8, help="texts in a batch (default: 8)")
     parser.add_argument("--anchors", type=int, default=64, help="anchors in a text (default: 64)")
-    parser.add_argument("--feature-cache", type=Path, help="folder that keeps the base model's states of the data, so "
-                        "that the base model runs over it once; large, see docs/training.md")  # fmt: skip
+    parser.add_argument("--feature-cache", type=pathname, help="folder that keeps the base model's states of the data, "
+                        "so that the base model runs over it once; large, see docs/training.md")  # fmt: skip
     parser.add_argument("--accumulate", type=int, default=1, help="batches of a step, shared among the processes "
                         "(default: 1)")  # fmt: skip
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: 0.002)")
