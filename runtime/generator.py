@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from runtime import driver
 from runtime.answer import Answer, GenerationChunk, GenerationResult
@@ -14,7 +15,7 @@ from runtime.bundle.engine_file import EngineFile
 from runtime.bundle.reading import read_bundle
 from runtime.bundle.tuning_file import Tuning
 from runtime.chat import Message
-from runtime.checks import MOST_THREADS, whole
+from runtime.checks import check_threads, whole
 from runtime.decode import Request
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.ngrams import Ngrams
@@ -24,6 +25,7 @@ from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.engines.opening import open_engine, runs_on_cpu
 from runtime.engines.protocol import Engine
 from runtime.errors import InputError, PromptTooLongError
+from runtime.files import check_readable
 from runtime.sampling import Sampling
 from runtime.sampling.noise import Noise
 from runtime.sampling.sampler import Sampler
@@ -39,10 +41,11 @@ class Generator:
 
     Raises `EngineFileError` when the engine's files are missing, damaged or of another version, and `InputError` for
     an engine that cannot run here. `device` "cpu" or "cuda" is where an ONNX engine runs, None on the CPU; plans run on
-    the GPU always. `threads` is for the CPU. With `adapt` the sizes of trees are those that pay on this device and for
-    this text. On a CPU the times of steps are measured the first time, which takes some seconds, and kept beside the
-    engine; on a GPU `ht-bench tune` does so. Without them, or without `adapt`, sizes are the engine's own.
-    `verify_weights=False` skips hashing the weights when loading (their size is always checked).
+    the GPU always. `threads` is for the CPU; `InputWarning` tells of more than this process has cores. With `adapt` the
+    sizes of trees are those that pay on this device and for this text. On a CPU the times of steps are measured the
+    first time, which takes some seconds, and kept beside the engine; on a GPU `ht-bench tune` does so. Without them, or
+    without `adapt`, sizes are the engine's own. `verify_weights=False` skips hashing the weights when loading (their
+    size is always checked).
     """
 
     def __init__(
@@ -55,8 +58,9 @@ class Generator:
         verify_weights: bool = True,
     ) -> None:
         path = Path(engine)
+        check_readable(path)
         if threads is not None:
-            whole("threads", threads, 1, MOST_THREADS)
+            check_threads(threads)
         self._bundle = read_bundle(path, verify_weights=verify_weights)
         self.about: EngineFile = self._bundle.about
         self.engine: Engine = open_engine(path, self.about, device, threads)
@@ -66,6 +70,13 @@ class Generator:
             name = device_name(self.engine, threads)
             on_cpu = runs_on_cpu(self.about, device)
             self.tuning = load_or_measure(path, self.engine, self.about, name, self.new_drafter, on_cpu=on_cpu)
+
+    def __reduce__(self) -> NoReturn:
+        # What `pickle`, `copy` and process pools report of anything that they cannot handle is a TypeError.
+        raise TypeError(
+            "a Generator cannot be pickled or copied: it holds an engine's session and memory; make one in each "
+            "process, from the engine's path"
+        )
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Return the token ids of a prompt: of chat messages, of a string as one user message, or (`raw`, or a model

@@ -182,3 +182,47 @@ def test_help_has_the_sampling_options_in_a_group(capsys: pytest.CaptureFixture[
     for field in fields(Sampling):
         option = {"banned_tokens": "--ban", "forced_tokens": "--force"}.get(field.name, f"--{field.name}")
         assert field.name == "processors" or option.replace("_", "-") in group
+
+
+def test_more_threads_than_cores_are_warned_of_in_one_line(
+    tiny_engine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.checks.cores", lambda: 2)
+    assert main([str(tiny_engine), "Hello", "--max-new-tokens", "3", "--threads", "3"]) == 0
+    first, _ = capsys.readouterr().err.split("\n", maxsplit=1)
+    assert first == (
+        "ht-generate: warning: threads is 3, and this process has 2 cores: its threads wait for each other; give at "
+        "most 2"
+    )
+
+
+def test_a_prompt_on_stdin_without_an_end_is_refused(
+    tiny_engine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.cli.MOST_STDIN", 100)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a" * 101))
+    assert main([str(tiny_engine), "-"]) == 1
+    assert "the prompt on stdin has more than 100 characters; shorten it" in capsys.readouterr().err
+
+
+def test_a_closed_stdin_is_one_line(
+    tiny_engine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert main([str(tiny_engine), "-"]) == 1
+    assert capsys.readouterr().err == (
+        "ht-generate: error: stdin is closed; give the prompt as an argument, or on stdin\n"
+    )
+
+
+def test_json_has_escapes_for_what_stdout_lacks(
+    tiny_engine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [str(tiny_engine), "Hello", "--json", "--max-new-tokens", "9"]
+    main(arguments)
+    expected = json.loads(capsys.readouterr().out)
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", narrow)
+    assert main(arguments) == 0
+    printed = json.loads(narrow.buffer.getvalue())  # type: ignore[attr-defined]
+    assert (printed["text"], printed["tokens"]) == (expected["text"], expected["tokens"])

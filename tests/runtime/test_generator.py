@@ -1,5 +1,8 @@
+import copy
 import json
-from collections.abc import Sequence
+import pickle
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 
 from ht_export.model.checkpoint import load_base_model
-from runtime import Generator, InputError, PromptTooLongError, Sampling, TreeSizes
+from runtime import Generator, InputError, InputWarning, PromptTooLongError, Sampling, TreeSizes
 from tests.runtime.conftest import change
 
 # Random transfer layers draft badly: only many candidates have the right one among them now and then.
@@ -373,3 +376,50 @@ def test_an_empty_raw_prompt(generator: Generator) -> None:
 def test_raw_takes_no_messages(generator: Generator) -> None:
     with pytest.raises(InputError, match="raw=True takes a string"):
         generator.generate([{"role": "user", "content": "x"}], raw=True)
+
+
+@pytest.mark.parametrize("use", [pickle.dumps, copy.copy, copy.deepcopy, lambda generator: pickle.dumps([generator])])
+def test_a_generator_cannot_be_pickled_or_copied(generator: Generator, use: Callable[[object], object]) -> None:
+    with pytest.raises(
+        TypeError, match=r"a Generator cannot be pickled or copied: it holds .* make one in each process"
+    ):
+        use(generator)
+
+
+@pytest.mark.parametrize("use", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_an_answer_under_way_cannot_be_pickled_or_copied(generator: Generator, use: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match="cannot pickle 'generator' object"):
+        use(generator.stream("Hello"))
+
+
+def test_results_and_options_can_be_pickled_and_copied(generator: Generator) -> None:
+    sampling = Sampling(temperature=1.0, seed=3, logprobs=2)
+    chunks = list(generator.stream("Hello", max_new_tokens=3, sampling=sampling))
+    for value in (sampling, chunks, chunks[-1].result):
+        assert pickle.loads(pickle.dumps(value)) == copy.deepcopy(value) == value
+
+
+def test_more_threads_than_cores_are_warned_of_at_the_callers_line(
+    tiny_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.checks.cores", lambda: 2)
+    with pytest.warns(InputWarning, match="threads is 3, and this process has 2 cores: .* give at most 2") as warned:
+        Generator(tiny_engine, threads=3, adapt=False)
+    assert [warning.filename for warning in warned] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Generator(tiny_engine, threads=2, adapt=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("engine\0.onnx", r"engine\\x00.onnx' has a character of code 0"),
+        ("a\udcff/engine.onnx", r"a\\udcff/engine.onnx': the name is not in UTF-8; rename the file or folder"),
+        ("a" * 300 + ".onnx", r"cannot read a{30}\.\.\.a{55}\.onnx: File name too long; choose another file"),
+        ("", "no engine at"),
+    ],
+)
+def test_the_name_of_an_engine_that_no_file_can_have(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Generator(name)
