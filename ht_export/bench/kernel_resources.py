@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from runtime.program import pathname
+
 # Most KiB of a program, by architecture: CUDA's programming guide, "maximum amount of shared memory per thread block".
 MOST_SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
@@ -26,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "example: ht-bench kernel-resources --json resources.json"
     parser.set_defaults(work=show, interrupted="interrupted; nothing was written")
-    parser.add_argument("--json", type=Path, help="write all of it here")
+    parser.add_argument("--json", type=pathname, help="write all of it here")
     parser.add_argument("--head-dim", type=int, action="append", help=f"default: {', '.join(map(str, HEAD_DIMS))}")
 
 
@@ -34,9 +36,16 @@ def show(options: argparse.Namespace) -> int:
     """Print the table; return 1 when a kernel spills registers or asks for too much shared memory, else 0."""
     import triton
 
-    from runtime.files import write_json
+    from runtime.files import check_writable, write_json
 
-    found = list(resources(options.head_dim or HEAD_DIMS))
+    if options.json:
+        check_writable(options.json)
+    from runtime.errors import InputError
+
+    try:
+        found = list(resources(options.head_dim or HEAD_DIMS))
+    except ValueError as error:
+        raise InputError(f"--head-dim: {error}") from error
     if options.json:
         write_json(options.json, {"triton": triton.__version__, "kernels": found})
     print(f"Triton {triton.__version__}; over all architectures, types, split and not")

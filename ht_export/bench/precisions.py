@@ -8,7 +8,6 @@ import json
 import math
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,10 @@ from ht_export.bench.conditions import commit, without_folders
 from ht_export.prompts import evenly, read_conversations
 from ht_export.verify.logits import logits_of
 from runtime import Generator
-from runtime.files import write_json
+from runtime.checks import MOST_REPEATS, whole
+from runtime.errors import InputError
+from runtime.files import check_writable, write_json
+from runtime.program import pathname, say
 from runtime.tuning import cpu_name
 
 # Tokens of text that perplexity is measured on at once.
@@ -40,18 +42,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "example: ht-bench precisions --prompts prompts.jsonl --threads 2 --json out.json fp32.onnx int8.onnx int4.onnx"
     )
     parser.set_defaults(work=compare, interrupted="interrupted; nothing was written")
-    parser.add_argument("engines", type=Path, nargs="+")
-    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("engines", type=pathname, nargs="+")
+    parser.add_argument("--prompts", type=pathname, required=True)
     parser.add_argument("--count", type=int, default=20, help="prompts to answer (default: 20)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--windows", type=int, default=40, help="windows of text for the perplexity (default: 40)")
     parser.add_argument("--repeats", type=int, default=3, help="timed answers to each prompt (default: 3)")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=pathname)
 
 
 def compare(options: argparse.Namespace) -> int:
     """Measure, print a table, write JSON; return the exit status. Raises `InputError` for a user's mistake."""
+    for name in ("count", "max_new_tokens", "windows"):
+        whole(f"--{name.replace('_', '-')}", getattr(options, name), 1)
+    whole("--repeats", options.repeats, 1, MOST_REPEATS)
+    if options.json:
+        check_writable(options.json)
     conversations = read_conversations(options.prompts)
     prompts = [one.turns[0] for one in evenly(conversations, options.count)]
     text = "\n\n".join(one.turns[0] for one in conversations)
@@ -83,11 +90,11 @@ def compare(options: argparse.Namespace) -> int:
         "model": generator.about.base_model["name"],
         "engines": rows,
     }
-    print(table(rows))
     if options.json:
         write_json(options.json, report)
-    else:
-        print(json.dumps(report, indent=2))
+    say(table(rows))
+    if not options.json:
+        say(json.dumps(report, indent=2))
     return 0
 
 
@@ -124,6 +131,11 @@ def measure(
 def perplexity(generator: Generator, text: str, windows: int) -> float:
     """Return the perplexity of `text`, in windows evenly from its beginning to its end."""
     ids = generator.encode(text, raw=True)
+    if len(ids) <= CONTEXT:
+        raise InputError(
+            f"the prompts together have {len(ids)} tokens, and perplexity takes more than {CONTEXT}; give more, "
+            "or longer ones"
+        )
     count = min(windows, max(1, len(ids) // WINDOW))
     losses = []
     for start in track(np.linspace(0, max(0, len(ids) - WINDOW), count).astype(int), "perplexity"):

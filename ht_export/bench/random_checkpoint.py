@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from runtime.checks import whole
+from runtime.program import pathname
+
 SHARD_BYTES = 2 << 30
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
@@ -40,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "example: ht-bench random-checkpoint FOLDER --shape llama-2-7b"
     parser.set_defaults(work=write, interrupted="interrupted; the folder is not complete")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=pathname)
     parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
@@ -50,8 +53,8 @@ def write(options: argparse.Namespace) -> int:
     """Write the checkpoint; return the exit status."""
     dtype = getattr(torch, options.dtype)
     shape = dict(SHAPES[options.shape])
-    if options.layers:
-        shape["num_hidden_layers"] = options.layers
+    if options.layers is not None:
+        shape["num_hidden_layers"] = whole("--layers", options.layers, 1, shape["num_hidden_layers"])
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = AutoConfig.for_model(shape.pop("model_type"), **shape, **special)
     options.folder.mkdir(parents=True, exist_ok=True)

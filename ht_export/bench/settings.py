@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ht_export.prompts import Conversation, evenly, read_conversations
+from runtime.checks import MOST_REPEATS, MOST_THREADS, whole
 from runtime.errors import InputError
 from runtime.sampling import Sampling
 from runtime.sampling.options import LARGEST_SEED
@@ -49,10 +51,16 @@ class BenchSettings:
     without_ngrams: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("count", 1), ("max_new_tokens", 1), ("repeats", 1), ("warm_up", 0), ("threads", 1)):
+        for name, least, most in (
+            ("count", 1, math.inf),
+            ("max_new_tokens", 1, math.inf),
+            ("repeats", 1, MOST_REPEATS),
+            ("warm_up", 0, MOST_REPEATS),
+            ("threads", 1, MOST_THREADS),
+        ):
             number = getattr(self, name)
-            if number is not None and number < least:
-                raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {number}")
+            if number is not None:
+                whole(f"--{name.replace('_', '-')}", number, least, most)
         if self.prompt_lookup and self.model is None:
             raise InputError("--prompt-lookup is that of transformers; leave it or --no-transformers out")
         names = [name for name, _ in self.compare]

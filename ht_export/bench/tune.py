@@ -7,13 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ht_export.bench.bar import bar
+from runtime.checks import MOST_REPEATS, whole
 from runtime.errors import InputError
 from runtime.files import check_writable
-from runtime.program import integers
+from runtime.program import integers, pathname
 
 if TYPE_CHECKING:
     from ht_export.prompts import Conversation
@@ -38,8 +38,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "example: ht-bench tune engine.onnx --prompts prompts.jsonl --count 16 --threads 4"
     parser.set_defaults(work=tune, interrupted="interrupted; nothing was written")
-    parser.add_argument("engine", type=Path, help="engine file made by ht-export (.onnx or .plan)")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="JSON lines with 'prompt' or 'turns' to decode")
+    parser.add_argument("engine", type=pathname, help="engine file made by ht-export (.onnx or .plan)")
+    parser.add_argument(
+        "--prompts", type=pathname, metavar="FILE", help="JSON lines with 'prompt' or 'turns' to decode"
+    )
     parser.add_argument("--count", type=int, metavar="N", help=f"prompts to use (default: {COUNT})")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"of each answer (default: {MAX_NEW_TOKENS})")
     parser.add_argument(
@@ -66,8 +68,8 @@ def tune(options: argparse.Namespace) -> int:
         ("--max-new-tokens", options.max_new_tokens),
         ("--repeats", options.repeats),
     ):
-        if number is not None and number < 1:
-            raise InputError(f"{name} must be at least 1, not {number}")
+        if number is not None:
+            whole(name, number, 1, MOST_REPEATS)
         if number is not None and name != "--repeats" and not options.prompts:
             raise InputError(f"{name} is for --prompts; add it, or leave {name} out")
     prompts = evenly(read_conversations(options.prompts), options.count or COUNT) if options.prompts else []

@@ -31,7 +31,7 @@ from ht_export.training.plots import plot_acceptance, plot_sweep
 from ht_export.training.sweep import SweepSettings, default_placements, recommendation, sweep, table
 from runtime.drafting.correction import SHORTLIST
 from runtime.errors import InputError
-from runtime.files import atomic_path, check_writable, unwritable, write_json
+from runtime.files import atomic_path, check_readable, check_writable, unwritable, write_json
 
 DEFAULT_CORRECTION_RANK = 128
 
@@ -241,6 +241,7 @@ def _tensorboard(folder: Path | None) -> Iterator[MetricLog | None]:
         return
     from torch.utils.tensorboard import SummaryWriter
 
+    check_readable(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -27,12 +27,15 @@ from ht_export.training.features import FeatureCache
 from ht_export.training.losses import Objective, draft_losses
 from ht_export.training.memory import estimate, peak_memory
 from ht_export.training.ridge import RidgeRegression
+from runtime.checks import MOST_REPEATS
 from runtime.errors import InputError
 
 INITIALISATIONS = ("ridge", "identity", "file")
 SCHEDULES = ("cosine", "constant")
 # Texts of the initial regression; more do not change its outcome noticeably.
 RIDGE_TEXTS = 512
+# More is a mistyped number: a step would not end, float32 overflow, or no memory hold it.
+MOST = {"accumulate": MOST_REPEATS, "learning_rate": 1000, "correction_rank": 2**16}
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ class FitSettings:
         for name in ("steps", "sequences", "anchors", "accumulate", "learning_rate", "max_gradient_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be more than 0, not {getattr(self, name)}")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise InputError(f"{name} must be at most {most}, not {getattr(self, name)}")
         for name in ("correction_rank", "patience", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise InputError(f"{name} must be at least 0, not {getattr(self, name)}")

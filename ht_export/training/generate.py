@@ -20,6 +20,7 @@ from ht_export.prompts import Conversation, encode_chat, read_conversations, wit
 from ht_export.training.data import AnsweredPrompt, DataFolder
 from runtime.errors import InputError
 from runtime.files import sha256_file
+from runtime.sampling.options import LEAST_FACTOR
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class DataSettings:
                 "temperature and top_k must be at least 0, and top_p above 0 and at most 1; "
                 f"not {self.temperature}, {self.top_k} and {self.top_p}"
             )
+        if 0 < self.temperature < LEAST_FACTOR:
+            raise InputError(f"temperature must be 0 (greedy) or at least {LEAST_FACTOR}, not {self.temperature}")
 
     def decoding(self) -> dict[str, Any]:
         """Return these settings as arguments of `transformers.generate`."""

@@ -44,7 +44,8 @@ class SweepSettings:
     row_cost: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.rungs < 1 or self.steps < 2 ** (self.rungs - 1):
+        # So many bits: at least 2 to the power of one less, which for a hostile number of rungs has no room anywhere.
+        if self.rungs < 1 or self.steps.bit_length() < self.rungs:
             raise InputError(
                 f"rungs must be at least 1 and steps at least 2 to the power of rungs - 1; "
                 f"not {self.rungs} rungs and {self.steps} steps"

@@ -19,8 +19,10 @@ from typing import Any
 from ht_export.bench.gpu.engines import engine_part
 from ht_export.bench.gpu.kernel import kernel_part
 from ht_export.bench.gpu.parts import Sections, isolated
+from runtime.checks import MOST_REPEATS
 from runtime.errors import InputError
 from runtime.files import check_writable, write_json
+from runtime.program import pathname, run, say
 
 DESCRIPTION = """
 Check what needs an NVIDIA GPU: the tree-attention kernel, and the engines that you exported.
@@ -50,11 +52,15 @@ PACKAGES = ("torch", "triton", "cuda-bindings", "tensorrt", "tensorrt-rtx", "onn
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `python -m ht_export.bench.gpu`; return the exit status."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(prog="ht-bench gpu")
-    add_options(parser)
-    options = parser.parse_args(given)
-    options.arguments = ["gpu", *given]
-    return check(options)
+
+    def work() -> int:
+        parser = argparse.ArgumentParser(prog="ht-bench gpu")
+        add_options(parser)
+        options = parser.parse_args(given)
+        options.arguments = ["gpu", *given]
+        return check(options)
+
+    return run("ht-bench gpu", work, interrupted="interrupted")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +70,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(work=check, interrupted="interrupted")
     add = parser.add_argument
     add("--engine", type=_engine, action="append", default=[], metavar="ENGINE", help=".plan or .onnx; may repeat")
-    add("--reference", type=Path, metavar="ENGINE", help="fp32 .onnx engine of the same model, to compare engines with")
-    add("--json", type=Path, metavar="FILE", help="write everything measured here, as it is found")
+    add(
+        "--reference",
+        type=pathname,
+        metavar="ENGINE",
+        help="fp32 .onnx engine of the same model, to compare engines with",
+    )
+    add("--json", type=pathname, metavar="FILE", help="write everything measured here, as it is found")
     add("--no-kernel", dest="kernel", action="store_false", help="leave the kernel out")
     add("--cases", type=_count, default=1000, metavar="N", help="cases of the kernel's grid (default: 1000)")
     add("--prompts", type=_count, default=8, metavar="N", help="prompts that an engine answers (default: 8)")
@@ -103,15 +114,16 @@ def check(options: argparse.Namespace) -> int:
         return 1
     except KeyboardInterrupt:
         print("ht-bench gpu: interrupted; here is what was found before", file=sys.stderr)
-        print("\n".join(table(report)))
+        say("\n".join(table(report)))
         return 130
-    print("\n".join(table(report)))
+    say("\n".join(table(report)))
     return 1 if report["faults"] or (is_skipped(report["kernel"]) and not report["engines"]) else 0
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    # Longer numbers than these are refused before they are read.
+    if not text.isdecimal() or len(text) > 20 or not 1 <= int(text) <= MOST_REPEATS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MOST_REPEATS}")
     return int(text)
 
 

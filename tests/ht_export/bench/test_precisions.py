@@ -25,6 +25,43 @@ def test_an_engine_agrees_with_itself(tiny_engine: Path, tmp_path: Path, capsys:
     assert capsys.readouterr().out.count("| float32 |") == 2
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--count 0", "--count must be at least 1, not 0"),
+        ("--max-new-tokens 0", "--max-new-tokens must be at least 1, not 0"),
+        ("--windows 0", "--windows must be at least 1, not 0"),
+        ("--repeats 0", "--repeats must be at least 1, not 0"),
+        ("--repeats 1000001", "--repeats must be at most 1000000, not 1000001"),
+        ("--json FOLDER", "is a folder; give the name of a file"),
+        ("--repeats 1", "the prompts together have 15 tokens, and perplexity takes more than 32; give more"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    tiny_engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, message: str
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "A short prompt."}\n')
+    command = ["precisions", str(tiny_engine), "--prompts", str(prompts), "--max-new-tokens", "3"]
+    assert main([*command, *more.replace("FOLDER", str(tmp_path)).split()]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layers", [-1, 0, 33, 10**18])
+def test_random_weights_have_no_more_layers_than_their_shape(
+    layers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "random"
+    assert main(["random-checkpoint", str(folder), "--shape", "llama-2-7b", "--layers", str(layers)]) == 1
+    assert f"--layers must be at {'least 1' if layers < 1 else 'most 32'}, not {layers}" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_a_head_size_without_a_kernel_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernel-resources", "--head-dim", "7"]) == 1
+    assert "--head-dim: the tree-attention kernel takes head sizes from 16 to 256" in capsys.readouterr().err
+
+
 def test_random_weights_are_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     monkeypatch.setitem(SHAPES, "llama-2-7b", {**SHAPES["llama-2-7b"], **small, "vocab_size": 300})

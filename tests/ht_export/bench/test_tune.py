@@ -115,6 +115,7 @@ def test_default_contexts_are_within_what_the_engine_has_room_for(engine_copy: P
         (["--count", "0"], "--count must be at least 1, not 0"),
         (["--max-new-tokens", "-3"], "--max-new-tokens must be at least 1, not -3"),
         (["--repeats", "0"], "--repeats must be at least 1, not 0"),
+        (["--repeats", "1000001"], "--repeats must be at most 1000000, not 1000001"),
         (["--threads", "0"], "threads must be at least 1, not 0"),
         (["--contexts", "8,99999"], "--contexts 99999: this engine has room for 0 to"),
         (["--contexts", "-1"], "--contexts -1: this engine has room for 0 to"),

@@ -112,6 +112,10 @@ def test_eval_stores_its_statistics_and_leaves_the_weights(
             ["data", "MODEL", "--prompts", "PROMPTS", "--out", "OUT", "--temperature", "-1"],
             "temperature and top_k must be at least 0",
         ),
+        (
+            ["data", "MODEL", "--prompts", "PROMPTS", "--out", "OUT", "--temperature", "1e-320"],
+            "temperature must be 0 (greedy) or at least 0.01, not 1e-320",
+        ),
         (["data", "MODEL", "--prompts", "PROMPTS", "--out", "PROMPTS/d"], "cannot write"),
         (["data", "MODEL", "--prompts", "PROMPTS", "--out", "OUT", "--device", "cuda"], "torch finds no CUDA GPU"),
         (["fit", "MODEL", "--data", "OUT", "--out", "t"], "is not a data folder"),
@@ -137,6 +141,18 @@ def test_eval_stores_its_statistics_and_leaves_the_weights(
         (
             ["fit", "MODEL", "--data", "DATA", "--out", "t", "--learning-rate", "nan"],
             "learning_rate must be more than 0",
+        ),
+        (
+            ["fit", "MODEL", "--data", "DATA", "--out", "t", "--learning-rate", "1e308"],
+            "learning_rate must be at most 1000, not 1e+308",
+        ),
+        (
+            ["fit", "MODEL", "--data", "DATA", "--out", "t", "--correction-rank", "1000000000000000000"],
+            "correction_rank must be at most 65536",
+        ),
+        (
+            ["fit", "MODEL", "--data", "DATA", "--out", "t", "--accumulate", "1000000000000000000"],
+            "accumulate must be at most 1000000",
         ),
         (["fit", "MODEL", "--data", "DATA", "--out", "t", "--seed", "-1"], "seed must be at least 0, not -1"),
         (["fit", "MODEL", "--data", "DATA", "--out", "t", "--log", "PROMPTS"], "cannot write"),
@@ -170,6 +186,10 @@ def test_eval_stores_its_statistics_and_leaves_the_weights(
         (
             ["sweep", "MODEL", "--data", "DATA", "--held-out", "HELD_OUT", "--out", "OUT", "--steps", "1"],
             "not 3 rungs and 1 steps",
+        ),
+        (
+            ["sweep", "MODEL", "--data", "DATA", "--held-out", "HELD_OUT", "--out", "OUT", "--rungs", "1" + "0" * 18],
+            "steps at least 2 to the power of rungs - 1; not 1000000000000000000 rungs and 200 steps",
         ),
         (
             ["sweep", "MODEL", "--data", "DATA", "--held-out", "DATA", "--out", "OUT"],
