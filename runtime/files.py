@@ -153,7 +153,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        # What no UTF-8 can hold, such as a path's name that is not in it, becomes an escape of JSON.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def unwritable(path: Path, error: OSError) -> InputError:

@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 from pathlib import Path
@@ -107,3 +108,10 @@ def test_no_file_takes_the_place_of_a_device_a_pipe_or_a_folder(tmp_path: Path) 
 
 def test_a_temporary_files_name_tells_what_it_is_for(tmp_path: Path) -> None:
     assert temporary_prefix(tmp_path / "engine.onnx") == ".engine.onnx."
+
+
+def test_json_has_an_escape_for_what_is_not_utf_8(tmp_path: Path) -> None:
+    """As the path of an engine in the command that a report quotes."""
+    value = {"command": "ht-bench run /models/\u00fc\udcff.onnx"}
+    write_json(tmp_path / "report.json", value)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == value
