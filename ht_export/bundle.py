@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
 from ht_export.model.checkpoint import BaseModel
 from ht_export.model.correction import correction_tables
 from ht_export.model.transfer import TransferLayers
 from runtime.bundle.engine_file import EngineFile, FileRecord, engine_file_path
+from runtime.bundle.placing import CPU_SUFFIX as CPU_SUFFIX
+from runtime.bundle.placing import check_replaceable, complete, place
 from runtime.errors import InputError
 from runtime.files import check_writable, unwritable
-
-# Suffix of the graph lowered for the CPU, in the place of the engine's own.
-CPU_SUFFIX = ".cpu.onnx"
-# Suffixes of files that not every engine has.
-OPTIONAL_SUFFIXES = (CPU_SUFFIX, ".correction.npy", ".chat_template.jinja", ".tuning.json")
 
 
 def check_out(out: Path) -> None:
@@ -44,21 +43,60 @@ def check_out(out: Path) -> None:
             f"{described} belongs to {other.name}, and {out.name} would need one of the same name; choose another name "
             f"or folder, for example {out.parent / out.suffix[1:] / out.name}"
         )
+    check_replaceable(out)
 
 
 @contextlib.contextmanager
 def staging_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder beside `out` for unfinished files, and remove it whatever happens."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    """Yield a folder beside `out` for unfinished files, and remove it whatever happens.
+
+    Raises `InputError` while another export to `out` is at work. What exports left there that were killed is completed
+    or removed first.
+    """
+    with _alone(out):
+        folder = _new_staging_folder(out)
+        try:
+            yield folder
+        except OSError as error:
+            if error.filename is not None and folder not in Path(os.fsdecode(error.filename)).parents:
+                # Reading something else failed, such as the checkpoint.
+                raise
+            raise unwritable(out, error) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep the place of `out` for this export. A lock that is held ends with its process, however that ends."""
+    lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
     try:
-        yield folder
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"another export to {out} is at work; wait until it has ended, or choose another name"
+        ) from None
     except OSError as error:
-        if error.filename is not None and folder not in Path(os.fsdecode(error.filename)).parents:
-            # Reading something else failed, such as the checkpoint.
-            raise
         raise unwritable(out, error) from error
+    try:
+        yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        # While it is held: who waits for a file that is gone looks again.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _new_staging_folder(out: Path) -> Path:
+    """Return a new folder beside `out`, when nothing is left there of exports that were killed."""
+    prefix = f".{out.name}.staging-"
+    try:
+        complete(out)
+        # Nobody is at work in these: their exports would hold the lock.
+        for folder in out.parent.glob(f"{glob.escape(prefix)}*"):
+            shutil.rmtree(folder)
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    except OSError as error:
+        raise unwritable(out, error) from error
 
 
 def write_tokenizer(base: BaseModel, folder: Path, stem: str) -> tuple[FileRecord, FileRecord | None]:
@@ -90,17 +128,8 @@ def write_correction(base: PreTrainedModel, transfer: TransferLayers, folder: Pa
 
 
 def put_in_place(folder: Path, out: Path, description: EngineFile) -> None:
-    """Move the finished files beside each other; `engine.json` goes first and comes last, so that no reader ever
-    finds it beside files of another export. Files of an earlier export that this one has none of are deleted.
+    """Put the finished files of the staging folder in the place of the engine that was there; see
+    `runtime.bundle.placing`.
     """
-    engine_file_path(out).unlink(missing_ok=True)
-    placed = {path.name for path in folder.iterdir()}
-    for name in placed:
-        path = folder / name
-        path.chmod(0o644)
-        path.replace(out.parent / name)
-    for suffix in OPTIONAL_SUFFIXES:
-        other = out.with_name(f"{out.stem}{suffix}")
-        if other.name not in placed:
-            other.unlink(missing_ok=True)
-    description.write(engine_file_path(out))
+    description.write(folder / engine_file_path(out).name)
+    place(folder, out)

@@ -99,6 +99,9 @@ def check_settings(
 ) -> Checked:
     """Return what is asked for. Raises `InputError` for what cannot be, as far as that shows without the model."""
     check_out(out)
+    checkpoint = Path(source)
+    if checkpoint.is_dir() and out.parent.resolve() == checkpoint.resolve():
+        raise InputError(f"{out} is in the folder of the checkpoint {source}; choose another folder for the engine")
     if settings.chunk is not None and settings.chunk < 1:
         raise InputError(f"--chunk must be at least 1, not {settings.chunk}")
     is_plan = out.suffix == ".plan"
