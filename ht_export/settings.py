@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from ht_export.bundle import check_out
 from ht_export.model.shipped import Untrained, shipped_transfer
 from ht_export.prompts import evenly, read_conversations
 from ht_export.quantize.formats import Storage
 from ht_export.quantize.precision import storage_of
+from ht_export.staging import check_out
 from ht_export.tensorrt.planner import Planner, PlanSettings
 from runtime.errors import InputError
 from runtime.tree import TreeSizes

@@ -15,7 +15,7 @@ import torch
 import torch._dynamo.config
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from ht_export import bundle, cli, preflight
+from ht_export import cli, preflight, staging
 from ht_export import export as export_module
 from ht_export.export import ExportSettings, export
 from ht_export.model.checkpoint import load_base_model
@@ -272,7 +272,7 @@ def test_the_folder_of_the_checkpoint_is_no_place_for_an_engine(
 
 def test_a_second_export_to_one_place_is_refused(tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path) -> None:
     out = tmp_path / "engine.onnx"
-    with bundle.staging_folder(out), pytest.raises(InputError, match=r"another export to .*engine\.onnx is at work"):
+    with staging.staging_folder(out), pytest.raises(InputError, match=r"another export to .*engine\.onnx is at work"):
         run(tiny_checkpoint, tiny_transfer, out)
     assert not list(tmp_path.iterdir())
 
@@ -284,7 +284,7 @@ def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
     kept = [tmp_path / ".engine.onnx.mine", tmp_path / ".other.onnx.staging-12345678"]
     for folder in kept:
         folder.mkdir()
-    with bundle.staging_folder(out) as folder:
+    with staging.staging_folder(out) as folder:
         assert sorted(tmp_path.glob(".engine.onnx.staging-*")) == [folder]
     assert sorted(tmp_path.iterdir()) == kept
 
