@@ -6,6 +6,7 @@ soon, in a value that fits the description or in one error that names the file.
 
 from __future__ import annotations
 
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from runtime.errors import InputError
 T = TypeVar("T")
 # Characters of a cause that an error repeats: it may quote the file.
 LONGEST_CAUSE = 300
+# Levels of values within values in a part whose form is free: far more than any file has, and far fewer than what walks
+# through it bears.
+MOST_LEVELS = 64
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Format:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise self.unfit(path, "it is no regular file")
             with path.open("rb") as file:
-                content = file.read(self.most_bytes + 1)
+                # One byte more than is allowed, and room for no more than there is: `read` takes memory beforehand.
+                content = file.read(min(self.most_bytes, os.fstat(file.fileno()).st_size) + 1)
         except OSError as error:
             raise self.unfit(path, error.strerror or str(error)) from error
         if len(content) > self.most_bytes:
@@ -55,10 +60,14 @@ class Format:
 
     def text(self, path: Path) -> str:
         """Return the text of the file at `path`. Raises `error` as `content` does, and where it is not UTF-8."""
+        return self.text_of(self.content(path), path)
+
+    def text_of(self, content: bytes, where: object) -> str:
+        """Return `content`, found at `where`, as text. Raises `error` where it is not UTF-8."""
         try:
-            return self.content(path).decode("utf-8")
+            return content.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.unfit(path, error) from error
+            raise self.unfit(where, error) from error
 
     def unfit(self, where: object, cause: object) -> InputError:
         """Return the error that tells that what is at `where` does not fit, and why."""
@@ -88,3 +97,14 @@ class JsonFormat(Format, Generic[T]):
             raise self.unfit(where, "it is nested too deeply") from error
         except (msgspec.MsgspecError, ValueError) as error:
             raise self.unfit(where, error) from error
+
+
+def check_levels(value: object) -> None:
+    """Raise `ValueError` when `value`, of JSON, is nested more deeply than `MOST_LEVELS`: for parts of free form."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        parts = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [value for part in parts for value in part]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from runtime.errors import EngineFileError, InputError
-from runtime.formats import Format, JsonFormat
+from runtime.formats import MOST_LEVELS, Format, JsonFormat, check_levels
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,13 @@ class Box:
     def __post_init__(self) -> None:
         if self.about.get("width", self.width) != self.width:
             raise ValueError("two widths")
+
+
+def nested(levels: int) -> Any:
+    value: Any = 0
+    for _ in range(levels):
+        value = [value]
+    return value
 
 
 @pytest.fixture
@@ -96,3 +103,21 @@ def test_a_text_must_be_utf_8(boxes: JsonFormat[Box], tmp_path: Path) -> None:
 def test_a_format_is_described_once(boxes: JsonFormat[Box]) -> None:
     with pytest.raises(AssertionError, match="twice"):
         Format("box", 1, "")
+
+
+@pytest.mark.parametrize("value", [None, 3, "text", {}, [], {"a": [{"b": [1, 2]}] * 1000}, nested(MOST_LEVELS - 1)])
+def test_what_files_hold_is_not_nested_too_deeply(value: object) -> None:
+    check_levels(value)
+
+
+@pytest.mark.parametrize("value", [nested(MOST_LEVELS + 1), {"a": nested(900)}, [{"b": {"c": nested(MOST_LEVELS)}}]])
+def test_values_within_values_have_a_limit(value: object) -> None:
+    with pytest.raises(ValueError, match="nested too deeply"):
+        check_levels(value)
+
+
+def test_no_more_memory_is_taken_than_a_file_needs(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(b"abc")
+    wide = Format("wide", 1 << 60, "")
+    del Format.known["wide"]
+    assert wide.content(tmp_path / "small") == b"abc"
