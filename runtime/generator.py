@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from runtime import driver
+from runtime import driver, tokenizer
 from runtime.answer import Answer, GenerationChunk, GenerationResult
 from runtime.bundle.engine_file import EngineFile
 from runtime.bundle.reading import read_bundle
@@ -88,11 +88,11 @@ class Generator:
                 f"the prompt has {text[error.start]!r}, which is no character: bytes that are not UTF-8 become so; "
                 "convert it to UTF-8"
             ) from error
-        return list(self._bundle.tokenizer.encode(text, **options).ids)
+        return tokenizer.encode(self._bundle.tokenizer, text, self.about.dims.vocab_size, **options)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of `tokens`, without special ones."""
-        return self._bundle.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        """Return the text of `tokens`, without special ones. Raises `InputError` for what is no token."""
+        return tokenizer.decode(self._bundle.tokenizer, tokens)
 
     def generate(
         self,

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING
 
 from runtime.bundle.engine_file import EngineFile, read_engine_file
 from runtime.chat import ChatTemplate
-from runtime.drafting.correction import TokenCorrection
+from runtime.drafting.correction import TABLES, TokenCorrection
 from runtime.drafting.reliability import Reliability
 from runtime.errors import EngineFileError
+from runtime.formats import Format
+from runtime.tokenizer import TOKENIZER, parse_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+CHAT_TEMPLATE = Format("chat_template.jinja", 1 << 20, "export the engine again", EngineFileError)
 
 
 @dataclass(frozen=True)
@@ -42,22 +46,14 @@ def read_bundle(path: Path, *, verify_weights: bool = True) -> Bundle:
     about.graph.check(folder, contents=True)
     if about.weights:
         about.weights.check(folder, contents=verify_weights)
-    tokenizer = _read_tokenizer(about.tokenizer.check(folder, contents=True))
+    where, content = about.tokenizer.read(folder, TOKENIZER)
+    tokenizer = parse_tokenizer(content, where, about.dims.vocab_size)
     chat = None
     if about.chat_template:
-        template = about.chat_template.check(folder, contents=True).read_text(encoding="utf-8")
-        chat = ChatTemplate(template, about.special_tokens)
+        where, content = about.chat_template.read(folder, CHAT_TEMPLATE)
+        chat = ChatTemplate(CHAT_TEMPLATE.text_of(content, where), about.special_tokens)
     correction = None
     if about.correction:
-        tables = about.correction.check(folder, contents=True)
-        correction = TokenCorrection.read(tables, about.dims.vocab_size, about.dims.num_steps)
+        where, content = about.correction.read(folder, TABLES)
+        correction = TokenCorrection.of(content, where, about.dims.vocab_size, about.dims.num_steps)
     return Bundle(about, tokenizer, chat, correction, Reliability.of(about.transfer.get("acceptance", {})))
-
-
-def _read_tokenizer(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise EngineFileError(f"{path} is not a tokenizer ({error}); export the engine again") from error

@@ -7,6 +7,9 @@ from pathlib import Path
 from runtime.bundle.engine_file import EngineFile, PlanFile
 from runtime.engines.protocol import Engine
 from runtime.errors import EngineFileError, InputError
+from runtime.formats import Format
+
+KERNELS = Format("kernels.bin", 1 << 26, "export the engine again", EngineFileError)
 
 
 def runs_on_cpu(about: EngineFile, device: str | None) -> bool:
@@ -52,9 +55,9 @@ def _open_plan(path: Path, about: EngineFile, plan: PlanFile) -> Engine:
     from plugins.binaries import KernelBinaries
     from runtime.engines.tensorrt import TensorRTEngine
 
-    kernels = plan.kernels.check(path.parent, contents=True)
+    kernels, content = plan.kernels.read(path.parent, KERNELS)
     try:
-        binaries = KernelBinaries.from_bytes(kernels.read_bytes())
+        binaries = KernelBinaries.from_bytes(content)
     except ValueError as error:
-        raise EngineFileError(f"{kernels}: {error}; export the engine again") from error
+        raise KERNELS.unfit(kernels, error) from error
     return TensorRTEngine(path, about.dims, plan, about.graph.sha256, about.tree, binaries)

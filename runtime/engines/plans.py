@@ -14,7 +14,9 @@ from runtime.bundle.engine_file import PlanFile
 from runtime.engines.cuda import Cuda
 from runtime.errors import EngineFileError, InputError
 from runtime.files import atomic_path
+from runtime.formats import Format
 
+CACHE = Format("runtime cache", 1 << 30, "delete it, and it is made again")
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 # Findings of the library's own check of a plan, in words.
 DIAGNOSTICS = {
@@ -131,8 +133,9 @@ class RuntimeCache:
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             try:
-                held = self._path.read_bytes()
-            except OSError:
+                held = CACHE.content(self._path)
+            except InputError:
+                # None yet, or none of use.
                 held = b""
             # A cache of another driver or GPU is refused, and made anew.
             if held and self._cache.deserialize(held):
