@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from ht_export.bundle import write_correction, write_tokenizer
+from ht_export.bundle import check_tokenizer, write_correction, write_tokenizer
 from ht_export.graph.domains import OPSET
 from ht_export.graph.lower_cpu import can_be_lowered, lower_for_cpu
 from ht_export.graph.trace import build_graph, graph_dims
@@ -165,6 +165,7 @@ def load(checked: Checked, stage: Stage) -> Loaded:
     settings, planner = checked.settings, checked.planner
     with stage("loading the base model"):
         base = load_base_model(checked.source, None, settings.max_context)
+        check_tokenizer(base)
         transfer, about_transfer = transfer_layers(checked.transfer, base)
     tree = settings.tree(transfer.num_steps, plan=planner is not None)
     weights_take = weight_bytes(base.model, checked.dtype, checked.storage, as_stored=checked.as_stored)

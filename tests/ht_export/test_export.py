@@ -144,7 +144,9 @@ def test_transfer_layers_of_another_model(tiny_checkpoint: Path, tmp_path: Path)
         (ExportSettings(pseudo_rows=(1, 1)), "has 2 numbers, and the transfer layers have 3 steps"),
         (ExportSettings(tree_rows=2, pseudo_rows=(3, 1, 1)), "between 0 and it; not 2 and 3,1,1"),
         (ExportSettings(tree_rows=0), "--tree-rows must be at least 1"),
+        (ExportSettings(tree_rows=1025), "--tree-rows must be at least 1 and at most 1024"),
         (ExportSettings(chunk=0), "--chunk must be at least 1"),
+        (ExportSettings(chunk=10**9), "--chunk must be at least 1 and at most 16384"),
     ],
 )
 def test_settings_that_do_not_fit(
