@@ -71,7 +71,7 @@ def killed_at(number: int, new: Path, engine: Path) -> str | None:
         finally:
             os._exit(0)
     os.close(sink)
-    with open(source, "rb") as told:
+    with os.fdopen(source, "rb") as told:
         name = told.read().decode()
     _, status = os.waitpid(child, 0)
     return name if os.WIFSIGNALED(status) else None
