@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
@@ -50,10 +51,14 @@ class Format:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise self.unfit(path, "it is no regular file")
             with path.open("rb") as file:
-                # One byte more than is allowed, and room for no more than there is: `read` takes memory beforehand.
-                content = file.read(min(self.most_bytes, os.fstat(file.fileno()).st_size) + 1)
+                return self.content_of(file, path)
         except OSError as error:
             raise self.unfit(path, error.strerror or str(error)) from error
+
+    def content_of(self, file: BufferedReader, path: Path) -> bytes:
+        """Return the bytes of an open file, that at `path`. Raises `error` for one that is too large, and `OSError`."""
+        # One byte more than is allowed, and room for no more than there is: `read` takes memory beforehand.
+        content = file.read(min(self.most_bytes, os.fstat(file.fileno()).st_size) + 1)
         if len(content) > self.most_bytes:
             raise self.unfit(path, f"it has more than {self.most_bytes} bytes")
         return content

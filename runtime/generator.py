@@ -59,7 +59,8 @@ class Generator:
             whole("threads", threads, 1, MOST_THREADS)
         self._bundle = read_bundle(path, verify_weights=verify_weights)
         self.about: EngineFile = self._bundle.about
-        self.engine: Engine = open_engine(path, self.about, device, threads)
+        with self._bundle.files as files:
+            self.engine: Engine = open_engine(files, self.about, device, threads)
         self._in_use = threading.Lock()
         self.tuning: Tuning | None = None
         if adapt:

@@ -12,8 +12,9 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ class GraphFiles:
 
     path: Path
     graph: bytes
-    weights: BinaryIO | None
+    weights: BufferedReader | None
 
 
 @dataclass(frozen=True)
