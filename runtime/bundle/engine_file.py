@@ -256,13 +256,16 @@ class Description:
 
 def find_description(engine: Path) -> Description:
     """Return what describes `engine` now. Raises `EngineFileError` where nothing does."""
+    missing = EngineFileError(f"no engine at {engine}; make one with: ht-export MODEL --out engine.onnx")
+    if not engine.name:
+        raise missing
     moving, placed = candidates(engine, engine_file_path(engine).name)
     # It is moved once: what is not in one place now is in the other.
     if moving.is_file():
         with contextlib.suppress(EngineFileError):
             return Description(moving, ENGINE.content(moving))
     if not any(path.is_file() for path in candidates(engine, engine.name)):
-        raise EngineFileError(f"no engine at {engine}; make one with: ht-export MODEL --out engine.onnx")
+        raise missing
     if not placed.is_file():
         raise EngineFileError(f"{placed} is missing beside {engine}; copy it along, or export the engine again")
     return Description(placed, ENGINE.content(placed))

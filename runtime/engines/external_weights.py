@@ -81,7 +81,7 @@ def external_weights(graph: bytes) -> list[ExternalWeight]:
     try:
         model = _model_proto().FromString(graph)
     except (DecodeError, RecursionError) as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f"that is no ONNX graph: {error}") from error
     found = []
     for tensor in model.graph.initializer:
         if tensor.data_location == EXTERNAL:
