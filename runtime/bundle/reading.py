@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from runtime.bundle.engine_file import EngineFile, read_engine_file
 from runtime.chat import ChatTemplate
+from runtime.chat.process import TemplateProcess
 from runtime.drafting.correction import TokenCorrection
 from runtime.drafting.reliability import Reliability
 from runtime.errors import EngineFileError
@@ -39,6 +40,8 @@ def read_bundle(path: Path, *, verify_weights: bool = True) -> Bundle:
         raise EngineFileError(
             f"{path.with_suffix('.json')} describes {about.graph.name}, not {path.name}; export it again"
         )
+    # Begun first: it starts while the weights are hashed.
+    process = TemplateProcess() if about.chat_template else None
     about.graph.check(folder, contents=True)
     if about.weights:
         about.weights.check(folder, contents=verify_weights)
@@ -46,7 +49,7 @@ def read_bundle(path: Path, *, verify_weights: bool = True) -> Bundle:
     chat = None
     if about.chat_template:
         template = about.chat_template.check(folder, contents=True).read_text(encoding="utf-8")
-        chat = ChatTemplate(template, about.special_tokens)
+        chat = ChatTemplate(template, about.special_tokens, process=process)
     correction = None
     if about.correction:
         tables = about.correction.check(folder, contents=True)
