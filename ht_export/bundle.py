@@ -1,12 +1,7 @@
-"""The files of an engine: their place checked before the work, written beside it, and all put there when finished."""
+"""The files of an engine that are the tokenizer's and the transfer layers', as the runtime reads them."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -14,51 +9,8 @@ from transformers import PreTrainedModel
 from ht_export.model.checkpoint import BaseModel
 from ht_export.model.correction import correction_tables
 from ht_export.model.transfer import TransferLayers
-from runtime.bundle.engine_file import EngineFile, FileRecord, engine_file_path
+from runtime.bundle.engine_file import FileRecord
 from runtime.errors import InputError
-from runtime.files import check_writable, unwritable
-
-# Suffix of the graph lowered for the CPU, in the place of the engine's own.
-CPU_SUFFIX = ".cpu.onnx"
-# Suffixes of files that not every engine has.
-OPTIONAL_SUFFIXES = (CPU_SUFFIX, ".correction.npy", ".chat_template.jinja", ".tuning.json")
-
-
-def check_out(out: Path) -> None:
-    """Raise `InputError` unless `out` names an engine file that can be written there."""
-    if out.suffix not in (".onnx", ".plan"):
-        raise InputError(
-            f"{out}: the engine's name must end in .onnx (ONNX Runtime) or .plan (TensorRT), for example "
-            f"{out.with_suffix('.plan')}"
-        )
-    if out.name.endswith(CPU_SUFFIX):
-        raise InputError(
-            f"{out}: the graph for the CPU of another engine would have this name; choose another, for example "
-            f"{out.with_name(out.name.removesuffix(CPU_SUFFIX) + '-cpu.onnx')}"
-        )
-    check_writable(out)
-    described = engine_file_path(out)
-    other = out.with_suffix(".onnx" if out.suffix == ".plan" else ".plan")
-    if described.is_file() and other.is_file():
-        raise InputError(
-            f"{described} belongs to {other.name}, and {out.name} would need one of the same name; choose another name "
-            f"or folder, for example {out.parent / out.suffix[1:] / out.name}"
-        )
-
-
-@contextlib.contextmanager
-def staging_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder beside `out` for unfinished files, and remove it whatever happens."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield folder
-    except OSError as error:
-        if error.filename is not None and folder not in Path(os.fsdecode(error.filename)).parents:
-            # Reading something else failed, such as the checkpoint.
-            raise
-        raise unwritable(out, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_tokenizer(base: BaseModel, folder: Path, stem: str) -> tuple[FileRecord, FileRecord | None]:
@@ -87,20 +39,3 @@ def write_correction(base: PreTrainedModel, transfer: TransferLayers, folder: Pa
     path = folder / f"{stem}.correction.npy"
     correction_tables(base, transfer.correction).write(path)
     return FileRecord.of(path)
-
-
-def put_in_place(folder: Path, out: Path, description: EngineFile) -> None:
-    """Move the finished files beside each other; `engine.json` goes first and comes last, so that no reader ever
-    finds it beside files of another export. Files of an earlier export that this one has none of are deleted.
-    """
-    engine_file_path(out).unlink(missing_ok=True)
-    placed = {path.name for path in folder.iterdir()}
-    for name in placed:
-        path = folder / name
-        path.chmod(0o644)
-        path.replace(out.parent / name)
-    for suffix in OPTIONAL_SUFFIXES:
-        other = out.with_name(f"{out.stem}{suffix}")
-        if other.name not in placed:
-            other.unlink(missing_ok=True)
-    description.write(engine_file_path(out))

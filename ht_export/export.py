@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from ht_export.bundle import CPU_SUFFIX, put_in_place, staging_folder, write_correction, write_tokenizer
+from ht_export.bundle import write_correction, write_tokenizer
 from ht_export.graph.domains import OPSET
 from ht_export.graph.lower_cpu import can_be_lowered, lower_for_cpu
 from ht_export.graph.trace import build_graph, graph_dims
@@ -29,10 +29,12 @@ from ht_export.quantize.weights import quantise
 from ht_export.scopes import collected
 from ht_export.settings import CALIBRATION_TOKENS, Checked, check_settings
 from ht_export.settings import ExportSettings as ExportSettings
+from ht_export.staging import put_in_place, staging_folder
 from ht_export.tensorrt.planner import DEFAULT_CHUNK, PlanSettings, PreparedPlan
 from ht_export.verify.passes import Expected, LoweredEngine, ReferenceEngine, check, difference, record
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import EngineFile, FileRecord, PlanFile
+from runtime.bundle.placing import CPU_SUFFIX
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.tree import TreeSizes
 

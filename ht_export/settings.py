@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from ht_export.bundle import check_out
 from ht_export.model.shipped import Untrained, shipped_transfer
 from ht_export.prompts import evenly, read_conversations
 from ht_export.quantize.formats import Storage
 from ht_export.quantize.precision import storage_of
+from ht_export.staging import check_out
 from ht_export.tensorrt.planner import Planner, PlanSettings
 from runtime.errors import InputError
 from runtime.tree import TreeSizes
@@ -99,6 +99,9 @@ def check_settings(
 ) -> Checked:
     """Return what is asked for. Raises `InputError` for what cannot be, as far as that shows without the model."""
     check_out(out)
+    checkpoint = Path(source)
+    if checkpoint.is_dir() and out.parent.resolve() == checkpoint.resolve():
+        raise InputError(f"{out} is in the folder of the checkpoint {source}; choose another folder for the engine")
     if settings.chunk is not None and settings.chunk < 1:
         raise InputError(f"--chunk must be at least 1, not {settings.chunk}")
     is_plan = out.suffix == ".plan"
