@@ -91,7 +91,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Iterable[str], answer
     Raises `InputError` when the template cannot be compiled, or does not take the conversation.
     """
     turns, answers = list(turns), list(answers)
-    if not tokenizer.chat_template:
+    template = chat_template(tokenizer)
+    if template is None:
         parts = [part for pair in zip(turns, answers, strict=False) for part in pair] + turns[len(answers) :]
         return list(tokenizer("".join(parts)).input_ids)
     messages = []
@@ -99,7 +100,6 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Iterable[str], answer
         messages.append({"role": "user", "content": turn})
         if index < len(answers):
             messages.append({"role": "assistant", "content": answers[index]})
-    template = _template(tokenizer)
     try:
         text = template.render(messages)
     except InputError as error:
@@ -111,8 +111,13 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Iterable[str], answer
 _templates: WeakKeyDictionary[PreTrainedTokenizerBase, ChatTemplate] = WeakKeyDictionary()
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    source = tokenizer.get_chat_template()
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    """Return the chat template of `tokenizer`, None without one. Raises `InputError` when it cannot be compiled."""
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        source = source.get("default")
+    if not source:
+        return None
     template = _templates.get(tokenizer)
     if template is None or template.source != source:
         special = {

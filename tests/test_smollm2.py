@@ -148,7 +148,7 @@ def test_special_tokens_in_a_message_are_text_when_asked_for(generator: Generato
 
 def test_a_prompt_of_many_megabytes_is_refused_at_once(generator: Generator) -> None:
     started = time.perf_counter()
-    for size in (2_000_000, 20_000_000, 200_000_000):
+    for size in (2_000_000, 20_000_000):
         with pytest.raises(PromptTooLongError):
             generator.stream("x" * size)
     # Reading the first of them whole takes some seconds.

@@ -82,14 +82,15 @@ class TemplateProcess:
         return self._exchange(request, seconds)
 
     def _exchange(self, request: bytes, seconds: float) -> bytes:
-        waiting, expired, lock = True, False, threading.Lock()
+        # Nothing of the timer keeps this object, at whose end the process ends.
+        process, waiting, expired, lock = self._process, True, False, threading.Lock()
 
         def expire() -> None:
             nonlocal expired
             with lock:
                 if waiting:
                     expired = True
-                    self._process.kill()
+                    process.kill()
 
         # Ended by another thread, whatever this one waits for: to write or to read.
         timer = threading.Timer(seconds, expire)
@@ -97,14 +98,14 @@ class TemplateProcess:
         timer.start()
         try:
             if request:
-                _write(self._process.stdin, len(request).to_bytes(4, "big") + request)
-            size = int.from_bytes(_read(self._process.stdout, 4), "big")
+                _write(process.stdin, len(request).to_bytes(4, "big") + request)
+            size = int.from_bytes(_read(process.stdout, 4), "big")
             if not 1 <= size <= MOST_BYTES:
                 raise EOFError
-            return _read(self._process.stdout, size)
+            return _read(process.stdout, size)
         except (OSError, EOFError):
             self.end()
-            raise ProcessEndedError(self._process.returncode, expired=expired) from None
+            raise ProcessEndedError(process.returncode, expired=expired) from None
         except BaseException:
             # Interrupted: its answer would be taken for that to the next request.
             self.end()

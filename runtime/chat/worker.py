@@ -228,8 +228,9 @@ def _time_limit(seconds: float) -> Iterator[None]:
     signal.signal(signal.SIGALRM, expire)
     if resource is not None:
         # Should nobody be there to end this process when Python's hands are bound.
-        own = math.ceil(time.process_time() + 2 * seconds + 1)
-        resource.setrlimit(resource.RLIMIT_CPU, (own, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        most = math.ceil(time.process_time() + 2 * seconds + 1)
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (_at_most(most, hard), hard))
     # Again and again: an exception that is raised in a destructor is lost.
     signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
     try:
@@ -252,12 +253,15 @@ def _limit_resources() -> None:
         resource.RLIMIT_NPROC: 0,
     }
     for kind, limit in limits.items():
-        hard = resource.getrlimit(kind)[1]
-        if hard != resource.RLIM_INFINITY:
-            limit = min(limit, hard)
+        limit = _at_most(limit, resource.getrlimit(kind)[1])
         # Not every system has every one of them.
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(kind, (limit, limit))
+
+
+def _at_most(limit: int, hard: int) -> int:
+    """Return `limit`, lowered to the one that this process already has."""
+    return limit if hard == resource.RLIM_INFINITY else min(limit, hard)
 
 
 def _memory() -> int:

@@ -214,12 +214,10 @@ def test_a_long_prompt_is_refused_by_its_beginning(templates: dict[str, ChatTemp
 
 def test_a_prompt_of_very_many_characters_is_not_even_copied() -> None:
     encoder = PromptEncoder(tokenizer_of("byte level"), None)
-    text = "x" * 200_000_000
+    text = "x" * 30_000_000
     started = time.perf_counter()
-    for limit in (1, 256, 100_000):
-        with pytest.raises(
-            PromptTooLongError, match=r"the prompt has 200,000,000 characters, and the engine's context"
-        ):
+    for limit in (1, 256, 10_000):
+        with pytest.raises(PromptTooLongError, match=r"the prompt has 30,000,000 characters, and the engine's context"):
             encoder.encode(text, limit=limit)
     assert time.perf_counter() - started < 0.1
 

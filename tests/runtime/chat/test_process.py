@@ -181,7 +181,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(code: str) -> list[str]:
-    command = [sys.executable, "-W", "error", "-c", BEGINNING + code]
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", BEGINNING + code]
     done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
     assert not done.stderr, done.stderr
     return done.stdout.split()
