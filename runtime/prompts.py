@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[Message]
 
-# Characters for each token of the context limit, and at least: longer prompts are refused unread. SmolLM2's longest token
-# has 81.
+# Characters for each token of the context limit, and at least: longer prompts are refused unread. The longest token of
+# SmolLM2 has 81.
 CHARACTERS_PER_TOKEN = 1024
 LEAST_CHARACTERS = 1 << 20
 # Characters, likewise, up to which a prompt is encoded whole at once, whatever it holds.
