@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
-from jinja2 import TemplateError
-
+from runtime.chat import ChatTemplate, InvalidTemplateError
 from runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -87,10 +87,12 @@ def evenly(prompts: Sequence[Conversation], count: int) -> list[Conversation]:
 def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Iterable[str], answers: Iterable[str] = ()) -> list[int]:
     """Return the ids of a conversation up to where the model speaks: `turns` with an answer after each but the last.
 
-    In the model's chat template; without one, the bare texts follow each other.
+    In the model's chat template, which is rendered as the runtime does; without one, the bare texts follow each other.
+    Raises `InputError` when the template cannot be compiled, or does not take the conversation.
     """
     turns, answers = list(turns), list(answers)
-    if not tokenizer.chat_template:
+    template = chat_template(tokenizer)
+    if template is None:
         parts = [part for pair in zip(turns, answers, strict=False) for part in pair] + turns[len(answers) :]
         return list(tokenizer("".join(parts)).input_ids)
     messages = []
@@ -99,10 +101,34 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Iterable[str], answer
         if index < len(answers):
             messages.append({"role": "assistant", "content": answers[index]})
     try:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except TemplateError as error:
-        raise InputError(f"the model's chat template refuses a conversation of {len(turns)} turns: {error}") from error
-    return list(ids)
+        text = template.render(messages)
+    except InputError as error:
+        raise InputError(f"a conversation of {len(turns)} turns: {error}") from error
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+# By tokenizer: a template has a process, which ends with its tokenizer.
+_templates: WeakKeyDictionary[PreTrainedTokenizerBase, ChatTemplate] = WeakKeyDictionary()
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    """Return the chat template of `tokenizer`, None without one. Raises `InputError` when it cannot be compiled."""
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        source = source.get("default")
+    if not source:
+        return None
+    template = _templates.get(tokenizer)
+    if template is None or template.source != source:
+        special = {
+            name: [str(token) for token in tokens] if isinstance(tokens, list) else str(tokens)
+            for name, tokens in tokenizer.special_tokens_map.items()
+        }
+        try:
+            template = _templates[tokenizer] = ChatTemplate(source, special)
+        except InvalidTemplateError as error:
+            raise InputError(f"the model's chat template is not valid: {error.cause}") from error
+    return template
 
 
 def _turns(row: Any) -> tuple[str, ...] | None:

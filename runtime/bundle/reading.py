@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from runtime.bundle.engine_file import EngineFile, find_description
 from runtime.chat import ChatTemplate
+from runtime.chat.process import TemplateProcess
 from runtime.drafting.correction import TABLES, TokenCorrection
 from runtime.drafting.reliability import Reliability
 from runtime.errors import EngineFileError
@@ -89,13 +90,15 @@ def _read(path: Path, about: EngineFile, verify_weights: bool) -> Bundle:
         raise EngineFileError(
             f"{path.with_suffix('.json')} describes {about.graph.name}, not {path.name}; export it again"
         )
+    # Begun first: it starts while the weights are hashed.
+    process = TemplateProcess() if about.chat_template else None
     files = _open(path, about, verify_weights)
     where, content = about.tokenizer.read(path, TOKENIZER)
     tokenizer = parse_tokenizer(content, where, about.dims.vocab_size)
     chat = None
     if about.chat_template:
         where, content = about.chat_template.read(path, CHAT_TEMPLATE)
-        chat = ChatTemplate(CHAT_TEMPLATE.text_of(content, where), about.special_tokens)
+        chat = ChatTemplate(CHAT_TEMPLATE.text_of(content, where), about.special_tokens, process=process)
     correction = None
     if about.correction:
         where, content = about.correction.read(path, TABLES)
