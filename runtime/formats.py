@@ -6,7 +6,9 @@ soon, in a value that fits the description or in one error that names the file.
 
 from __future__ import annotations
 
+import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
@@ -16,8 +18,12 @@ import msgspec
 from runtime.errors import InputError
 
 T = TypeVar("T")
+K = TypeVar("K")
 # Characters of a cause that an error repeats: it may quote the file.
 LONGEST_CAUSE = 300
+LONGEST_VALUE = 60
+# Bytes of a malformed text that its error shows before the first one that cannot be.
+SHOWN_BEFORE = 30
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,13 @@ class Format:
         except UnicodeDecodeError as error:
             raise self.unfit(path, error) from error
 
+    def fit(self, value: object, kind: type[K], where: object) -> K:
+        """Return `value`, found at `where`, as a `kind`, which msgspec converts to. Raises `error`."""
+        try:
+            return msgspec.convert(value, kind)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise self.unfit(where, _with_value(error, lambda: value)) from error
+
     def unfit(self, where: object, cause: object) -> InputError:
         """Return the error that tells that what is at `where` does not fit, and why."""
         lines = str(cause).split("\n", maxsplit=1)
@@ -86,5 +99,56 @@ class JsonFormat(Format, Generic[T]):
             return msgspec.json.decode(content, type=self.kind)
         except RecursionError as error:
             raise self.unfit(where, "it is nested too deeply") from error
+        except msgspec.ValidationError as error:
+            raise self.unfit(where, _with_value(error, lambda: msgspec.json.decode(content))) from error
         except (msgspec.MsgspecError, ValueError) as error:
-            raise self.unfit(where, error) from error
+            raise self.unfit(where, _with_text(error, content)) from error
+
+
+def _with_value(error: Exception, found: Callable[[], object]) -> str:
+    """Return the message of msgspec's `error` with the value that it is about, where that is a single one."""
+    message = str(error)
+    at = re.search(r" - at `\$(.+)`$", message)
+    try:
+        value = _at(found(), at[1] if at else "")
+    except (msgspec.MsgspecError, ValueError, LookupError, TypeError, RecursionError):
+        return message
+    if isinstance(value, dict | list | tuple):
+        return message
+    try:
+        shown = repr(value)
+    except ValueError:
+        # Python writes no whole number of more than some thousand digits.
+        shown = "a number of thousands of digits"
+    return f"{message}, which is {shown[:LONGEST_VALUE]}{'...' if len(shown) > LONGEST_VALUE else ''}"
+
+
+def _at(value: object, path: str) -> object:
+    """Return the part of `value` at `path`, such as `.files[3].name`. Raises `LookupError` for a path that names no one
+    part: keys of free choice are `[...]`.
+    """
+    while path:
+        index = re.match(r"\[(\d+)\]", path)
+        if index and isinstance(value, list | tuple):
+            value, path = value[int(index[1])], path[index.end() :]
+            continue
+        if not isinstance(value, dict):
+            raise LookupError(path)
+        # Names may have dots.
+        names = [name for name in value if re.match(rf"\.{re.escape(str(name))}(?=[.\[]|$)", path)]
+        name = max(names, key=len, default=None)
+        value, path = value[name], path[1 + len(str(name)) :]
+    return value
+
+
+def _with_text(error: Exception, content: bytes | str) -> str:
+    """Return the message of msgspec's `error` with what stands around the byte that it is about."""
+    message = str(error)
+    place = re.search(r"\(byte (\d+)\)$", message)
+    if place is None:
+        return message
+    if isinstance(content, str):
+        content = content.encode("utf-8", "replace")
+    byte = int(place[1])
+    near = content[max(0, byte - SHOWN_BEFORE) : byte + 5].decode("utf-8", "replace")
+    return f"{message}, in {near!r}"
