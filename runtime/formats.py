@@ -6,12 +6,13 @@ soon, in a value that fits the description or in one error that names the file.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import BinaryIO, ClassVar, Generic, TypeVar
 
 import msgspec
 
@@ -47,17 +48,23 @@ class Format:
 
     def content(self, path: Path) -> bytes:
         """Return the bytes of the file at `path`. Raises `error` for one that cannot be read, or is too large."""
+        with self.opened(path) as file:
+            content = file.read(self.most_bytes + 1)
+        if len(content) > self.most_bytes:
+            raise self.unfit(path, f"it has more than {self.most_bytes} bytes")
+        return content
+
+    @contextlib.contextmanager
+    def opened(self, path: Path) -> Iterator[BinaryIO]:
+        """Yield the file at `path`, open for reading. Raises `error` where that, or reading it within the block, fails."""
         try:
             # Before it is opened: opening a pipe waits for whoever writes into it.
             if not stat.S_ISREG(path.stat().st_mode):
                 raise self.unfit(path, "it is no regular file")
             with path.open("rb") as file:
-                content = file.read(self.most_bytes + 1)
+                yield file
         except OSError as error:
             raise self.unfit(path, error.strerror or str(error)) from error
-        if len(content) > self.most_bytes:
-            raise self.unfit(path, f"it has more than {self.most_bytes} bytes")
-        return content
 
     def text(self, path: Path) -> str:
         """Return the text of the file at `path`. Raises `error` as `content` does, and where it is not UTF-8."""
