@@ -7,6 +7,7 @@ soon, in a value that fits the description or in one error that names the file.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import stat
 from collections.abc import Callable, Iterator
@@ -49,8 +50,10 @@ class Format:
     def content(self, path: Path) -> bytes:
         """Return the bytes of the file at `path`. Raises `error` for one that cannot be read, or is too large."""
         with self.opened(path) as file:
-            content = file.read(self.most_bytes + 1)
-        if len(content) > self.most_bytes:
+            # Those of one that grows meanwhile are counted as they are read.
+            known = os.fstat(file.fileno()).st_size
+            content = file.read(self.most_bytes + 1) if known <= self.most_bytes else b""
+        if max(known, len(content)) > self.most_bytes:
             raise self.unfit(path, f"it has more than {self.most_bytes} bytes")
         return content
 
