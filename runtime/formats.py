@@ -59,7 +59,7 @@ class Format:
 
     @contextlib.contextmanager
     def opened(self, path: Path) -> Iterator[BinaryIO]:
-        """Yield the file at `path`, open for reading. Raises `error` where that, or reading it within the block, fails."""
+        """Yield the file at `path`, open for reading. Raises `error` where that, or a read within the block, fails."""
         try:
             # Before it is opened: opening a pipe waits for whoever writes into it.
             if not stat.S_ISREG(path.stat().st_mode):
