@@ -24,8 +24,9 @@ K = TypeVar("K")
 # Characters of a cause that an error repeats: it may quote the file.
 LONGEST_CAUSE = 300
 LONGEST_VALUE = 60
-# Bytes of a malformed text that its error shows before the first one that cannot be.
+# Bytes of a malformed text that its error shows before the first one that cannot be, and from it on.
 SHOWN_BEFORE = 30
+SHOWN_FROM = 10
 
 
 @dataclass(frozen=True)
@@ -160,5 +161,5 @@ def _with_text(error: Exception, content: bytes | str) -> str:
     if isinstance(content, str):
         content = content.encode("utf-8", "replace")
     byte = int(place[1])
-    near = content[max(0, byte - SHOWN_BEFORE) : byte + 5].decode("utf-8", "replace")
+    near = content[max(0, byte - SHOWN_BEFORE) : byte + SHOWN_FROM].decode("utf-8", "replace")
     return f"{message}, in {near!r}"
