@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from ht_export.foreign import foreign_code
+from ht_export.formats import LinesFormat
 from runtime.chat import ChatTemplate, InvalidTemplateError
 from runtime.errors import InputError
 
@@ -30,6 +31,32 @@ class Conversation:
         return tuple(" ".join(turn.split()).casefold() for turn in self.turns)
 
 
+@dataclass(frozen=True)
+class _Line:
+    """A line of a file of prompts; `prompt`, where it says anything, goes before `turns`."""
+
+    prompt: str | None = None
+    turns: list[str] | None = None
+    id: str | int | float | bool | None = None
+    task: str | int | float | bool = ""
+
+    def __post_init__(self) -> None:
+        if not self.said or not all(turn.strip() for turn in self.said):
+            raise ValueError("it needs 'prompt' (a string) or 'turns' (a list of strings), not empty")
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        return (self.prompt,) if self.prompt else tuple(self.turns or ())
+
+
+PROMPTS = LinesFormat(
+    "prompt",
+    most_bytes=1 << 24,
+    remedy="give a JSON-lines file with a 'prompt', or 'turns', on each line",
+    kind=_Line,
+)
+
+
 def read_conversations(path: Path) -> list[Conversation]:
     """Read a JSON-lines file of prompts: each line has `prompt` (a string) or `turns` (a list of strings).
 
@@ -37,24 +64,10 @@ def read_conversations(path: Path) -> list[Conversation]:
     """
     if not path.is_file():
         raise InputError(f"no prompts file at {path}; give a JSON-lines file with a 'prompt' on each line")
-    conversations = []
-    # Not splitlines(): JSON strings may hold other Unicode line separators unescaped.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            # Decoded here: text that is not UTF-8 has a line number too.
-            row = json.loads(line.decode("utf-8"))
-            # JSON can spell half of a surrogate pair, which no tokenizer takes.
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
-        turns = _turns(row)
-        if turns is None:
-            raise InputError(
-                f"{path}, line {number}: needs 'prompt' (a string) or 'turns' (a list of strings), not empty"
-            )
-        conversations.append(Conversation(str(row.get("id", number)), str(row.get("task", "")), turns))
+    conversations = [
+        Conversation(str(number if line.id is None else line.id), str(line.task), line.said)
+        for number, line in PROMPTS.lines(path)
+    ]
     if not conversations:
         raise InputError(f"{path} holds no prompts")
     return conversations
@@ -94,7 +107,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Iterable[str], answer
     template = chat_template(tokenizer)
     if template is None:
         parts = [part for pair in zip(turns, answers, strict=False) for part in pair] + turns[len(answers) :]
-        return list(tokenizer("".join(parts)).input_ids)
+        with foreign_code("the model's tokenizer cannot encode a text", "give a checkpoint with another tokenizer"):
+            return list(tokenizer("".join(parts)).input_ids)
     messages = []
     for index, turn in enumerate(turns):
         messages.append({"role": "user", "content": turn})
@@ -104,7 +118,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Iterable[str], answer
         text = template.render(messages)
     except InputError as error:
         raise InputError(f"a conversation of {len(turns)} turns: {error}") from error
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    with foreign_code("the model's tokenizer cannot encode a text", "give a checkpoint with another tokenizer"):
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 # By tokenizer: a template has a process, which ends with its tokenizer.
@@ -129,12 +144,3 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
         except InvalidTemplateError as error:
             raise InputError(f"the model's chat template is not valid: {error.cause}") from error
     return template
-
-
-def _turns(row: Any) -> tuple[str, ...] | None:
-    if not isinstance(row, dict):
-        return None
-    turns = [row["prompt"]] if row.get("prompt") else row.get("turns")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        return None
-    return tuple(turns)
