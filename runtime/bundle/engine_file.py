@@ -214,10 +214,10 @@ ENGINE = JsonFormat("engine.json", MOST_BYTES, "export the engine again", Engine
 
 def read_engine_file(engine: Path) -> EngineFile:
     """Read the description of `engine`. Raises `EngineFileError` when it is missing, damaged or of a newer version."""
-    if not engine.is_file():
+    if not _is_file(engine):
         raise EngineFileError(f"no engine at {engine}; make one with: ht-export MODEL --out engine.onnx")
     path = engine_file_path(engine)
-    if not path.is_file():
+    if not _is_file(path):
         raise EngineFileError(f"{path} is missing beside {engine}; copy it along, or export the engine again")
     content = ENGINE.content(path)
     header = HEADER.decode(content, path)
@@ -229,3 +229,11 @@ def read_engine_file(engine: Path) -> EngineFile:
             "update hidden-transfer, or export the engine again"
         )
     return ENGINE.decode(content, path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        # A name too long, or a folder that may not be looked into.
+        raise EngineFileError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
