@@ -261,12 +261,12 @@ def find_description(engine: Path) -> Description:
         raise missing
     moving, placed = candidates(engine, engine_file_path(engine).name)
     # It is moved once: what is not in one place now is in the other.
-    if moving.is_file():
+    if _is_file(moving):
         with contextlib.suppress(EngineFileError):
             return Description(moving, ENGINE.content(moving))
-    if not any(path.is_file() for path in candidates(engine, engine.name)):
+    if not any(map(_is_file, candidates(engine, engine.name))):
         raise missing
-    if not placed.is_file():
+    if not _is_file(placed):
         raise EngineFileError(f"{placed} is missing beside {engine}; copy it along, or export the engine again")
     return Description(placed, ENGINE.content(placed))
 
@@ -274,3 +274,11 @@ def find_description(engine: Path) -> Description:
 def read_engine_file(engine: Path) -> EngineFile:
     """Read the description of `engine`. Raises `EngineFileError` when it is missing, damaged or of a newer version."""
     return find_description(engine).parse()
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        # A name too long, or a folder that may not be looked into.
+        raise EngineFileError(f"{path} cannot be read ({error.strerror or error}); check the path") from error

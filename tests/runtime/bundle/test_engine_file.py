@@ -49,6 +49,12 @@ def test_a_path_that_is_no_file(path: str) -> None:
         Generator(path)
 
 
+@pytest.mark.parametrize("path", ["x" * 300, "x" * 5000, "a/" * 3000])
+def test_a_path_that_no_file_can_have(path: str) -> None:
+    with pytest.raises(EngineFileError, match=r"cannot be read \(File name too long\); check the path"):
+        Generator(path)
+
+
 @pytest.mark.parametrize("name", ["engine.json", "engine.cpu.onnx", "engine.onnx.data", "engine.tokenizer.json"])
 def test_a_missing_file_is_named(engine_copy: Path, name: str) -> None:
     (engine_copy.parent / name).unlink()
