@@ -1,83 +1,86 @@
-"""The files of an engine: their place checked before the work, written beside it, and all put there when finished."""
+"""The files of an engine that are the tokenizer's and the transfer layers', as the runtime reads them."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+import json
 from pathlib import Path
+from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from ht_export.model.checkpoint import BaseModel
 from ht_export.model.correction import correction_tables
 from ht_export.model.transfer import TransferLayers
-from runtime.bundle.engine_file import EngineFile, FileRecord, engine_file_path
+from runtime.bundle.engine_file import FileRecord
+from runtime.bundle.reading import CHAT_TEMPLATE
 from runtime.errors import InputError
-from runtime.files import check_writable, unwritable
+from runtime.tokenizer import tokens_beyond
 
-# Suffix of the graph lowered for the CPU, in the place of the engine's own.
-CPU_SUFFIX = ".cpu.onnx"
-# Suffixes of files that not every engine has.
-OPTIONAL_SUFFIXES = (CPU_SUFFIX, ".correction.npy", ".chat_template.jinja", ".tuning.json")
-
-
-def check_out(out: Path) -> None:
-    """Raise `InputError` unless `out` names an engine file that can be written there."""
-    if out.suffix not in (".onnx", ".plan"):
-        raise InputError(
-            f"{out}: the engine's name must end in .onnx (ONNX Runtime) or .plan (TensorRT), for example "
-            f"{out.with_suffix('.plan')}"
-        )
-    if out.name.endswith(CPU_SUFFIX):
-        raise InputError(
-            f"{out}: the graph for the CPU of another engine would have this name; choose another, for example "
-            f"{out.with_name(out.name.removesuffix(CPU_SUFFIX) + '-cpu.onnx')}"
-        )
-    check_writable(out)
-    described = engine_file_path(out)
-    other = out.with_suffix(".onnx" if out.suffix == ".plan" else ".plan")
-    if described.is_file() and other.is_file():
-        raise InputError(
-            f"{described} belongs to {other.name}, and {out.name} would need one of the same name; choose another name "
-            f"or folder, for example {out.parent / out.suffix[1:] / out.name}"
-        )
+# What tokenizers call tokens that stand for what is no text, which processors of images and sounds replace. Gemma 3's
+# text models have no row for theirs, and so it goes: nothing else makes it of a text than its own name.
+PLACEHOLDERS = ("image_token", "audio_token", "video_token")
 
 
-@contextlib.contextmanager
-def staging_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder beside `out` for unfinished files, and remove it whatever happens."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield folder
-    except OSError as error:
-        if error.filename is not None and folder not in Path(os.fsdecode(error.filename)).parents:
-            # Reading something else failed, such as the checkpoint.
-            raise
-        raise unwritable(out, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def check_tokenizer(base: BaseModel) -> None:
+    """Raise `InputError` for a tokenizer that no engine can have: without a file of the `tokenizers` library, or with
+    tokens that the model does not know; or for a chat template that is too long.
+    """
+    _described(base)
+    _template(base)
 
 
 def write_tokenizer(base: BaseModel, folder: Path, stem: str) -> tuple[FileRecord, FileRecord | None]:
-    """Write the tokenizer, and the chat template if there is one. Raises `InputError` for a tokenizer without a file
-    of the `tokenizers` library.
-    """
-    backend = getattr(base.tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise InputError(f"{base.source} has no fast tokenizer (tokenizer.json); convert its tokenizer first")
+    """Write the tokenizer, and the chat template if there is one. Raises `InputError` as `check_tokenizer` does."""
+    described, template = _described(base), _template(base)
     path = folder / f"{stem}.tokenizer.json"
-    path.write_text(backend.to_str(pretty=True), encoding="utf-8")
-    template = base.tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
+    path.write_text(described, encoding="utf-8")
     if not template:
         return FileRecord.of(path), None
     template_path = folder / f"{stem}.chat_template.jinja"
     template_path.write_text(template, encoding="utf-8")
     return FileRecord.of(path), FileRecord.of(template_path)
+
+
+def _described(base: BaseModel) -> str:
+    """Return the contents of `tokenizer.json`."""
+    backend: Tokenizer | None = getattr(base.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError(f"{base.source} has no fast tokenizer (tokenizer.json); convert its tokenizer first")
+    vocab_size = base.model.config.vocab_size
+    named = base.tokenizer.special_tokens_map
+    placeholders = {str(named[name]) for name in PLACEHOLDERS if name in named}
+    beyond = tokens_beyond(backend, vocab_size)
+    if odd := {number: token for number, token in beyond.items() if token not in placeholders}:
+        raise InputError(
+            f"{base.source}: its tokenizer has token {max(odd)} ({odd[max(odd)]!r}), and the model's vocabulary has "
+            f"{vocab_size} tokens; take the tokenizer that belongs to the model, or give the model rows for all tokens "
+            "(resize_token_embeddings)"
+        )
+    if not beyond:
+        return backend.to_str(pretty=True)
+    described: dict[str, Any] = json.loads(backend.to_str())
+    described["added_tokens"] = [one for one in described["added_tokens"] if one["id"] not in beyond]
+    return Tokenizer.from_str(json.dumps(described)).to_str(pretty=True)
+
+
+def _template(base: BaseModel) -> str | None:
+    """Return the chat template, if there is one."""
+    template = base.tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        return None
+    try:
+        size = len(template.encode())
+    except UnicodeEncodeError as error:
+        raise InputError(f"{base.source}: its chat template is not text ({error.reason}); correct it") from error
+    if size > CHAT_TEMPLATE.most_bytes:
+        raise InputError(
+            f"{base.source}: its chat template has {size} bytes, and engines take at most {CHAT_TEMPLATE.most_bytes}; "
+            "shorten it, or remove it"
+        )
+    return template
 
 
 def write_correction(base: PreTrainedModel, transfer: TransferLayers, folder: Path, stem: str) -> FileRecord | None:
@@ -87,20 +90,3 @@ def write_correction(base: PreTrainedModel, transfer: TransferLayers, folder: Pa
     path = folder / f"{stem}.correction.npy"
     correction_tables(base, transfer.correction).write(path)
     return FileRecord.of(path)
-
-
-def put_in_place(folder: Path, out: Path, description: EngineFile) -> None:
-    """Move the finished files beside each other; `engine.json` goes first and comes last, so that no reader ever
-    finds it beside files of another export. Files of an earlier export that this one has none of are deleted.
-    """
-    engine_file_path(out).unlink(missing_ok=True)
-    placed = {path.name for path in folder.iterdir()}
-    for name in placed:
-        path = folder / name
-        path.chmod(0o644)
-        path.replace(out.parent / name)
-    for suffix in OPTIONAL_SUFFIXES:
-        other = out.with_name(f"{out.stem}{suffix}")
-        if other.name not in placed:
-            other.unlink(missing_ok=True)
-    description.write(engine_file_path(out))

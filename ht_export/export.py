@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from ht_export.bundle import CPU_SUFFIX, put_in_place, staging_folder, write_correction, write_tokenizer
+from ht_export.bundle import check_tokenizer, write_correction, write_tokenizer
 from ht_export.graph.domains import OPSET
 from ht_export.graph.lower_cpu import can_be_lowered, lower_for_cpu
 from ht_export.graph.trace import build_graph, graph_dims
@@ -23,16 +23,18 @@ from ht_export.model.shipped import UNTRAINED as UNTRAINED
 from ht_export.model.shipped import Untrained, transfer_layers
 from ht_export.preflight import check_memory, check_space, weight_bytes
 from ht_export.progress import Stage
-from ht_export.prompts import encode_chat
+from ht_export.prompts import chat_template, encode_chat
 from ht_export.quantize.gptq import second_moments
 from ht_export.quantize.weights import quantise
 from ht_export.scopes import collected
 from ht_export.settings import CALIBRATION_TOKENS, Checked, check_settings
 from ht_export.settings import ExportSettings as ExportSettings
+from ht_export.staging import put_in_place, staging_folder
 from ht_export.tensorrt.planner import DEFAULT_CHUNK, PlanSettings, PreparedPlan
 from ht_export.verify.passes import Expected, LoweredEngine, ReferenceEngine, check, difference, record
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import EngineFile, FileRecord, PlanFile
+from runtime.bundle.placing import CPU_SUFFIX
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.tree import TreeSizes
 
@@ -163,6 +165,9 @@ def load(checked: Checked, stage: Stage) -> Loaded:
     settings, planner = checked.settings, checked.planner
     with stage("loading the base model"):
         base = load_base_model(checked.source, None, settings.max_context)
+        check_tokenizer(base)
+        # No engine of a template that cannot be compiled would load.
+        chat_template(base.tokenizer)
         transfer, about_transfer = transfer_layers(checked.transfer, base)
     tree = settings.tree(transfer.num_steps, plan=planner is not None)
     weights_take = weight_bytes(base.model, checked.dtype, checked.storage, as_stored=checked.as_stored)

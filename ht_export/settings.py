@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 
-from ht_export.bundle import check_out
 from ht_export.model.shipped import Untrained, shipped_transfer
 from ht_export.prompts import evenly, read_conversations
 from ht_export.quantize.formats import Storage
 from ht_export.quantize.precision import storage_of
+from ht_export.staging import check_out
 from ht_export.tensorrt.planner import Planner, PlanSettings
+from runtime.bundle.engine_file import MOST_CHUNK
 from runtime.errors import InputError
-from runtime.tree import TreeSizes
+from runtime.tree import MOST_ROWS, TreeSizes
 
 DEFAULT_TREE_ROWS = 4
 PLAN_TREE_ROWS = 16
@@ -55,10 +56,10 @@ class ExportSettings:
                 f"--pseudo-rows has {len(pseudo_rows)} numbers, and the transfer layers have {num_steps} steps; "
                 "give one number for each step"
             )
-        if tree_rows < 1 or min(pseudo_rows) < 0 or max(pseudo_rows) > tree_rows:
+        if not 1 <= tree_rows <= MOST_ROWS or min(pseudo_rows) < 0 or max(pseudo_rows) > tree_rows:
             raise InputError(
-                f"--tree-rows must be at least 1, and every number of --pseudo-rows between 0 and it; "
-                f"not {tree_rows} and {','.join(map(str, pseudo_rows))}"
+                f"--tree-rows must be at least 1 and at most {MOST_ROWS}, and every number of --pseudo-rows between 0 "
+                f"and it; not {tree_rows} and {','.join(map(str, pseudo_rows))}"
             )
         if any(later and not earlier for earlier, later in pairwise(pseudo_rows)):
             raise InputError(
@@ -99,8 +100,11 @@ def check_settings(
 ) -> Checked:
     """Return what is asked for. Raises `InputError` for what cannot be, as far as that shows without the model."""
     check_out(out)
-    if settings.chunk is not None and settings.chunk < 1:
-        raise InputError(f"--chunk must be at least 1, not {settings.chunk}")
+    checkpoint = Path(source)
+    if checkpoint.is_dir() and out.parent.resolve() == checkpoint.resolve():
+        raise InputError(f"{out} is in the folder of the checkpoint {source}; choose another folder for the engine")
+    if settings.chunk is not None and not 1 <= settings.chunk <= MOST_CHUNK:
+        raise InputError(f"--chunk must be at least 1 and at most {MOST_CHUNK}, not {settings.chunk}")
     is_plan = out.suffix == ".plan"
     precision = settings.precision or ("fp16" if is_plan else "fp32")
     dtype, storage = storage_of(precision, is_plan)

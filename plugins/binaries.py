@@ -7,6 +7,10 @@ import struct
 import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
 
 # Types, head sizes and GPU architectures (SM) that there are kernels for.
 PLUGIN_DTYPES = ("float16", "bfloat16")
@@ -19,6 +23,8 @@ COMMIT_ARCHITECTURES = (75, *ARCHITECTURES)
 VERSION = 2
 MAGIC = b"HTTA"
 _HEADER = struct.Struct("<4sII")
+# Bytes of all kernels together when they are no longer compressed; they take some MiB.
+MOST_CONTENT = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -100,24 +106,57 @@ class KernelBinaries:
     @classmethod
     def from_bytes(cls, data: bytes) -> KernelBinaries:
         """Return the kernels of `to_bytes`. Raises `ValueError` when they are damaged or of another version."""
+        if len(data) < _HEADER.size:
+            raise ValueError("damaged kernels (they are cut short)")
+        magic, version, size = _HEADER.unpack_from(data)
+        if magic != MAGIC:
+            raise ValueError("no kernels in it")
+        if version != VERSION:
+            raise ValueError(f"kernels of version {version}, and this release reads version {VERSION}")
         try:
-            magic, version, size = _HEADER.unpack_from(data)
-            if magic != MAGIC:
-                raise ValueError("no kernels in it")
-            if version != VERSION:
-                raise ValueError(f"kernels of version {version}, and this release reads version {VERSION}")
-            content = zlib.decompress(data[_HEADER.size :])
-            about = json.loads(content[:size])
-            kernels: dict[int, dict[Variant, Kernel]] = {}
-            start = size
-            for entry in about["kernels"]:
-                cubin = content[start : start + entry["size"]]
-                start += entry["size"]
-                kernel = Kernel(entry["entry"], entry["threads"], entry["shared_memory"], cubin)
-                variant = Variant(entry["block_m"], entry["split"], Form(**entry["form"]))
-                kernels.setdefault(entry["sm"], {})[variant] = kernel
-            if start != len(content):
-                raise ValueError("its kernels are cut short")
-            return cls(about["dtype"], about["head_dim"], kernels)
-        except (struct.error, zlib.error, KeyError, TypeError) as error:
+            content = _decompressed(data[_HEADER.size :])
+            index = msgspec.json.decode(content[:size], type=_Index)
+        except (zlib.error, msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise ValueError(f"damaged kernels ({error})") from error
+        kernels: dict[int, dict[Variant, Kernel]] = {}
+        start = size
+        for entry in index.kernels:
+            cubin = content[start : start + entry.size]
+            start += entry.size
+            kernel = Kernel(entry.entry, entry.threads, entry.shared_memory, cubin)
+            kernels.setdefault(entry.sm, {})[Variant(entry.block_m, entry.split, entry.form)] = kernel
+        if start != len(content):
+            raise ValueError("damaged kernels (they are cut short)")
+        return cls(index.dtype, index.head_dim, kernels)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A kernel as the index has it; its cubin of `size` bytes comes after those before it."""
+
+    sm: Annotated[int, Meta(ge=10, le=999)]
+    block_m: Annotated[int, Meta(ge=0, le=1024)]
+    split: bool
+    form: Form
+    entry: Annotated[str, Meta(pattern=r"^\w{1,255}\Z")]
+    threads: Annotated[int, Meta(ge=1, le=1024)]
+    shared_memory: Annotated[int, Meta(ge=0, le=1 << 20)]
+    size: Annotated[int, Meta(ge=1, le=MOST_CONTENT)]
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What comes before the cubins."""
+
+    dtype: Annotated[str, Meta(pattern=r"^(float32|float16|bfloat16)\Z")]
+    head_dim: Annotated[int, Meta(ge=1, le=1024)]
+    kernels: tuple[_Entry, ...]
+
+
+def _decompressed(data: bytes) -> bytes:
+    """Return what `zlib` compressed. Raises `ValueError` when it is not whole, or too large to be kernels."""
+    stream = zlib.decompressobj()
+    content = stream.decompress(data, MOST_CONTENT)
+    if not stream.eof or stream.unused_data:
+        raise ValueError("they are cut short, or too large")
+    return content

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 INPUT_IDS = "input_ids"
 POSITION_IDS = "position_ids"
@@ -18,6 +21,19 @@ LOGITS = "logits"
 DRAFT_LOGITS = "draft_logits"
 
 Dim = int | str
+# Types of weights, keys and values.
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+# Far above the dimensions of any model, and low enough that no loop over them, and no shape made of them, is a burden:
+# files state them.
+MOST_LAYERS = 1 << 10
+MOST_HEADS = 1 << 10
+MOST_HEAD_DIM = 1 << 10
+MOST_HIDDEN = 1 << 16
+MOST_VOCABULARY = 1 << 21
+MOST_STEPS = 16
+TransferLayer = Annotated[int, Meta(ge=0, le=MOST_LAYERS)]
+Heads = Annotated[int, Meta(ge=1, le=MOST_HEADS)]
 
 # Prefixes of the names of the inputs that are the cache.
 CACHE_PREFIXES = ("key_cache_", "value_cache_")
@@ -91,19 +107,24 @@ def dynamic_dims(
 
 @dataclass(frozen=True)
 class GraphDims:
-    """The fixed dimensions of a graph. `transfer_layers` holds t_1..t_K, each of 0..num_layers.
+    """The fixed dimensions of a graph. `transfer_layers` holds t_1..t_K, each of 0..num_layers, or raises `ValueError`.
 
     `dtype` ("float32", "float16" or "bfloat16") is that of weights, keys and values. Logits are float32 always.
     """
 
-    num_layers: int
-    query_heads: int
-    key_value_heads: int
-    head_dim: int
-    hidden_size: int
-    vocab_size: int
-    transfer_layers: tuple[int, ...]
-    dtype: str = "float32"
+    num_layers: Annotated[int, Meta(ge=1, le=MOST_LAYERS)]
+    query_heads: Heads
+    key_value_heads: Heads
+    head_dim: Annotated[int, Meta(ge=1, le=MOST_HEAD_DIM)]
+    hidden_size: Annotated[int, Meta(ge=1, le=MOST_HIDDEN)]
+    vocab_size: Annotated[int, Meta(ge=1, le=MOST_VOCABULARY)]
+    transfer_layers: Annotated[tuple[TransferLayer, ...], Meta(min_length=1, max_length=MOST_STEPS)]
+    dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        for layer in self.transfer_layers:
+            if layer > self.num_layers:
+                raise ValueError(f"transfer layer {layer} does not exist in a model of {self.num_layers} layers")
 
     @property
     def num_steps(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -56,20 +57,12 @@ def check_name(path: Path, longest_suffix: str = "") -> None:
 
 
 def check_readable(path: Path) -> None:
-    """Raise `InputError` where what is at `path` cannot be asked for, or not by libraries in C++ and Rust, which take
-    names in UTF-8 only. A path where nothing is passes.
-    """
+    """Raise `InputError` where libraries in C++ and Rust cannot be told of `path`: they take names in UTF-8 only."""
     _check_characters(path)
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{str(path)!r}: the name is not in UTF-8; rename the file or folder") from error
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        raise InputError(f"cannot read {_shortened(path)}: {error.strerror}; choose another file") from error
 
 
 def temporary_prefix(path: Path) -> str:
@@ -151,11 +144,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically. JSON has no infinity and no NaN: they become null."""
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         # What no UTF-8 can hold, such as a path's name that is not in it, becomes an escape of JSON.
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def unwritable(path: Path, error: OSError) -> InputError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+from runtime.tokenizer import DecodedStream, decode
 
 
 class TextStream:
@@ -18,7 +19,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodedStream(tokenizer)
         self._stop = tuple(stop)
         self._tokens: list[int] = []
         self._released = 0
@@ -28,7 +29,7 @@ class TextStream:
     def push(self, token: int) -> str:
         """Take one more token and return the text that it releases."""
         self._tokens.append(token)
-        piece = self._stream.step(self._tokenizer, token)
+        piece = self._stream.step(token)
         if not piece:
             return ""
         self._append(piece)
@@ -38,7 +39,7 @@ class TextStream:
         """Return the text still held back, when no more tokens come."""
         if not self.stopped:
             # A last character that stayed incomplete shows as the decoder shows it.
-            self._append(self._tokenizer.decode(self._tokens, skip_special_tokens=True)[len(self.text) :])
+            self._append(decode(self._tokenizer, self._tokens)[len(self.text) :])
         return self._release(len(self.text))
 
     def _append(self, piece: str) -> None:

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from runtime.arrays import IntArray
 
 # No tree is larger: beyond it a pass is no faster than the passes that it saves.
 MOST_ROWS = 1024
+PseudoRows = Annotated[int, Meta(ge=0, le=MOST_ROWS)]
 
 
 @dataclass(frozen=True)
 class TreeSizes:
     """Rows of one decoding pass: at most `tree_rows` candidates, and `pseudo_rows[k]` pseudo rows of step k + 1."""
 
-    tree_rows: int
-    pseudo_rows: tuple[int, ...]
+    tree_rows: Annotated[int, Meta(ge=1, le=MOST_ROWS)]
+    pseudo_rows: tuple[PseudoRows, ...]
 
     @property
     def draft_steps(self) -> int:

@@ -188,6 +188,13 @@ def tiny_engine(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path,
     return export_tiny(tmp_path_factory, tiny_checkpoint, tiny_transfer, "fp32")
 
 
+@pytest.fixture
+def engine_copy(tiny_engine: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny engine, to be changed."""
+    shutil.copytree(tiny_engine.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / tiny_engine.name
+
+
 @pytest.fixture(scope="session")
 def half_engine(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_transfer: Path) -> Path:
     """The tiny Llama as an engine in half precision."""

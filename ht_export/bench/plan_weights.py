@@ -13,7 +13,6 @@ import onnx_ir as ir
 import onnxruntime
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ht_export.bundle import CPU_SUFFIX, check_out, put_in_place, staging_folder
 from ht_export.graph.lower_cpu import lower_for_cpu
 from ht_export.graph.widen import in_float32, write_widened
 from ht_export.prompts import evenly, read_conversations
@@ -21,8 +20,10 @@ from ht_export.quantize.formats import STORED_IN_PLANS
 from ht_export.quantize.gptq import second_moments
 from ht_export.quantize.weights import quantise
 from ht_export.settings import CALIBRATION_TEXTS, CALIBRATION_TOKENS
+from ht_export.staging import check_out, put_in_place, staging_folder
 from runtime import Generator
 from runtime.bundle.engine_file import FileRecord, read_engine_file
+from runtime.bundle.placing import CPU_SUFFIX
 from runtime.errors import InputError
 from runtime.program import pathname
 
@@ -85,7 +86,8 @@ def write(engine: Path, precision: str, calibrate: Path | None, out: Path) -> No
             record = getattr(about, field)
             if record is not None:
                 copied = folder / record.name.replace(engine.stem, out.stem, 1)
-                shutil.copyfile(record.check(engine.parent, contents=True), copied)
+                with record.open(engine, contents=True) as source, copied.open("wb") as sink:
+                    shutil.copyfileobj(source, sink)
                 beside[field] = FileRecord.of(copied)
         method = "GPTQ" if texts else "round to nearest"
         description = replace(

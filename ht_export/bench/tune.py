@@ -60,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def tune(options: argparse.Namespace) -> int:
     """Measure, print a table, keep the result; return the exit status. Raises `InputError` for a user's mistake."""
     from ht_export.prompts import evenly, read_conversations
-    from runtime.bundle.tuning_file import tuning_path, write_tuning
+    from runtime.bundle.tuning_file import check_place_of_tunings, tuning_path, write_tuning
     from runtime.generator import Generator
 
     for name, number in (
@@ -75,6 +75,7 @@ def tune(options: argparse.Namespace) -> int:
     prompts = evenly(read_conversations(options.prompts), options.count or COUNT) if options.prompts else []
     generator = Generator(options.engine, device=options.device, threads=options.threads, adapt=False)
     check_writable(tuning_path(options.engine))
+    check_place_of_tunings(options.engine)
     texts = [_encoded(generator, prompt) for prompt in prompts]
     tuning = measure_menu(generator, options.contexts, options.repeats, options.threads, options.quiet)
     if texts:

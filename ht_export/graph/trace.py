@@ -7,6 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import cast
 
 import onnx_ir as ir
 import torch
@@ -23,7 +24,7 @@ from ht_export.model.attention import LayerAttention
 from ht_export.model.families import head_dim
 from ht_export.model.reference import HiddenTransferModel
 from ht_export.model.transfer import TransferLayers
-from runtime.bindings import GraphDims
+from runtime.bindings import Dtype, GraphDims
 
 
 @script(Opset(DOMAIN, DOMAIN_VERSION), default_opset=op)  # type: ignore[untyped-decorator]
@@ -89,7 +90,7 @@ def graph_dims(config: PretrainedConfig, transfer: TransferLayers, dtype: str = 
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         transfer_layers=transfer.layers,
-        dtype=dtype,
+        dtype=cast(Dtype, dtype),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from runtime import bindings
 from runtime.bindings import GraphDims, dynamic_dims
-from runtime.bundle.engine_file import Limits
+from runtime.bundle.engine_file import MOST_BATCH, MOST_CHUNK, MOST_CONTEXT, MOST_PASS_ROWS, Limits
 from runtime.engines.device_cache import capacities
 from runtime.errors import InputError
 from runtime.tree import TreeSizes
@@ -17,14 +17,18 @@ TYPICAL_CONTEXT = 512
 
 def check_limits(limits: Limits, tree: TreeSizes, model_context: int) -> None:
     """Raise `InputError` when the limits contradict each other, the tree or the model."""
-    for flag, value in (
-        ("--max-batch", limits.max_batch),
-        ("--max-context", limits.max_context),
-        ("--max-rows", limits.max_rows),
-        ("--chunk", limits.chunk),
+    # Of tree and pseudo rows together a pass has a multiple of `--max-rows`.
+    most_rows = MOST_PASS_ROWS // (1 + len(tree.pseudo_rows))
+    for flag, value, most in (
+        ("--max-batch", limits.max_batch, MOST_BATCH),
+        ("--max-context", limits.max_context, MOST_CONTEXT),
+        ("--max-rows", limits.max_rows, most_rows),
+        ("--chunk", limits.chunk, MOST_CHUNK),
     ):
         if value < 1:
             raise InputError(f"{flag} must be at least 1, not {value}")
+        if value > most:
+            raise InputError(f"{flag} must be at most {most}, not {value}")
     if limits.max_context > model_context:
         raise InputError(
             f"--max-context {limits.max_context}: the model's own context is {model_context} tokens; give at most that"

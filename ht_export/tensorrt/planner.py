@@ -15,7 +15,7 @@ from ht_export.tensorrt.products import Capability, Product, find_product, show
 from plugins.binaries import ARCHITECTURES, COMMIT_ARCHITECTURES, HEAD_DIMS, PLUGIN_DTYPES, best_architecture
 from plugins.tensorrt_plugin import VERSION
 from runtime.bindings import GraphDims
-from runtime.bundle.engine_file import FileRecord, Limits, PlanFile
+from runtime.bundle.engine_file import Attention, FileRecord, Limits, PlanFile
 from runtime.errors import InputError
 from runtime.files import check_writable
 from runtime.tree import TreeSizes
@@ -102,7 +102,7 @@ class Planner:
             profiles(dims, limits, tree),
         )
 
-    def _attention(self, dims: GraphDims) -> str:
+    def _attention(self, dims: GraphDims) -> Attention:
         wanted = self.settings.attention
         reason = None
         if dims.dtype not in PLUGIN_DTYPES:
@@ -132,7 +132,7 @@ class PreparedPlan:
     timing_cache: Path | None
     dims: GraphDims
     limits: Limits
-    attention: str
+    attention: Attention
     profiles: tuple[Profile, Profile]
 
     def build(self, graph: Path, plan: Path, tell: Callable[[str], None]) -> PlanFile:

@@ -2,54 +2,127 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import stat
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from runtime.bindings import GraphDims
+from runtime.bundle.places import candidates, engine_file_path
 from runtime.drafting.reliability import Reliability
 from runtime.errors import EngineFileError
 from runtime.files import sha256_file, write_json
-from runtime.tree import MOST_ROWS, TreeSizes
+from runtime.formats import Format, JsonFormat, check_levels
+from runtime.tree import TreeSizes
 
 FORMAT = "hidden-transfer-engine"
 FORMAT_VERSION = 4
+MOST_BYTES = 1 << 22
 CAPACITY_STEP = 64
+
+# Bytes of a file name that file systems take.
+LONGEST_NAME = 255
+# Tokens of a prompt chunk, and rows of a pass in all: what every row may see takes the square of them in bytes.
+MOST_CHUNK = 1 << 14
+MOST_PASS_ROWS = 1 << 15
+# More tokens of context than any model has.
+MOST_CONTEXT = 1 << 24
+MOST_BATCH = 1 << 10
+# What 64 bits hold, as the sizes of files do.
+LARGEST = (1 << 63) - 1
+
+Attention = Literal["plugin", "native"]
+Chunk = Annotated[int, Meta(ge=1, le=MOST_CHUNK)]
+Context = Annotated[int, Meta(ge=1, le=MOST_CONTEXT)]
+# What the field `bytes` of a record hides.
+Content = bytes
+Capability = tuple[Annotated[int, Meta(ge=0, le=1000)], Annotated[int, Meta(ge=0, le=1000)]]
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file beside `engine.json`, by name, size in bytes and SHA-256."""
+    """A file beside `engine.json`, by name, size in bytes and SHA-256. A name that leads elsewhere raises
+    `ValueError`; a link of that name is followed.
+    """
 
     name: str
-    bytes: int
-    sha256: str
+    bytes: Annotated[int, Meta(ge=1, le=LARGEST)]
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+
+    def __post_init__(self) -> None:
+        if self.name in ("", ".", "..") or any(one < " " or one in "/\\\x7f" for one in self.name):
+            raise ValueError(f"{self.name!r} is not the bare name of a file")
+        if len(os.fsencode(self.name)) > LONGEST_NAME:
+            raise ValueError(f"a file name of more than {LONGEST_NAME} bytes: {self.name[:20]!r}...")
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
         """Return the record of `path`."""
         return cls(path.name, path.stat().st_size, sha256_file(path))
 
-    def check(self, folder: Path, *, contents: bool) -> Path:
-        """Return the file's path; raise `EngineFileError` when it is missing, of another size or, when `contents`
-        is asked for, of another hash.
+    def open(self, engine: Path, *, contents: bool) -> BufferedReader:
+        """Return the file of this record that belongs to `engine`, open at its beginning: it stays that file, whatever
+        is put in its place.
+
+        Raises `EngineFileError` when it is missing, of another size or, when `contents` is asked for, of another hash.
         """
-        path = folder / self.name
-        if not path.is_file():
-            raise EngineFileError(f"{path} is missing; copy all files of the engine together, or export it again")
-        size = path.stat().st_size
-        if size != self.bytes:
-            raise EngineFileError(
-                f"{path} has {size} bytes where {self.bytes} are expected; it is incomplete, copy or export it again"
-            )
-        if contents and (found := sha256_file(path)) != self.sha256:
-            raise EngineFileError(
-                f"{path} is damaged: its SHA-256 is {found[:12]}... where {self.sha256[:12]}... is expected; "
-                "copy or export it again"
-            )
-        return path
+        file = self._opened(engine)
+        try:
+            fits = os.fstat(file.fileno()).st_size == self.bytes
+            if fits and contents:
+                fits = hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+                file.seek(0)
+        except OSError as error:
+            raise self._unreadable(file.name, error) from error
+        if not fits:
+            file.close()
+            raise self._unfit(file.name)
+        return file
+
+    def read(self, engine: Path, kind: Format) -> tuple[Path, Content]:
+        """Return the file's path and its content, of the format `kind`, read once. Raises `EngineFileError` as `open`
+        does for all that the file is, and what `kind` raises.
+        """
+        with self.open(engine, contents=False) as file:
+            path = Path(file.name)
+            content = kind.content_of(file, path)
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise self._unfit(path)
+        return path, content
+
+    def _opened(self, engine: Path) -> BufferedReader:
+        for path in candidates(engine, self.name):
+            try:
+                # Before it is opened: opening a pipe waits for whoever writes into it.
+                if stat.S_ISREG(path.stat().st_mode):
+                    return path.open("rb")
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise self._unreadable(path, error) from error
+        raise EngineFileError(
+            f"{engine.parent / self.name} is missing; copy all files of the engine together, or export it again"
+        )
+
+    @staticmethod
+    def _unreadable(path: Path | str, error: OSError) -> EngineFileError:
+        return EngineFileError(
+            f"{path} cannot be read ({error.strerror or error}); make it readable, or copy or export it again"
+        )
+
+    def _unfit(self, path: Path | str) -> EngineFileError:
+        # Neither size nor hash: whoever wrote the description may name any file that can be read here.
+        return EngineFileError(
+            f"{path} is not the file that engine.json describes: it is incomplete, damaged or exchanged; copy or "
+            "export it again"
+        )
 
 
 @dataclass(frozen=True)
@@ -58,10 +131,10 @@ class Limits:
     tokens of a prompt chunk.
     """
 
-    max_batch: int
-    max_context: int
-    max_rows: int
-    chunk: int
+    max_batch: Annotated[int, Meta(ge=1, le=MOST_BATCH)]
+    max_context: Context
+    max_rows: Annotated[int, Meta(ge=1, le=MOST_PASS_ROWS)]
+    chunk: Chunk
 
     @property
     def capacity(self) -> int:
@@ -76,14 +149,14 @@ class Limits:
 class PlanFile:
     """A TensorRT plan: the product and version that built it, the GPUs and limits that it is for.
 
-    `attention` is "plugin" or "native"; `kernels` are those that the runtime itself runs; `build` tells seconds, peak
-    memory in bytes, and what the engine's layers are.
+    `kernels` are those that the runtime itself runs; `build` tells seconds, peak memory in bytes, and what the engine's
+    layers are.
     """
 
     product: str
     version: str
-    compute_capabilities: tuple[tuple[int, int], ...]
-    attention: str
+    compute_capabilities: Annotated[tuple[Capability, ...], Meta(min_length=1)]
+    attention: Attention
     plugin_version: str | None
     limits: Limits
     profiles: dict[str, dict[str, list[list[int]]]]
@@ -97,15 +170,16 @@ class EngineFile:
 
     `graph` is the engine itself: an ONNX graph, whose weights are in a file of their own, or a plan, which has them.
     `cpu_graph` is the same graph lowered for ONNX Runtime on the CPU, with the same weights file. `precision` is that
-    of the weights: "float32", "float16", "bfloat16", "int8" or "int4".
+    of the weights: "float32", "float16", "bfloat16", "int8" or "int4". What cannot be together raises `ValueError`.
     """
 
     dims: GraphDims
     precision: str
     tree: TreeSizes
-    prompt_chunk: int
-    max_context: int
-    stop_tokens: tuple[int, ...]
+    prompt_chunk: Chunk
+    max_context: Context
+    # A model may name tokens beyond its vocabulary: it never chooses them.
+    stop_tokens: tuple[Annotated[int, Meta(ge=0, le=LARGEST)], ...]
     special_tokens: dict[str, str]
     graph: FileRecord
     cpu_graph: FileRecord | None
@@ -118,6 +192,16 @@ class EngineFile:
     versions: dict[str, str]
     parity: dict[str, Any]
     plan: PlanFile | None = None
+
+    def __post_init__(self) -> None:
+        steps = self.dims.num_steps
+        if len(self.tree.pseudo_rows) != steps:
+            raise ValueError(f"{len(self.tree.pseudo_rows)} pseudo_rows for {steps} transfer_layers")
+        if self.plan and self.plan.limits.max_rows * (1 + steps) > MOST_PASS_ROWS:
+            raise ValueError(f"max_rows {self.plan.limits.max_rows}: a pass has at most {MOST_PASS_ROWS} rows in all")
+        for part in (self.base_model, self.transfer, self.parity, self.plan and self.plan.build):
+            check_levels(part)
+        Reliability.of(self.transfer.get("acceptance", {}))
 
     @property
     def computed_in(self) -> str:
@@ -138,90 +222,63 @@ class EngineFile:
         write_json(path, {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)})
 
 
-def engine_file_path(engine: Path) -> Path:
-    """Return where the description of `engine` is: `engine.onnx` has `engine.json` beside it."""
-    return engine.with_suffix(".json")
+@dataclass(frozen=True)
+class Header:
+    """The fields of `engine.json` that tell how to read the others."""
+
+    format: str
+    version: int
+
+
+HEADER = JsonFormat("engine.json header", MOST_BYTES, "export the engine again", EngineFileError, kind=Header)
+ENGINE = JsonFormat("engine.json", MOST_BYTES, "export the engine again", EngineFileError, kind=EngineFile)
+
+
+@dataclass(frozen=True)
+class Description:
+    """The bytes of `engine.json`, and where they were read."""
+
+    path: Path
+    content: bytes
+
+    def parse(self) -> EngineFile:
+        """Return what they say. Raises `EngineFileError` when they are damaged or of another version."""
+        header = HEADER.decode(self.content, self.path)
+        if header.format != FORMAT:
+            raise EngineFileError(f"{self.path} does not describe a hidden-transfer engine; export the engine again")
+        if header.version != FORMAT_VERSION:
+            raise EngineFileError(
+                f"{self.path} is of version {header.version}, and this runtime reads version {FORMAT_VERSION}; "
+                "update hidden-transfer, or export the engine again"
+            )
+        return ENGINE.decode(self.content, self.path)
+
+
+def find_description(engine: Path) -> Description:
+    """Return what describes `engine` now. Raises `EngineFileError` where nothing does."""
+    missing = EngineFileError(f"no engine at {engine}; make one with: ht-export MODEL --out engine.onnx")
+    if not engine.name:
+        raise missing
+    moving, placed = candidates(engine, engine_file_path(engine).name)
+    # It is moved once: what is not in one place now is in the other.
+    if _is_file(moving):
+        with contextlib.suppress(EngineFileError):
+            return Description(moving, ENGINE.content(moving))
+    if not any(map(_is_file, candidates(engine, engine.name))):
+        raise missing
+    if not _is_file(placed):
+        raise EngineFileError(f"{placed} is missing beside {engine}; copy it along, or export the engine again")
+    return Description(placed, ENGINE.content(placed))
 
 
 def read_engine_file(engine: Path) -> EngineFile:
     """Read the description of `engine`. Raises `EngineFileError` when it is missing, damaged or of a newer version."""
-    if not engine.is_file():
-        raise EngineFileError(f"no engine at {engine}; make one with: ht-export MODEL --out engine.onnx")
-    path = engine_file_path(engine)
-    if not path.is_file():
-        raise EngineFileError(f"{path} is missing beside {engine}; copy it along, or export the engine again")
+    return find_description(engine).parse()
+
+
+def _is_file(path: Path) -> bool:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EngineFileError(f"{path} is not valid JSON ({error}); export the engine again") from error
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise EngineFileError(f"{path} does not describe a hidden-transfer engine; export the engine again")
-    if value.get("version") != FORMAT_VERSION:
-        raise EngineFileError(
-            f"{path} is of version {value.get('version')}, and this runtime reads version {FORMAT_VERSION}; "
-            "update hidden-transfer, or export the engine again"
-        )
-    try:
-        about = _parse(value)
-        _check_numbers(about)
-        if not isinstance(about.transfer, dict):
-            raise ValueError(f"transfer ({about.transfer!r})")
-        Reliability.of(about.transfer.get("acceptance", {}))
-    except (KeyError, TypeError, ValueError) as error:
-        raise EngineFileError(f"{path} lacks or misstates {error}; export the engine again") from error
-    return about
-
-
-def _check_numbers(about: EngineFile) -> None:
-    """Raise `ValueError`, naming the field, unless the numbers that steer decoding can be what they say."""
-    dims = asdict(about.dims)
-    numbers = [
-        ("prompt_chunk", about.prompt_chunk, 1),
-        ("max_context", about.max_context, 1),
-        ("tree_rows", about.tree.tree_rows, 1),
-        *(("pseudo_rows", rows, 0) for rows in about.tree.pseudo_rows),
-        *(("stop_tokens", token, 0) for token in about.stop_tokens),
-        *(("transfer_layers", layer, 0) for layer in dims.pop("transfer_layers")),
-        *((name, size, 1) for name, size in dims.items() if name != "dtype"),
-    ]
-    for name, number, least in numbers:
-        if not isinstance(number, int) or isinstance(number, bool) or number < least:
-            raise ValueError(f"{name} ({number!r})")
-    if about.tree.tree_rows > MOST_ROWS:
-        raise ValueError(f"tree_rows ({about.tree.tree_rows}, more than {MOST_ROWS})")
-    texts = about.special_tokens
-    if not isinstance(texts, dict) or not all(isinstance(text, str) for pair in texts.items() for text in pair):
-        raise ValueError(f"special_tokens ({texts!r})")
-    if len(about.tree.pseudo_rows) != about.dims.num_steps:
-        raise ValueError(f"pseudo_rows ({list(about.tree.pseudo_rows)})")
-
-
-def _parse(value: dict[str, Any]) -> EngineFile:
-    fields = {key: item for key, item in value.items() if key not in ("format", "version")}
-    dims = fields["dims"]
-    template, correction = fields["chat_template"], fields["correction"]
-    return EngineFile(
-        **{
-            **fields,
-            "dims": GraphDims(**{**dims, "transfer_layers": tuple(dims["transfer_layers"])}),
-            "tree": TreeSizes(fields["tree"]["tree_rows"], tuple(fields["tree"]["pseudo_rows"])),
-            "stop_tokens": tuple(fields["stop_tokens"]),
-            "graph": FileRecord(**fields["graph"]),
-            "cpu_graph": FileRecord(**fields["cpu_graph"]) if fields["cpu_graph"] else None,
-            "weights": FileRecord(**fields["weights"]) if fields["weights"] else None,
-            "tokenizer": FileRecord(**fields["tokenizer"]),
-            "chat_template": FileRecord(**template) if template else None,
-            "correction": FileRecord(**correction) if correction else None,
-            "plan": _parse_plan(fields["plan"]) if fields["plan"] else None,
-        }
-    )
-
-
-def _parse_plan(fields: dict[str, Any]) -> PlanFile:
-    limits = Limits(**fields["limits"])
-    for name, limit in asdict(limits).items():
-        if not isinstance(limit, int) or limit < 1:
-            raise ValueError(f"{name} ({limit!r})")
-    capabilities = tuple((int(major), int(minor)) for major, minor in fields["compute_capabilities"])
-    kernels = FileRecord(**fields["kernels"])
-    return PlanFile(**{**fields, "limits": limits, "compute_capabilities": capabilities, "kernels": kernels})
+        return path.is_file()
+    except OSError as error:
+        # A name too long, or a folder that may not be looked into.
+        raise EngineFileError(f"{path} cannot be read ({error.strerror or error}); check the path") from error

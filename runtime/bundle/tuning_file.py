@@ -6,21 +6,28 @@ what to begin with (see `runtime.drafting.sizing.AdaptiveSizes`).
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from msgspec import Meta
 
 from runtime.bindings import GraphDims
+from runtime.bundle.engine_file import MOST_CONTEXT
 from runtime.drafting.sizing import Menu
-from runtime.errors import EngineFileError
+from runtime.errors import EngineFileError, InputError
 from runtime.files import write_json
-from runtime.tree import MOST_ROWS, TreeSizes
+from runtime.formats import JsonFormat, check_levels
+from runtime.tree import MOST_ROWS, PseudoRows, TreeSizes
 
 FORMAT = "hidden-transfer-tuning"
 FORMAT_VERSION = 1
+MOST_BYTES = 1 << 22
+# Sizes on a menu, and contexts: far more than are worth measuring.
+MOST_SIZES = 1000
+MOST_CONTEXTS = 100
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,88 @@ class Tuning:
     about: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Size:
+    """Sizes on a menu, with milliseconds [C] of a step at each context."""
+
+    tree_rows: Annotated[int, Meta(ge=1, le=MOST_ROWS)]
+    pseudo_rows: tuple[PseudoRows, ...]
+    milliseconds: tuple[Annotated[float, Meta(ge=1e-6, le=1e9)], ...]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tuning as the file has it. What cannot be together raises `ValueError`."""
+
+    device: str
+    engine_sha256: str
+    kind: str
+    rate: Annotated[float, Meta(gt=0.0, le=1e6)]
+    draft_value: Annotated[float, Meta(ge=0.0, le=1e6)]
+    contexts: Annotated[tuple[Annotated[int, Meta(ge=0, le=MOST_CONTEXT)], ...], Meta(max_length=MOST_CONTEXTS)]
+    sizes: Annotated[tuple[_Size, ...], Meta(min_length=1, max_length=MOST_SIZES)]
+    about: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        check_levels(self.about)
+        if not self.contexts or any(later <= earlier for earlier, later in pairwise(self.contexts)):
+            raise ValueError(f"contexts {list(self.contexts)} do not ascend")
+        plain = TreeSizes.plain(self.draft_steps)
+        if (self.sizes[0].tree_rows, self.sizes[0].pseudo_rows) != (plain.tree_rows, plain.pseudo_rows):
+            raise ValueError("the first sizes are not those of plain decoding")
+        for size in self.sizes:
+            if len(size.pseudo_rows) != self.draft_steps:
+                raise ValueError("sizes of different numbers of draft steps")
+            if len(size.milliseconds) != len(self.contexts):
+                raise ValueError(f"{len(size.milliseconds)} milliseconds for {len(self.contexts)} contexts")
+
+    @property
+    def draft_steps(self) -> int:
+        return len(self.sizes[0].pseudo_rows)
+
+    @classmethod
+    def of(cls, tuning: Tuning) -> _Entry:
+        menu = tuning.menu
+        return cls(
+            tuning.device,
+            tuning.engine_sha256,
+            tuning.kind,
+            tuning.rate,
+            tuning.draft_value,
+            menu.contexts,
+            tuple(
+                _Size(
+                    sizes.tree_rows,
+                    sizes.pseudo_rows,
+                    tuple(round(1e3 * float(seconds), 4) for seconds in menu.seconds[:, number]),
+                )
+                for number, sizes in enumerate(menu.sizes)
+            ),
+            tuning.about,
+        )
+
+    def tuning(self) -> Tuning:
+        sizes = tuple(TreeSizes(one.tree_rows, one.pseudo_rows) for one in self.sizes)
+        seconds = np.array([one.milliseconds for one in self.sizes], dtype=np.float64).T / 1e3
+        menu = Menu(sizes, self.contexts, seconds)
+        return Tuning(self.device, self.engine_sha256, menu, self.rate, self.draft_value, self.kind, self.about)
+
+
+@dataclass(frozen=True)
+class _Tunings:
+    """The file, of this version."""
+
+    format: Literal["hidden-transfer-tuning"]
+    version: Literal[1]
+    tunings: tuple[_Entry, ...]
+
+
+REMEDY = "delete it, and it is measured again, or run: ht-bench tune ENGINE"
+TUNINGS = JsonFormat("tuning.json", MOST_BYTES, REMEDY, EngineFileError, kind=_Tunings)
+# Whatever there is: what it says of itself tells whose the file is.
+ANYTHING = JsonFormat[Any]("file in the place of tuning.json", MOST_BYTES, "move it", EngineFileError, kind=Any)
+
+
 def tuning_path(engine: Path) -> Path:
     """Return where the tunings of `engine` are kept."""
     return engine.with_suffix(".tuning.json")
@@ -53,74 +142,45 @@ def read_tuning(engine: Path, engine_sha256: str, device: str, dims: GraphDims) 
     path = tuning_path(engine)
     if not path.is_file():
         return None
+    for entry in TUNINGS.read(path).tunings:
+        if (entry.device, entry.engine_sha256) == (device, engine_sha256):
+            if entry.draft_steps != dims.num_steps:
+                raise TUNINGS.unfit(path, f"sizes of {entry.draft_steps} draft steps, not {dims.num_steps}")
+            return entry.tuning()
+    return None
+
+
+def check_place_of_tunings(engine: Path) -> None:
+    """Raise `InputError` when the file in the place of the tunings of `engine` is of another format."""
+    path = tuning_path(engine)
+    if not path.is_file():
+        return
+    content = ANYTHING.content(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if value["format"] != FORMAT or value["version"] != FORMAT_VERSION:
-            raise ValueError(f"version ({value['version']!r})")
-        entries = [entry for entry in value["tunings"] if entry["device"] == device]
-        own = [entry for entry in entries if entry["engine_sha256"] == engine_sha256]
-        return _parse(own[0], dims) if own else None
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
-        raise EngineFileError(
-            f"{path} lacks or misstates {error}; delete it, and it is measured again, or run: ht-bench tune {engine}"
-        ) from error
+        found = ANYTHING.decode(content, path)
+    except InputError:
+        # Damaged, and so of no use to anybody.
+        return
+    ours = isinstance(found, dict) and found.get("format") == FORMAT
+    if isinstance(found, dict | list) and found and not ours:
+        raise InputError(
+            f"{path} holds something other than tunings, which would be written there; move it, or give the engine "
+            "another name"
+        )
 
 
 def write_tuning(engine: Path, tuning: Tuning) -> None:
-    """Put `tuning` beside `engine`, in the place of what there was for its device. Raises `InputError`."""
+    """Put `tuning` beside `engine`, in the place of what there was for its device. A damaged file is written anew.
+    Raises `InputError`, also for a file of another format in its place.
+    """
+    check_place_of_tunings(engine)
     path = tuning_path(engine)
-    kept: list[Any] = []
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        kept = [
-            entry
-            for entry in value["tunings"]
-            if value["version"] == FORMAT_VERSION
-            and entry["device"] != tuning.device
-            and entry["engine_sha256"] == tuning.engine_sha256
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
+        held = TUNINGS.read(path).tunings
+    except InputError:
         # None yet, or none to keep.
-        kept = []
-    entry = {
-        "device": tuning.device,
-        "engine_sha256": tuning.engine_sha256,
-        "kind": tuning.kind,
-        "rate": tuning.rate,
-        "draft_value": tuning.draft_value,
-        "contexts": list(tuning.menu.contexts),
-        "sizes": [
-            {
-                "tree_rows": sizes.tree_rows,
-                "pseudo_rows": list(sizes.pseudo_rows),
-                "milliseconds": [round(1e3 * float(seconds), 4) for seconds in tuning.menu.seconds[:, number]],
-            }
-            for number, sizes in enumerate(tuning.menu.sizes)
-        ],
-        "about": tuning.about,
-    }
-    write_json(path, {"format": FORMAT, "version": FORMAT_VERSION, "tunings": [*kept, entry]})
-
-
-def _parse(entry: dict[str, Any], dims: GraphDims) -> Tuning:
-    sizes = tuple(TreeSizes(one["tree_rows"], tuple(one["pseudo_rows"])) for one in entry["sizes"])
-    contexts = tuple(entry["contexts"])
-    seconds = np.array([one["milliseconds"] for one in entry["sizes"]], dtype=np.float64).T / 1e3
-    for one in sizes:
-        whole = all(isinstance(rows, int) and rows >= 0 for rows in (one.tree_rows, *one.pseudo_rows))
-        if not whole or not 1 <= one.tree_rows <= MOST_ROWS or len(one.pseudo_rows) != dims.num_steps:
-            raise ValueError(f"sizes ({one})")
-    if not sizes or sizes[0] != TreeSizes.plain(dims.num_steps):
-        raise ValueError("sizes (the first are not those of plain decoding)")
-    whole = all(isinstance(context, int) and context >= 0 for context in contexts)
-    if not whole or not contexts or list(contexts) != sorted(set(contexts)):
-        raise ValueError(f"contexts ({contexts})")
-    if seconds.shape != (len(contexts), len(sizes)) or not (np.isfinite(seconds).all() and (seconds > 0).all()):
-        raise ValueError("milliseconds")
-    rate, value = float(entry["rate"]), float(entry["draft_value"])
-    if not (np.isfinite(rate) and rate > 0 and np.isfinite(value) and value >= 0):
-        raise ValueError(f"rate or draft_value ({rate}, {value})")
-    if not isinstance(entry["about"], dict):
-        raise ValueError("about")
-    menu = Menu(sizes, contexts, seconds)
-    return Tuning(entry["device"], entry["engine_sha256"], menu, rate, value, entry["kind"], entry["about"])
+        held = ()
+    own = _Entry.of(tuning)
+    kept = [one for one in held if one.device != own.device and one.engine_sha256 == own.engine_sha256]
+    tunings = [asdict(entry) for entry in (*kept, own)]
+    write_json(path, {"format": FORMAT, "version": FORMAT_VERSION, "tunings": tunings})

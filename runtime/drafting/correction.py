@@ -8,6 +8,7 @@ heads (arXiv 2402.05109) and recurrent drafters condition on the token before, b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,20 @@ from numpy.typing import NDArray
 from runtime.arrays import FloatArray, IntArray
 from runtime.drafting.drafts import Drafts, DraftStep, IndependentDrafts
 from runtime.errors import EngineFileError
+from runtime.formats import Format
+
+TABLES = Format("correction.npy", 1 << 32, "export the engine again", EngineFileError)
+# A file of NumPy's format 1.0 begins so where it holds a table of float16, row by row, in rows and columns.
+NPY = re.compile(
+    rb"\x93NUMPY\x01\x00(?P<length>..)"
+    rb"\{'descr': '<f2', 'fortran_order': False, "
+    rb"'shape': \((?P<rows>[1-9]\d{0,9}), (?P<columns>[1-9]\d{0,9})\), \} *\n",
+    re.DOTALL,
+)
+# Numbers that are looked at together: as many as a cache holds.
+PART = 1 << 18
+# The bits of a float16 that are all set in an infinity, and in what is no number.
+EXPONENT = np.uint16(0x7C00)
 
 # Candidates of a step that a correction may reorder.
 SHORTLIST = 64
@@ -49,20 +64,42 @@ class TokenCorrection:
 
     @classmethod
     def read(cls, path: Path, vocab_size: int, num_steps: int) -> TokenCorrection:
-        """Map the tables of `path` into memory. Raises `EngineFileError` when they do not fit."""
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise EngineFileError(f"{path} is not a token correction ({error}); export the engine again") from error
-        if array.ndim != 2 or len(array) != 2 * vocab_size + num_steps:
-            raise EngineFileError(
-                f"{path} has the shape {list(array.shape)} where {2 * vocab_size + num_steps} rows are expected; "
-                "export the engine again"
-            )
-        scales = np.array(array[2 * vocab_size :], dtype=np.float32)
-        # Still mapped, but indexed as fast as any array.
-        array = np.asarray(array)
+        """Read the tables of `path`; see `of`."""
+        return cls.of(TABLES.content(path), path, vocab_size, num_steps)
+
+    @classmethod
+    def of(cls, content: bytes, where: object, vocab_size: int, num_steps: int) -> TokenCorrection:
+        """Return the tables in `content`, which was read at `where` and which they keep: they are not copied.
+
+        Raises `EngineFileError` when they do not fit, or hold what is no number.
+        """
+        # Not mapped: another program that cuts the file short would end this one.
+        header = NPY.match(content)
+        if header is None or int.from_bytes(header["length"], "little") != header.end() - header.start("length") - 2:
+            raise TABLES.unfit(where, "it does not begin as a table of float16 of two dimensions does")
+        rows, columns = int(header["rows"]), int(header["columns"])
+        expected = 2 * vocab_size + num_steps
+        if rows != expected:
+            raise TABLES.unfit(where, f"it has {rows} rows where {expected} are expected")
+        if len(content) - header.end() != 2 * rows * columns:
+            raise TABLES.unfit(where, f"it has {len(content)} bytes, not those of {rows} x {columns} numbers")
+        values = np.frombuffer(content, "<f2", offset=header.end())
+        _check_finite(values, columns, vocab_size, where)
+        array = values.reshape(rows, columns)
+        scales = array[2 * vocab_size :].astype(np.float32)
         return cls(array[:vocab_size], array[vocab_size : 2 * vocab_size], scales)
+
+
+def _check_finite(values: NDArray[np.float16], columns: int, vocab_size: int, where: object) -> None:
+    """Raise `EngineFileError`, naming the row, for a value that is not finite."""
+    bits = values.view(np.uint16)
+    for start in range(0, len(bits), PART):
+        odd = (bits[start : start + PART] & EXPONENT) == EXPONENT
+        if odd.any():
+            first = start + int(odd.argmax())
+            part, row = divmod(first // columns, vocab_size)
+            name = ("candidates", "contexts", "scales")[part]
+            raise TABLES.unfit(where, f"{name} hold {values[first]} in row {row}")
 
 
 class CorrectedDrafts:

@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
 from runtime.arrays import FloatArray
+
+# Bins of a draft step: far more than are of use.
+MOST_BINS = 1000
+Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Candidates of about the same predicted probability: its mean, and the share of them that were right."""
+
+    predicted: Share
+    observed: Share
+
+
+@dataclass(frozen=True)
+class StepBins:
+    """The bins of a draft step, by `predicted`, or it raises `ValueError`."""
+
+    bins: Annotated[tuple[Bin, ...], msgspec.Meta(max_length=MOST_BINS)]
+
+    def __post_init__(self) -> None:
+        if any(later.predicted < earlier.predicted for earlier, later in pairwise(self.bins)):
+            raise ValueError("the bins do not ascend")
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """The part of the statistics of transfer layers that decoding uses: see `ht_export.training.evaluate`."""
+
+    calibration: tuple[StepBins, ...] | None = None
 
 
 class Reliability:
     """Maps a draft's probabilities to observed ones, by draft step; for greedy decoding, which is what was observed.
 
-    `steps` has for each draft step bins of predicted probabilities, each with its mean `predicted`, `observed` and
-    `count` (see `ht_export.training.evaluate`). Between bins it is linear; it never falls.
+    `steps` has for each draft step bins of predicted probabilities, each with its mean `predicted` and `observed`.
+    Between bins it is linear; it never falls.
     """
 
     def __init__(self, steps: Sequence[Sequence[Mapping[str, float]]]) -> None:
@@ -25,25 +57,13 @@ class Reliability:
     def of(cls, acceptance: Mapping[str, Any]) -> Reliability | None:
         """Return the reliability in the statistics of a transfer-layers file, None if they have none.
 
-        Raises `ValueError`, naming what is wrong, when they cannot have been observed.
+        Raises `ValueError`, saying what is wrong, when they cannot have been observed.
         """
-        if not isinstance(acceptance, Mapping):
-            raise ValueError(f"acceptance ({acceptance!r})")
-        steps = acceptance.get("calibration")
-        if steps is None:
-            return None
         try:
-            found = [step["bins"] for step in steps]
-            points = [[(one["predicted"], one["observed"]) for one in bins] for bins in found]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"calibration ({error})") from error
-        for step, pairs in enumerate(points, start=1):
-            for number in (number for pair in pairs for number in pair):
-                if not isinstance(number, int | float) or not 0.0 <= number <= 1.0:
-                    raise ValueError(f"calibration (step {step} has {number!r} where a share is expected)")
-            if any(later[0] < earlier[0] for earlier, later in pairwise(pairs)):
-                raise ValueError(f"calibration (the bins of step {step} do not ascend)")
-        return cls(found)
+            steps = msgspec.convert(acceptance, Acceptance).calibration
+        except msgspec.ValidationError as error:
+            raise ValueError(f"the statistics of drafts cannot be: {error}") from error
+        return None if steps is None else cls([[vars(one) for one in step.bins] for step in steps])
 
     def __call__(self, step: int, probabilities: FloatArray) -> FloatArray:
         """Return what `probabilities` [N] of `step` (0-based) are worth."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from runtime import bindings
 from runtime.bindings import Binding, GraphDims
 from runtime.checks import MOST_THREADS, whole
+from runtime.engines.external_weights import GraphFiles, hand_over
 from runtime.engines.host_cache import HostCacheEngine, HostResult, caches_of
 from runtime.engines.layout import BatchInputs, stack
 from runtime.engines.protocol import Batch
@@ -30,9 +31,11 @@ class OnnxRuntimeEngine(HostCacheEngine):
     # Caches of several requests are copied together for each pass.
     max_batch = 8
 
-    def __init__(self, path: Path, dims: GraphDims, threads: int | None = None, *, small: bool = False) -> None:
+    def __init__(
+        self, graph: Path | GraphFiles, dims: GraphDims, threads: int | None = None, *, small: bool = False
+    ) -> None:
         self._session = open_session(
-            path, dims.inputs(), dims.outputs(), ["CPUExecutionProvider"], threads, small=small
+            graph, dims.inputs(), dims.outputs(), ["CPUExecutionProvider"], threads, small=small
         )
         self.dims = dims
         self._outputs = [binding.name for binding in dims.outputs()]
@@ -65,7 +68,7 @@ def use_little_memory(options: Any) -> list[str]:
 
 
 def open_session(
-    path: Path,
+    graph: Path | GraphFiles,
     inputs: Sequence[Binding],
     outputs: Sequence[Binding],
     providers: Sequence[Provider],
@@ -73,7 +76,8 @@ def open_session(
     *,
     small: bool = False,
 ) -> Any:
-    """Return a session of the graph at `path`, which must have these inputs and outputs; see `OnnxRuntimeEngine`.
+    """Return a session of `graph`, which must have these inputs and outputs; see `OnnxRuntimeEngine`. A graph given by
+    path keeps the file of its weights mapped: that is for files which nobody else changes.
 
     Raises `InputError` without ONNX Runtime, `EngineFileError` when it cannot load the graph or that is another.
     """
@@ -88,13 +92,23 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads = whole("threads", threads, 1, MOST_THREADS)
     disabled = use_little_memory(options) if small else None
+    path = graph.path if isinstance(graph, GraphFiles) else graph
+    held = hand_over(graph, options, onnxruntime) if isinstance(graph, GraphFiles) else []
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=list(providers), disabled_optimizers=disabled)
+        session = onnxruntime.InferenceSession(
+            graph.graph if isinstance(graph, GraphFiles) else graph,
+            options,
+            providers=list(providers),
+            disabled_optimizers=disabled,
+        )
     except Exception as error:
         raise EngineFileError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}; update onnxruntime, or export the "
             "engine again"
         ) from error
+    finally:
+        # The session has copied what it keeps.
+        held.clear()
     for found, expected in ((session.get_inputs(), inputs), (session.get_outputs(), outputs)):
         names = [value.name for value in found]
         wanted = [binding.name for binding in expected]

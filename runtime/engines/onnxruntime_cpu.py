@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from runtime import bindings
 from runtime.bindings import GraphDims, dynamic_dims
+from runtime.engines.external_weights import GraphFiles
 from runtime.engines.host_cache import MANY
 from runtime.engines.layout import stack
 from runtime.engines.onnxruntime import open_session
@@ -100,9 +101,11 @@ class OnnxRuntimeCpuEngine:
     max_slots = MANY
     gpu_name = None
 
-    def __init__(self, path: Path, dims: GraphDims, threads: int | None = None, *, small: bool = False) -> None:
+    def __init__(
+        self, graph: Path | GraphFiles, dims: GraphDims, threads: int | None = None, *, small: bool = False
+    ) -> None:
         self._session = open_session(
-            path, dims.inputs(), dims.lowered_outputs(), ["CPUExecutionProvider"], threads, small=small
+            graph, dims.inputs(), dims.lowered_outputs(), ["CPUExecutionProvider"], threads, small=small
         )
         self.dims = dims
         self._binding = self._session.io_binding()

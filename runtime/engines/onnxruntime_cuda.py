@@ -15,6 +15,7 @@ from runtime.bundle.engine_file import Limits
 from runtime.engines.buffers import DeviceResult, PassBuffers
 from runtime.engines.cuda import Cuda
 from runtime.engines.device_cache import CacheMemory, DeviceCache, cache_of
+from runtime.engines.external_weights import GraphFiles
 from runtime.engines.layout import stack
 from runtime.engines.onnxruntime import Provider, open_session
 from runtime.engines.protocol import Batch, Freshness, Result
@@ -39,7 +40,9 @@ class OnnxRuntimeCudaEngine:
     max_batch = 1
     max_slots = 1
 
-    def __init__(self, path: Path, dims: GraphDims, tree: TreeSizes, chunk: int, max_context: int) -> None:
+    def __init__(
+        self, graph: Path | GraphFiles, dims: GraphDims, tree: TreeSizes, chunk: int, max_context: int
+    ) -> None:
         self.dims = dims
         self._limits = Limits(1, max_context, max(MAX_ROWS, tree.tree_rows), chunk)
         provider = _provider()
@@ -47,7 +50,7 @@ class OnnxRuntimeCudaEngine:
         # All work on one stream, in order. TF32 would round what is multiplied to 10 bits.
         options = {"user_compute_stream": str(self._cuda.stream), "use_tf32": "0"}
         providers: list[Provider] = [(provider, options), "CPUExecutionProvider"]
-        self._session = open_session(path, dims.inputs(), dims.outputs(), providers)
+        self._session = open_session(graph, dims.inputs(), dims.outputs(), providers)
         if self._session.get_providers()[0] != provider:
             raise InputError(
                 "ONNX Runtime cannot use the GPU: its CUDA libraries did not load; install CUDA 12 and cuDNN 9, for "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from runtime.bundle.engine_file import PlanFile
 from runtime.engines.cuda import Cuda
 from runtime.errors import EngineFileError, InputError
 from runtime.files import atomic_path
+from runtime.formats import Format
 
+CACHE = Format("runtime cache", 1 << 30, "delete it, and it is made again")
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 # Findings of the library's own check of a plan, in words.
 DIAGNOSTICS = {
@@ -68,11 +71,15 @@ def check_device(path: Path, about: PlanFile, cuda: Cuda) -> None:
         )
 
 
-def deserialise(trt: Any, log: Any, path: Path, about: PlanFile) -> tuple[Any, Any]:
-    """Return the library's runtime, which must outlive the engine, and the engine. Raises `EngineFileError`."""
+def deserialise(
+    trt: Any, log: Any, path: Path, about: PlanFile, opened: BufferedReader | None = None
+) -> tuple[Any, Any]:
+    """Return the library's runtime, which must outlive the engine, and the engine, from the plan at `path`, or from
+    that which is `opened`. Raises `EngineFileError`.
+    """
     runtime = trt.Runtime(log)
     # Mapped, so that a plan of many GiB is not held in memory twice.
-    plan = np.memmap(path, dtype=np.uint8, mode="r")
+    plan = np.memmap(path if opened is None else opened, dtype=np.uint8, mode="r")
     if hasattr(runtime, "get_engine_validity"):
         validity, diagnostics = runtime.get_engine_validity(plan)
         if validity == trt.EngineValidity.INVALID:
@@ -131,8 +138,9 @@ class RuntimeCache:
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             try:
-                held = self._path.read_bytes()
-            except OSError:
+                held = CACHE.content(self._path)
+            except InputError:
+                # None yet, or none of use.
                 held = b""
             # A cache of another driver or GPU is refused, and made anew.
             if held and self._cache.deserialize(held):

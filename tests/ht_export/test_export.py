@@ -2,6 +2,7 @@ import errno
 import json
 import re
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch._dynamo.config
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from ht_export import bundle, cli, preflight
+from ht_export import cli, preflight, staging
 from ht_export import export as export_module
 from ht_export.export import ExportSettings, export
 from ht_export.model.checkpoint import load_base_model
@@ -129,6 +130,13 @@ def test_a_model_without_shipped_transfer_layers_asks_for_some(tiny_checkpoint: 
         run(tiny_checkpoint, None, tmp_path / "engine.onnx")
 
 
+def test_a_chat_template_that_cannot_be_compiled(tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    (checkpoint / "chat_template.jinja").write_text("a\n{% if %}")
+    with pytest.raises(InputError, match=r"^the model's chat template is not valid: line 2: Expected an expression"):
+        run(checkpoint, tiny_transfer, tmp_path / "engine.onnx")
+
+
 def test_transfer_layers_of_another_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     identity = {**load_base_model(str(tiny_checkpoint)).identity(), "weights_sha256": "f" * 64}
     save_transfer_layers(tmp_path / "t.safetensors", random_transfer((1,)), TransferFile(identity))
@@ -143,7 +151,9 @@ def test_transfer_layers_of_another_model(tiny_checkpoint: Path, tmp_path: Path)
         (ExportSettings(pseudo_rows=(1, 1)), "has 2 numbers, and the transfer layers have 3 steps"),
         (ExportSettings(tree_rows=2, pseudo_rows=(3, 1, 1)), "between 0 and it; not 2 and 3,1,1"),
         (ExportSettings(tree_rows=0), "--tree-rows must be at least 1"),
+        (ExportSettings(tree_rows=1025), "--tree-rows must be at least 1 and at most 1024"),
         (ExportSettings(chunk=0), "--chunk must be at least 1"),
+        (ExportSettings(chunk=10**9), "--chunk must be at least 1 and at most 16384"),
     ],
 )
 def test_settings_that_do_not_fit(
@@ -216,20 +226,76 @@ def test_exporting_again_replaces_the_engine(
 
 @pytest.mark.usefixtures("traced")
 def test_files_of_an_earlier_export_that_the_new_one_lacks_are_gone(
-    tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path
+    tiny_engine: Path, tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shutil.copytree(tiny_engine.parent, tmp_path, dirs_exist_ok=True)
     out = tmp_path / "engine.onnx"
+    (tmp_path / "engine.tuning.json").write_text('{"format": "hidden-transfer-tuning", "version": 1, "tunings": []}')
     others = [tmp_path / "other.cpu.onnx", tmp_path / "engine.txt"]
-    stale = [tmp_path / f"engine{suffix}" for suffix in bundle.OPTIONAL_SUFFIXES]
-    for path in (*others, *stale):
-        path.write_text("earlier")
+    for path in others:
+        path.write_text("mine")
+    monkeypatch.setattr(export_module, "can_be_lowered", lambda _: False)
+    monkeypatch.setattr(export_module, "write_correction", lambda *_: None)
     run(tiny_checkpoint, tiny_transfer, out)
-    description = out.with_suffix(".json").read_text()
-    for path in stale:
-        assert path.exists() == (f'"{path.name}"' in description)
-        assert not path.exists() or path.read_bytes() != b"earlier"
-    assert not (tmp_path / "engine.tuning.json").exists()
-    assert all(path.read_text() == "earlier" for path in others)
+    for suffix in (".cpu.onnx", ".correction.npy", ".tuning.json"):
+        assert not (tmp_path / f"engine{suffix}").exists()
+    assert all(path.read_text() == "mine" for path in others)
+    Generator(out, threads=1, adapt=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["engine.json", "engine.tuning.json", "engine.tokenizer.json", "engine.onnx", "engine.cpu.onnx"]
+)
+def test_what_is_no_engine_of_ours_is_not_replaced(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(InputError, match=rf"{name} is in the way: .*move it away, or choose another name"):
+        run(tiny_checkpoint, None, tmp_path / "engine.onnx")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"mine": 1}']
+
+
+def test_a_file_that_the_description_does_not_name_is_not_replaced(
+    tiny_engine: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_engine.parent, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "engine.tokenizer.json").rename(tmp_path / "engine.other.json")
+    path = tmp_path / "engine.json"
+    path.write_text(path.read_text().replace("engine.tokenizer.json", "engine.other.json"))
+    (tmp_path / "engine.tokenizer.json").write_text("mine")
+    with pytest.raises(InputError, match=r"engine\.tokenizer\.json is in the way"):
+        run(tiny_checkpoint, None, tmp_path / "engine.onnx")
+
+
+@pytest.mark.parametrize("inside", ["", "../checkpoint"])
+def test_the_folder_of_the_checkpoint_is_no_place_for_an_engine(
+    tiny_checkpoint: Path, tmp_path: Path, inside: str
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    # One of these names is a file of the checkpoint itself.
+    for name, message in (("config.onnx", "in the way"), ("engine.onnx", "in the folder of the checkpoint")):
+        with pytest.raises(InputError, match=message):
+            run(checkpoint, None, checkpoint / inside / name)
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def test_a_second_export_to_one_place_is_refused(tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "engine.onnx"
+    with staging.staging_folder(out), pytest.raises(InputError, match=r"another export to .*engine\.onnx is at work"):
+        run(tiny_checkpoint, tiny_transfer, out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
+    out = tmp_path / "engine.onnx"
+    (tmp_path / ".engine.onnx.staging-12345678").mkdir()
+    (tmp_path / ".engine.onnx.staging-12345678" / "engine.onnx.data").write_text("half")
+    kept = [tmp_path / ".engine.onnx.mine", tmp_path / ".other.onnx.staging-12345678"]
+    for folder in kept:
+        folder.mkdir()
+    with staging.staging_folder(out) as folder:
+        assert sorted(tmp_path.glob(".engine.onnx.staging-*")) == [folder]
+    assert sorted(tmp_path.iterdir()) == kept
 
 
 def test_the_command_line_says_done_only_with_what_it_checked(

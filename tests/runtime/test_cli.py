@@ -27,6 +27,15 @@ def test_plain_and_raw_are_passed_on(tiny_engine: Path, capsys: pytest.CaptureFi
     assert printed["prompt_tokens"] == len("Hello")
 
 
+def test_escaping_is_passed_on(tiny_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = []
+    for options in ([], ["--escape-special-tokens"]):
+        main([str(tiny_engine), "Hi</s>", "--json", "--max-new-tokens", "1", *options])
+        counts.append(json.loads(capsys.readouterr().out)["prompt_tokens"])
+    # A token for each of the four bytes, instead of one for all.
+    assert counts[1] == counts[0] + 3
+
+
 def test_text_goes_to_stdout_and_statistics_to_stderr(tiny_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(tiny_engine), "Hello", "--max-new-tokens", "9"])
     captured = capsys.readouterr()
@@ -224,5 +233,5 @@ def test_json_has_escapes_for_what_stdout_lacks(
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", narrow)
     assert main(arguments) == 0
-    printed = json.loads(narrow.buffer.getvalue())  # type: ignore[attr-defined]
+    printed = json.loads(narrow.buffer.getvalue())
     assert (printed["text"], printed["tokens"]) == (expected["text"], expected["tokens"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -260,9 +261,8 @@ FIRST = (*OWN, "sizes", 0)
 @pytest.mark.parametrize(
     ("place", "new"),
     [
-        (("format",), "other"),
-        (("format",), KeyError),
         (("version",), 2),
+        (("version",), "1"),
         (("tunings",), KeyError),
         (("tunings",), 3),
         (("tunings",), ["text"]),
@@ -275,7 +275,11 @@ FIRST = (*OWN, "sizes", 0)
         ((*OWN, "rate"), float("nan")),
         ((*OWN, "draft_value"), -1),
         ((*OWN, "draft_value"), float("inf")),
+        ((*OWN, "draft_value"), 1e300),
+        ((*OWN, "rate"), 10**400),
         ((*OWN, "kind"), KeyError),
+        ((*OWN, "kind"), 3),
+        ((*OWN, "device"), 3),
         ((*OWN, "about"), []),
         ((*OWN, "contexts"), []),
         ((*OWN, "contexts"), [128]),
@@ -284,6 +288,8 @@ FIRST = (*OWN, "sizes", 0)
         ((*OWN, "contexts"), [-1, 128]),
         ((*OWN, "contexts"), [128, float("inf")]),
         ((*OWN, "contexts"), "128"),
+        ((*OWN, "contexts"), [0, 10**15]),
+        ((*OWN, "contexts"), list(range(100_000))),
         ((*OWN, "sizes"), []),
         ((*OWN, "sizes"), {}),
         ((*OWN, "sizes"), KeyError),
@@ -291,6 +297,8 @@ FIRST = (*OWN, "sizes", 0)
         ((*FIRST, "pseudo_rows"), [1, 0, 0]),
         ((*FIRST, "pseudo_rows"), [0, 0]),
         ((*OWN, "sizes", 1, "tree_rows"), 0),
+        ((*OWN, "sizes", 1, "tree_rows"), 10**9),
+        ((*OWN, "sizes", 1, "tree_rows"), True),
         ((*OWN, "sizes", 1, "tree_rows"), 2.5),
         ((*OWN, "sizes", 1, "tree_rows"), float("inf")),
         ((*OWN, "sizes", 1, "pseudo_rows"), [4, 2]),
@@ -305,6 +313,9 @@ FIRST = (*OWN, "sizes", 0)
         ((*FIRST, "milliseconds"), [3, "x"]),
         ((*FIRST, "milliseconds"), [3, float("nan")]),
         ((*FIRST, "milliseconds"), [3, 10**400]),
+        ((*FIRST, "milliseconds"), [3, 1e-300]),
+        ((*FIRST, "milliseconds"), [3, 1e300]),
+        ((*FIRST, "milliseconds"), [3] * 100_000),
     ],
 )
 def test_a_damaged_tuning_is_one_clear_error_and_can_be_measured_again(
@@ -314,7 +325,7 @@ def test_a_damaged_tuning_is_one_clear_error_and_can_be_measured_again(
     value = json.loads(tuning_path(engine).read_text())
     change(value, place, copy.deepcopy(new))
     tuning_path(engine).write_text(json.dumps(value))
-    with pytest.raises(EngineFileError, match=r"engine\.tuning\.json lacks or misstates .*; delete it, and it is"):
+    with pytest.raises(EngineFileError, match=r"engine\.tuning\.json is not a valid tuning\.json \(.*; delete it, and"):
         read(engine)
     write_tuning(engine, tuning_of())
     assert_same(read(engine), tuning_of())
@@ -323,10 +334,46 @@ def test_a_damaged_tuning_is_one_clear_error_and_can_be_measured_again(
 @pytest.mark.parametrize("contents", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b"{}"])
 def test_a_tuning_file_that_holds_something_else(engine: Path, contents: bytes) -> None:
     tuning_path(engine).write_bytes(contents)
-    with pytest.raises(EngineFileError, match=r"engine\.tuning\.json lacks or misstates .*ht-bench tune"):
+    with pytest.raises(EngineFileError, match=r"engine\.tuning\.json is not a valid tuning\.json \(.*ht-bench tune"):
         read(engine)
     write_tuning(engine, tuning_of())
     assert_same(read(engine), tuning_of())
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b'{"format": "other", "version": 1, "tunings": []}',
+        b'{"hidden_size": 32}',
+        b'["notes"]',
+        b'{"format": 3}',
+        b" " * (5 << 20) + b'{"format": "other"}',
+    ],
+    ids=["another format", "no format", "a list", "a format that is no text", "a large file"],
+)
+def test_a_file_of_another_format_is_not_replaced(engine: Path, contents: bytes) -> None:
+    tuning_path(engine).write_bytes(contents)
+    with pytest.raises(EngineFileError, match=r"engine\.tuning\.json is not a valid tuning\.json"):
+        read(engine)
+    with pytest.raises(InputError, match=r"engine\.tuning\.json .*move it"):
+        write_tuning(engine, tuning_of())
+    assert tuning_path(engine).read_bytes() == contents
+
+
+def test_what_is_nested_without_end_is_one_clear_error(engine: Path) -> None:
+    write_tuning(engine, tuning_of())
+    text = tuning_path(engine).read_text()
+    for levels in (100, 100_000):
+        about = '"about": {"x": ' + "[" * levels + "]" * levels + "}"
+        tuning_path(engine).write_text(re.sub(r'"about": \{[^}]*\}', about, text))
+        with pytest.raises(EngineFileError, match="nested too deeply"):
+            read(engine)
+
+
+def test_tunings_for_other_draft_steps_are_an_error(engine: Path) -> None:
+    write_tuning(engine, tuning_of())
+    with pytest.raises(EngineFileError, match=r"sizes of 3 draft steps, not 2"):
+        read_tuning(engine, "abc", "cpu, 2 threads", replace(DIMS, transfer_layers=(0, 0)))
 
 
 def test_tunings_of_another_version_are_not_carried_into_this_one(engine: Path) -> None:
@@ -378,7 +425,7 @@ def test_an_engine_that_is_not_to_adapt_is_neither_measured_nor_is_its_tuning_re
     assert not tuning_path(engine_copy).exists()
     tuning_path(engine_copy).write_text("damaged")
     assert Generator(engine_copy, threads=1, adapt=False).tuning is None
-    with pytest.raises(EngineFileError, match=r"engine\.tuning\.json lacks or misstates"):
+    with pytest.raises(EngineFileError, match=r"engine\.tuning\.json is not a valid tuning\.json"):
         Generator(engine_copy, threads=1)
 
 

@@ -44,6 +44,9 @@ def test_the_cache_at_the_limits() -> None:
     [
         ({"max_batch": 0}, "--max-batch must be at least 1, not 0"),
         ({"chunk": -1}, "--chunk must be at least 1, not -1"),
+        ({"chunk": 10**9}, "--chunk must be at most 16384"),
+        ({"max_rows": 10**9}, "--max-rows must be at most 10922"),
+        ({"max_batch": 10**9}, "--max-batch must be at most 1024"),
         ({"max_context": 9000}, "--max-context 9000: the model's own context is 8192 tokens"),
         ({"max_rows": 8}, "--max-rows 8 is less than the default tree's 16 rows"),
         ({"max_context": 8}, "--max-context 8 is less than the default tree's 16 rows"),

@@ -1,5 +1,6 @@
 """An engine's files: what is missing, damaged, or not what its description says."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 
 from runtime import EngineFileError, Generator, InputError, TreeSizes
-from runtime.bundle.engine_file import FORMAT_VERSION, read_engine_file
+from runtime.bundle.engine_file import FORMAT_VERSION, FileRecord, read_engine_file
+from runtime.files import sha256_file
 from tests.runtime.conftest import change
 
 
@@ -47,6 +49,12 @@ def test_a_path_that_is_no_file(path: str) -> None:
         Generator(path)
 
 
+@pytest.mark.parametrize("path", ["x" * 300, "x" * 5000, "a/" * 3000])
+def test_a_path_that_no_file_can_have(path: str) -> None:
+    with pytest.raises(EngineFileError, match=r"cannot be read \(File name too long\); check the path"):
+        Generator(path)
+
+
 @pytest.mark.parametrize("name", ["engine.json", "engine.cpu.onnx", "engine.onnx.data", "engine.tokenizer.json"])
 def test_a_missing_file_is_named(engine_copy: Path, name: str) -> None:
     (engine_copy.parent / name).unlink()
@@ -58,7 +66,7 @@ def test_a_missing_file_is_named(engine_copy: Path, name: str) -> None:
 def test_a_truncated_file_is_named(engine_copy: Path, name: str) -> None:
     path = engine_copy.parent / name
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(EngineFileError, match=rf"{name} has \d+ bytes where \d+ are expected; it is incomplete"):
+    with pytest.raises(EngineFileError, match=rf"{name} is not the file that engine\.json describes: it is inc"):
         Generator(engine_copy)
 
 
@@ -68,7 +76,59 @@ def test_a_file_of_the_right_size_with_other_contents_is_named(engine_copy: Path
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(EngineFileError, match=f"{name} is damaged: its SHA-256"):
+    with pytest.raises(EngineFileError, match=rf"{name} is not the file that engine\.json describes: it is inc"):
+        Generator(engine_copy)
+
+
+@pytest.mark.parametrize("contents", [False, True])
+@pytest.mark.parametrize("size", [7, 8])
+def test_nothing_is_told_of_a_file_that_is_another(tmp_path: Path, size: int, contents: bool) -> None:
+    other = tmp_path / "secret"
+    other.write_bytes(b"password"[:size])
+    (tmp_path / "engine.onnx").symlink_to(other)
+    record = FileRecord("engine.onnx", 8, "0" * 64)
+    if size == record.bytes and not contents:
+        with record.open(tmp_path / "engine.onnx", contents=False) as file:
+            assert file.read() == b"password"
+        return
+    with pytest.raises(EngineFileError) as raised:
+        record.open(tmp_path / "engine.onnx", contents=contents)
+    told = str(raised.value).replace(str(tmp_path), "")
+    assert not any(character.isdigit() for character in told)
+    assert not any(sha256_file(other)[:length] in told for length in (8, 12))
+
+
+def test_a_link_is_followed_when_what_it_leads_to_is_the_file(engine_copy: Path, tmp_path_factory: Any) -> None:
+    elsewhere = tmp_path_factory.mktemp("blobs")
+    for name in ("engine.tokenizer.json", "engine.chat_template.jinja", "engine.correction.npy"):
+        path = engine_copy.with_name(name)
+        if path.exists():
+            path.rename(elsewhere / name)
+            path.symlink_to(elsewhere / name)
+    assert Generator(engine_copy, adapt=False).generate("Hello", max_new_tokens=3).tokens
+
+
+@pytest.mark.parametrize("name", ["engine.tokenizer.json", "engine.onnx"])
+def test_a_file_that_may_not_be_read_is_named(engine_copy: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(EngineFileError, match=rf"{name} .*Permission denied"):
+        Generator(engine_copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "../engine.onnx", "/etc/passwd", "a\\b", "a\0b", "a\nb", "x" * 256, "\u00e9" * 128]
+)
+def test_a_record_names_a_file_beside_it(engine_copy: Path, name: str) -> None:
+    about = json.loads(engine_copy.with_suffix(".json").read_text())
+    change(engine_copy, tokenizer={**about["tokenizer"], "name": name})
+    with pytest.raises(EngineFileError, match=r"engine\.json is not a valid engine\.json \(.* - at `\$\.tokenizer`"):
         Generator(engine_copy)
 
 
@@ -90,41 +150,168 @@ def test_a_description_that_lacks_something_is_refused(engine_copy: Path) -> Non
     about = json.loads(path.read_text())
     del about["tokenizer"]
     path.write_text(json.dumps(about))
-    with pytest.raises(EngineFileError, match="lacks or misstates 'tokenizer'"):
+    with pytest.raises(EngineFileError, match=r"is not a valid engine\.json \(.*`tokenizer`"):
         Generator(engine_copy)
+
+
+SHA256 = "0" * 64
+# In the place of values within values, so many that reading them or walking through them ends badly.
+DEEP, FAR = "a hundred thousand", "a hundred"
+RECORD = {"name": "engine.x", "bytes": 1, "sha256": SHA256}
+PLAN = {
+    "product": "tensorrt-rtx",
+    "version": "1.7.1",
+    "compute_capabilities": [[8, 0]],
+    "attention": "native",
+    "plugin_version": None,
+    "limits": {"max_batch": 1, "max_context": 256, "max_rows": 32, "chunk": 64},
+    "profiles": {},
+    "kernels": RECORD,
+    "build": {},
+}
+
+
+def nested(levels: int) -> str:
+    """Return JSON: Python's own writer gives up on what is nested deeply."""
+    return "[" * levels + "]" * levels
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("dims", None),
+        ("dims", []),
+        ("precision", 32),
+        ("tree", {"tree_rows": 10**7, "pseudo_rows": [1, 1, 1]}),
+        ("tree", {"tree_rows": 0, "pseudo_rows": [1, 1, 1]}),
+        ("tree", {"tree_rows": 4, "pseudo_rows": [1, 1]}),
+        ("tree", {"tree_rows": 4, "pseudo_rows": [1, 1, -1]}),
+        ("tree", {"tree_rows": 4, "pseudo_rows": [1] * 100_000}),
+        ("tree", {"tree_rows": 4, "pseudo_rows": "111"}),
+        ("prompt_chunk", 0),
+        ("prompt_chunk", 10**9),
+        ("prompt_chunk", None),
+        ("max_context", True),
+        ("max_context", -5),
+        ("max_context", 10**15),
+        ("max_context", 10**400),
+        ("max_context", 1e3),
         ("stop_tokens", ["2"]),
         ("stop_tokens", "2"),
+        ("stop_tokens", 2),
         ("stop_tokens", [-1]),
         ("stop_tokens", [True]),
+        ("stop_tokens", [10**30]),
         ("special_tokens", "x"),
         ("special_tokens", {"bos_token": 1}),
-        ("prompt_chunk", 0),
-        ("max_context", True),
-        ("tree", {"tree_rows": 10**7, "pseudo_rows": [1, 1, 1]}),
+        ("special_tokens", {"bos_token": "\ud800"}),
+        ("graph", None),
+        ("graph", "engine.onnx"),
+        ("graph", {**RECORD, "bytes": -1}),
+        ("graph", {**RECORD, "bytes": 10**30}),
+        ("graph", {**RECORD, "bytes": "1"}),
+        ("graph", {**RECORD, "name": None}),
+        ("graph", {**RECORD, "sha256": "0" * 63}),
+        ("graph", {**RECORD, "sha256": "../../../../../../tmp/x"}),
+        ("graph", {**RECORD, "sha256": SHA256 + "\n"}),
+        ("weights", []),
+        ("base_model", []),
+        ("base_model", {"name": FAR}),
+        ("transfer", "x"),
+        ("transfer", {"recipe": FAR}),
+        ("transfer", {"recipe": DEEP}),
+        ("transfer", {"acceptance": []}),
+        ("versions", {"torch": 2}),
+        ("parity", None),
+        ("parity", {"largest_relative_difference": float("nan")}),
+        ("parity", {"largest_relative_difference": float("inf")}),
+        ("parity", {"x": FAR}),
+        ("plan", "x"),
+        ("plan", {**PLAN, "compute_capabilities": []}),
+        ("plan", {**PLAN, "compute_capabilities": [[8]]}),
+        ("plan", {**PLAN, "compute_capabilities": [["8", "0"]]}),
+        ("plan", {**PLAN, "attention": "other"}),
+        ("plan", {**PLAN, "build": {"x": FAR}}),
+        ("plan", {**PLAN, "kernels": {**RECORD, "name": "../x"}}),
+        *(
+            ("plan", {**PLAN, "limits": {**PLAN["limits"], name: value}})  # type: ignore[dict-item]
+            for name in ("max_batch", "max_context", "max_rows", "chunk")
+            for value in (0, -1, 10**9, 10**30, True, "8", None)
+        ),
+        ("plan", {**PLAN, "limits": {**PLAN["limits"], "max_rows": 30_000}}),  # type: ignore[dict-item]
     ],
+    ids=lambda value: repr(value)[:40],
 )
 def test_a_description_that_cannot_be_is_refused(engine_copy: Path, field: str, value: object) -> None:
-    change(engine_copy, **{field: value})
-    with pytest.raises(EngineFileError, match=r"engine\.json lacks or misstates"):
-        Generator(engine_copy)
+    described = engine_copy.with_suffix(".json")
+    about = json.loads(described.read_text())
+    text = json.dumps({**about, field: value})
+    described.write_text(text.replace(f'"{DEEP}"', nested(100_000)).replace(f'"{FAR}"', nested(100)))
+    with pytest.raises(EngineFileError, match=r"is not a valid engine\.json( header)? \(.*; export the en") as raised:
+        read_engine_file(engine_copy)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 600
 
 
-@pytest.mark.parametrize("field", ["head_dim", "vocab_size", "num_layers", "key_value_heads"])
-def test_dimensions_that_are_no_numbers_are_refused(engine_copy: Path, field: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_layers", 10**9),
+        ("num_layers", 0),
+        ("num_layers", 2),
+        ("query_heads", 10**9),
+        ("key_value_heads", -1),
+        ("key_value_heads", "2"),
+        ("head_dim", 10**9),
+        ("head_dim", "8"),
+        ("hidden_size", 10**18),
+        ("vocab_size", 10**9),
+        ("vocab_size", 0),
+        ("vocab_size", 264.0),
+        ("vocab_size", None),
+        ("transfer_layers", []),
+        ("transfer_layers", [-1, 1, 1]),
+        ("transfer_layers", [5, 1, 1]),
+        ("transfer_layers", [0] * 1000),
+        ("transfer_layers", "111"),
+        ("dtype", "float64"),
+        ("dtype", "int3"),
+        ("dtype", None),
+    ],
+)
+def test_dimensions_that_cannot_be_are_refused(engine_copy: Path, field: str, value: object) -> None:
     dims = json.loads(engine_copy.with_suffix(".json").read_text())["dims"]
-    change(engine_copy, dims={**dims, field: str(dims[field])})
-    with pytest.raises(EngineFileError, match=rf"lacks or misstates {field} \('"):
+    change(engine_copy, dims={**dims, field: value})
+    with pytest.raises(EngineFileError, match=rf"is not a valid engine\.json \(.*(`\$\.dims(\.{field}.*)?`|{field})"):
         Generator(engine_copy)
 
 
-def test_a_description_that_is_not_json_is_refused(engine_copy: Path) -> None:
-    engine_copy.with_suffix(".json").write_text("{")
-    with pytest.raises(EngineFileError, match="is not valid JSON"):
+def test_what_real_descriptions_have_is_read(engine_copy: Path) -> None:
+    # Tokens beyond the vocabulary that end a text, fields of a later release, whole numbers where shares are.
+    change(engine_copy, stop_tokens=[2, 10**6], later=1, versions={"torch": "2"}, parity={}, plan=None)
+    about = read_engine_file(engine_copy)
+    assert about.stop_tokens == (2, 10**6)
+    assert Generator(engine_copy, adapt=False).generate("Hello", max_new_tokens=3).tokens
+
+
+def test_a_description_is_written_as_it_was_read(engine_copy: Path) -> None:
+    path = engine_copy.with_suffix(".json")
+    before = path.read_bytes()
+    read_engine_file(engine_copy).write(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"[]", b"3", b"null", b"\xff", b"{}", b'{"format": 3}', b"[" * 100_000])
+def test_a_file_that_holds_something_else_is_refused(engine_copy: Path, content: bytes) -> None:
+    engine_copy.with_suffix(".json").write_bytes(content)
+    with pytest.raises(EngineFileError, match=r"is not a valid engine\.json header \(.*; export the engine again"):
+        Generator(engine_copy)
+
+
+def test_a_description_of_any_length_is_not_read_whole(engine_copy: Path) -> None:
+    with engine_copy.with_suffix(".json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(EngineFileError, match=r"it has more than \d+ bytes"):
         Generator(engine_copy)
 
 

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +7,6 @@ from runtime.drafting.best_first import best_first_tree
 from runtime.drafting.correction import CorrectedDrafts, TokenCorrection, corrected
 from runtime.drafting.drafts import AdjustedDrafts, DraftStep, IndependentDrafts, most_probable
 from runtime.drafting.transfer_drafts import foreseen, tempered
-from runtime.errors import EngineFileError
 from runtime.sampling.noise import Noise
 from tests.strategies import draft_steps
 
@@ -134,24 +131,6 @@ def test_tempered_drafts_are_falling_probabilities_at_any_temperature(
     assert np.isfinite(found.probabilities).all()
     assert (np.diff(found.probabilities) <= 0).all()
     assert 0 < found.probabilities.sum() <= 1 + 1e-9
-
-
-def test_tables_come_back_from_their_file(tmp_path: Path) -> None:
-    correction = random_correction(0, 3)
-    correction.write(tmp_path / "c.npy")
-    found = TokenCorrection.read(tmp_path / "c.npy", VOCAB, 3)
-    for step in range(3):
-        expected = correction.after(correction.rows(step, np.arange(VOCAB)), 5)
-        np.testing.assert_allclose(found.after(found.rows(step, np.arange(VOCAB)), 5), expected, atol=2e-2)
-
-
-def test_tables_that_do_not_fit(tmp_path: Path) -> None:
-    random_correction(0, 3).write(tmp_path / "c.npy")
-    with pytest.raises(EngineFileError, match=r"has the shape \[43, 3\] where 42 rows are expected"):
-        TokenCorrection.read(tmp_path / "c.npy", VOCAB, 2)
-    (tmp_path / "c.npy").write_bytes(b"junk")
-    with pytest.raises(EngineFileError, match="is not a token correction"):
-        TokenCorrection.read(tmp_path / "c.npy", VOCAB, 3)
 
 
 @given(st.integers(0, 1000), st.floats(0.0, 1.0), st.integers(1, VOCAB))

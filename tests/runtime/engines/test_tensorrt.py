@@ -15,7 +15,8 @@ import pytest
 from ht_export.tensorrt.limits import profiles
 from plugins.binaries import COMMIT, Kernel, KernelBinaries
 from runtime import EngineFileError, Generator, InputError, TreeSizes, driver
-from runtime.bundle.engine_file import EngineFile, FileRecord, Limits, PlanFile, engine_file_path, read_engine_file
+from runtime.bundle.engine_file import EngineFile, FileRecord, Limits, PlanFile, read_engine_file
+from runtime.bundle.places import engine_file_path
 from runtime.decode import Request
 from runtime.drafting.sizing import FixedSizes
 from runtime.engines import device_cache, tensorrt
@@ -332,5 +333,16 @@ def test_limits_that_cannot_be(plan: Path) -> None:
     assert value["plan"]["limits"] == asdict(LIMITS)
     value["plan"]["limits"]["max_rows"] = 0
     path.write_text(json.dumps(value))
-    with pytest.raises(EngineFileError, match=r"lacks or misstates max_rows \(0\)"):
+    with pytest.raises(EngineFileError, match=r"is not a valid engine\.json \(.*`\$\.plan\.limits\.max_rows`"):
+        Generator(plan)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"HTTA\x02\0\0\0\0\0\0\0junk"])
+def test_kernels_that_are_none_are_refused(plan: Path, content: bytes) -> None:
+    path = plan.with_name("engine.kernels.bin")
+    path.write_bytes(content or b"\0")
+    about = read_engine_file(plan)
+    assert about.plan is not None
+    replace(about, plan=replace(about.plan, kernels=FileRecord.of(path))).write(engine_file_path(plan))
+    with pytest.raises(EngineFileError, match=r"engine\.kernels\.bin is not a valid kernels\.bin \(.*; export the eng"):
         Generator(plan)

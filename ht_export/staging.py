@@ -1,0 +1,103 @@
+"""The place of an engine: checked before the work, kept for one export, and filled when that has finished."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from runtime.bundle.engine_file import EngineFile
+from runtime.bundle.places import engine_file_path
+from runtime.bundle.placing import CPU_SUFFIX, check_replaceable, complete, place
+from runtime.errors import InputError
+from runtime.files import check_writable, unwritable
+
+
+def check_out(out: Path) -> None:
+    """Raise `InputError` unless `out` names an engine file that can be written there."""
+    if out.suffix not in (".onnx", ".plan"):
+        raise InputError(
+            f"{out}: the engine's name must end in .onnx (ONNX Runtime) or .plan (TensorRT), for example "
+            f"{out.with_suffix('.plan')}"
+        )
+    if out.name.endswith(CPU_SUFFIX):
+        raise InputError(
+            f"{out}: the graph for the CPU of another engine would have this name; choose another, for example "
+            f"{out.with_name(out.name.removesuffix(CPU_SUFFIX) + '-cpu.onnx')}"
+        )
+    check_writable(out)
+    described = engine_file_path(out)
+    other = out.with_suffix(".onnx" if out.suffix == ".plan" else ".plan")
+    if described.is_file() and other.is_file():
+        raise InputError(
+            f"{described} belongs to {other.name}, and {out.name} would need one of the same name; choose another name "
+            f"or folder, for example {out.parent / out.suffix[1:] / out.name}"
+        )
+    check_replaceable(out)
+
+
+@contextlib.contextmanager
+def staging_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder beside `out` for unfinished files, and remove it whatever happens.
+
+    Raises `InputError` while another export to `out` is at work. What exports left there that were killed is completed
+    or removed first.
+    """
+    with _alone(out):
+        folder = _new_staging_folder(out)
+        try:
+            yield folder
+        except OSError as error:
+            if error.filename is not None and folder not in Path(os.fsdecode(error.filename)).parents:
+                # Reading something else failed, such as the checkpoint.
+                raise
+            raise unwritable(out, error) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep the place of `out` for this export. A lock that is held ends with its process, however that ends."""
+    lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"another export to {out} is at work; wait until it has ended, or choose another name"
+        ) from None
+    except OSError as error:
+        raise unwritable(out, error) from error
+    try:
+        yield
+    finally:
+        # While it is held: who waits for a file that is gone looks again.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _new_staging_folder(out: Path) -> Path:
+    """Return a new folder beside `out`, when nothing is left there of exports that were killed."""
+    prefix = f".{out.name}.staging-"
+    try:
+        complete(out)
+        # Nobody is at work in these: their exports would hold the lock.
+        for folder in out.parent.glob(f"{glob.escape(prefix)}*"):
+            shutil.rmtree(folder)
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    except OSError as error:
+        raise unwritable(out, error) from error
+
+
+def put_in_place(folder: Path, out: Path, description: EngineFile) -> None:
+    """Put the finished files of the staging folder in the place of the engine that was there; see
+    `runtime.bundle.placing`.
+    """
+    description.write(folder / engine_file_path(out).name)
+    place(folder, out)
