@@ -23,7 +23,7 @@ from ht_export.model.shipped import UNTRAINED as UNTRAINED
 from ht_export.model.shipped import Untrained, transfer_layers
 from ht_export.preflight import check_memory, check_space, weight_bytes
 from ht_export.progress import Stage
-from ht_export.prompts import encode_chat
+from ht_export.prompts import chat_template, encode_chat
 from ht_export.quantize.gptq import second_moments
 from ht_export.quantize.weights import quantise
 from ht_export.scopes import collected
@@ -166,6 +166,8 @@ def load(checked: Checked, stage: Stage) -> Loaded:
     with stage("loading the base model"):
         base = load_base_model(checked.source, None, settings.max_context)
         check_tokenizer(base)
+        # No engine of a template that cannot be compiled would load.
+        chat_template(base.tokenizer)
         transfer, about_transfer = transfer_layers(checked.transfer, base)
     tree = settings.tree(transfer.num_steps, plan=planner is not None)
     weights_take = weight_bytes(base.model, checked.dtype, checked.storage, as_stored=checked.as_stored)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
-from jinja2 import TemplateError
-
+from ht_export.foreign import foreign_code
+from ht_export.formats import LinesFormat
+from runtime.chat import ChatTemplate, InvalidTemplateError
 from runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +31,32 @@ class Conversation:
         return tuple(" ".join(turn.split()).casefold() for turn in self.turns)
 
 
+@dataclass(frozen=True)
+class _Line:
+    """A line of a file of prompts; `prompt`, where it says anything, goes before `turns`."""
+
+    prompt: str | None = None
+    turns: list[str] | None = None
+    id: str | int | float | bool | None = None
+    task: str | int | float | bool = ""
+
+    def __post_init__(self) -> None:
+        if not self.said or not all(turn.strip() for turn in self.said):
+            raise ValueError("it needs 'prompt' (a string) or 'turns' (a list of strings), not empty")
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        return (self.prompt,) if self.prompt else tuple(self.turns or ())
+
+
+PROMPTS = LinesFormat(
+    "prompt",
+    most_bytes=1 << 24,
+    remedy="give a JSON-lines file with a 'prompt', or 'turns', on each line",
+    kind=_Line,
+)
+
+
 def read_conversations(path: Path) -> list[Conversation]:
     """Read a JSON-lines file of prompts: each line has `prompt` (a string) or `turns` (a list of strings).
 
@@ -37,24 +64,10 @@ def read_conversations(path: Path) -> list[Conversation]:
     """
     if not path.is_file():
         raise InputError(f"no prompts file at {path}; give a JSON-lines file with a 'prompt' on each line")
-    conversations = []
-    # Not splitlines(): JSON strings may hold other Unicode line separators unescaped.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            # Decoded here: text that is not UTF-8 has a line number too.
-            row = json.loads(line.decode("utf-8"))
-            # JSON can spell half of a surrogate pair, which no tokenizer takes.
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
-        turns = _turns(row)
-        if turns is None:
-            raise InputError(
-                f"{path}, line {number}: needs 'prompt' (a string) or 'turns' (a list of strings), not empty"
-            )
-        conversations.append(Conversation(str(row.get("id", number)), str(row.get("task", "")), turns))
+    conversations = [
+        Conversation(str(number if line.id is None else line.id), str(line.task), line.said)
+        for number, line in PROMPTS.lines(path)
+    ]
     if not conversations:
         raise InputError(f"{path} holds no prompts")
     return conversations
@@ -87,28 +100,47 @@ def evenly(prompts: Sequence[Conversation], count: int) -> list[Conversation]:
 def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Iterable[str], answers: Iterable[str] = ()) -> list[int]:
     """Return the ids of a conversation up to where the model speaks: `turns` with an answer after each but the last.
 
-    In the model's chat template; without one, the bare texts follow each other.
+    In the model's chat template, which is rendered as the runtime does; without one, the bare texts follow each other.
+    Raises `InputError` when the template cannot be compiled, or does not take the conversation.
     """
     turns, answers = list(turns), list(answers)
-    if not tokenizer.chat_template:
+    template = chat_template(tokenizer)
+    if template is None:
         parts = [part for pair in zip(turns, answers, strict=False) for part in pair] + turns[len(answers) :]
-        return list(tokenizer("".join(parts)).input_ids)
+        with foreign_code("the model's tokenizer cannot encode a text", "give a checkpoint with another tokenizer"):
+            return list(tokenizer("".join(parts)).input_ids)
     messages = []
     for index, turn in enumerate(turns):
         messages.append({"role": "user", "content": turn})
         if index < len(answers):
             messages.append({"role": "assistant", "content": answers[index]})
     try:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except TemplateError as error:
-        raise InputError(f"the model's chat template refuses a conversation of {len(turns)} turns: {error}") from error
-    return list(ids)
+        text = template.render(messages)
+    except InputError as error:
+        raise InputError(f"a conversation of {len(turns)} turns: {error}") from error
+    with foreign_code("the model's tokenizer cannot encode a text", "give a checkpoint with another tokenizer"):
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _turns(row: Any) -> tuple[str, ...] | None:
-    if not isinstance(row, dict):
+# By tokenizer: a template has a process, which ends with its tokenizer.
+_templates: WeakKeyDictionary[PreTrainedTokenizerBase, ChatTemplate] = WeakKeyDictionary()
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    """Return the chat template of `tokenizer`, None without one. Raises `InputError` when it cannot be compiled."""
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        source = source.get("default")
+    if not source:
         return None
-    turns = [row["prompt"]] if row.get("prompt") else row.get("turns")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        return None
-    return tuple(turns)
+    template = _templates.get(tokenizer)
+    if template is None or template.source != source:
+        special = {
+            name: [str(token) for token in tokens] if isinstance(tokens, list) else str(tokens)
+            for name, tokens in tokenizer.special_tokens_map.items()
+        }
+        try:
+            template = _templates[tokenizer] = ChatTemplate(source, special)
+        except InvalidTemplateError as error:
+            raise InputError(f"the model's chat template is not valid: {error.cause}") from error
+    return template

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from runtime.bundle.engine_file import EngineFile, engine_file_path
+from runtime.bundle.engine_file import EngineFile
+from runtime.bundle.places import engine_file_path
 from runtime.bundle.placing import CPU_SUFFIX, check_replaceable, complete, place
 from runtime.errors import InputError
 from runtime.files import check_writable, unwritable

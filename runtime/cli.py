@@ -26,6 +26,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("engine", type=Path, help="engine file made by ht-export (.onnx or .plan)")
     parser.add_argument("prompt", help="the user's message, put into the model's chat template; '-' reads stdin")
     parser.add_argument("--raw", action="store_true", help="use the prompt as it is, without the chat template")
+    parser.add_argument(
+        "--escape-special-tokens",
+        action="store_true",
+        help="take special tokens that the prompt spells out, such as <|im_end|>, for the text that they are",
+    )
     parser.add_argument("--plain", action="store_true", help="decode one token a pass, without speculation")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming the text")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
@@ -186,6 +191,7 @@ def _generate(options: argparse.Namespace) -> None:
         "speculate": not options.plain,
         "raw": options.raw,
         "sampling": sampling,
+        "escape_special_tokens": options.escape_special_tokens,
     }
     if options.json:
         print(json.dumps(generator.generate(prompt, **arguments).to_dict(), ensure_ascii=False))

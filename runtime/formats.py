@@ -6,9 +6,13 @@ soon, in a value that fits the description or in one error that names the file.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import stat
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
@@ -17,11 +21,16 @@ import msgspec
 from runtime.errors import InputError
 
 T = TypeVar("T")
+K = TypeVar("K")
 # Characters of a cause that an error repeats: it may quote the file.
 LONGEST_CAUSE = 300
 # Levels of values within values in a part whose form is free: far more than any file has, and far fewer than what walks
 # through it bears.
 MOST_LEVELS = 64
+LONGEST_VALUE = 60
+# Bytes of a malformed text that its error shows before the first one that cannot be, and from it on.
+SHOWN_BEFORE = 30
+SHOWN_FROM = 10
 
 
 @dataclass(frozen=True)
@@ -45,18 +54,28 @@ class Format:
 
     def content(self, path: Path) -> bytes:
         """Return the bytes of the file at `path`. Raises `error` for one that cannot be read, or is too large."""
+        with self.opened(path) as file:
+            return self.content_of(file, path)
+
+    def content_of(self, file: BufferedReader, path: Path) -> bytes:
+        """Return the bytes of an open file, that at `path`. Raises `error` for one that is too large, and `OSError`."""
+        # One byte more than is allowed, and room for no more than there is: `read` takes memory beforehand.
+        content = file.read(min(self.most_bytes, os.fstat(file.fileno()).st_size) + 1)
+        if len(content) > self.most_bytes:
+            raise self.unfit(path, f"it has more than {self.most_bytes} bytes")
+        return content
+
+    @contextlib.contextmanager
+    def opened(self, path: Path) -> Iterator[BufferedReader]:
+        """Yield the file at `path`, open for reading. Raises `error` where that, or a read within the block, fails."""
         try:
             # Before it is opened: opening a pipe waits for whoever writes into it.
             if not stat.S_ISREG(path.stat().st_mode):
                 raise self.unfit(path, "it is no regular file")
             with path.open("rb") as file:
-                # One byte more than is allowed, and room for no more than there is: `read` takes memory beforehand.
-                content = file.read(min(self.most_bytes, os.fstat(file.fileno()).st_size) + 1)
+                yield file
         except OSError as error:
             raise self.unfit(path, error.strerror or str(error)) from error
-        if len(content) > self.most_bytes:
-            raise self.unfit(path, f"it has more than {self.most_bytes} bytes")
-        return content
 
     def text(self, path: Path) -> str:
         """Return the text of the file at `path`. Raises `error` as `content` does, and where it is not UTF-8."""
@@ -68,6 +87,13 @@ class Format:
             return content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.unfit(where, error) from error
+
+    def fit(self, value: object, kind: type[K], where: object) -> K:
+        """Return `value`, found at `where`, as a `kind`, which msgspec converts to. Raises `error`."""
+        try:
+            return msgspec.convert(value, kind)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise self.unfit(where, _with_value(error, lambda: value)) from error
 
     def unfit(self, where: object, cause: object) -> InputError:
         """Return the error that tells that what is at `where` does not fit, and why."""
@@ -95,8 +121,10 @@ class JsonFormat(Format, Generic[T]):
             return msgspec.json.decode(content, type=self.kind)
         except RecursionError as error:
             raise self.unfit(where, "it is nested too deeply") from error
+        except msgspec.ValidationError as error:
+            raise self.unfit(where, _with_value(error, lambda: msgspec.json.decode(content))) from error
         except (msgspec.MsgspecError, ValueError) as error:
-            raise self.unfit(where, error) from error
+            raise self.unfit(where, _with_text(error, content)) from error
 
 
 def check_levels(value: object) -> None:
@@ -108,3 +136,52 @@ def check_levels(value: object) -> None:
         if not level:
             return
     raise ValueError("it is nested too deeply")
+
+
+def _with_value(error: Exception, found: Callable[[], object]) -> str:
+    """Return the message of msgspec's `error` with the value that it is about, where that is a single one."""
+    message = str(error)
+    at = re.search(r" - at `\$(.+)`$", message)
+    try:
+        value = _at(found(), at[1] if at else "")
+    except (msgspec.MsgspecError, ValueError, LookupError, TypeError, RecursionError):
+        return message
+    if isinstance(value, dict | list | tuple):
+        return message
+    try:
+        shown = repr(value)
+    except ValueError:
+        # Python writes no whole number of more than some thousand digits.
+        shown = "a number of thousands of digits"
+    return f"{message}, which is {shown[:LONGEST_VALUE]}{'...' if len(shown) > LONGEST_VALUE else ''}"
+
+
+def _at(value: object, path: str) -> object:
+    """Return the part of `value` at `path`, such as `.files[3].name`. Raises `LookupError` for a path that names no one
+    part: keys of free choice are `[...]`.
+    """
+    while path:
+        index = re.match(r"\[(\d+)\]", path)
+        if index and isinstance(value, list | tuple):
+            value, path = value[int(index[1])], path[index.end() :]
+            continue
+        if not isinstance(value, dict):
+            raise LookupError(path)
+        # Names may have dots.
+        names = [name for name in value if re.match(rf"\.{re.escape(str(name))}(?=[.\[]|$)", path)]
+        name = max(names, key=len, default=None)
+        value, path = value[name], path[1 + len(str(name)) :]
+    return value
+
+
+def _with_text(error: Exception, content: bytes | str) -> str:
+    """Return the message of msgspec's `error` with what stands around the byte that it is about."""
+    message = str(error)
+    place = re.search(r"\(byte (\d+)\)$", message)
+    if place is None:
+        return message
+    if isinstance(content, str):
+        content = content.encode("utf-8", "replace")
+    byte = int(place[1])
+    near = content[max(0, byte - SHOWN_BEFORE) : byte + SHOWN_FROM].decode("utf-8", "replace")
+    return f"{message}, in {near!r}"

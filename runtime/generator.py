@@ -13,7 +13,6 @@ from runtime.answer import Answer, GenerationChunk, GenerationResult
 from runtime.bundle.engine_file import EngineFile
 from runtime.bundle.reading import read_bundle
 from runtime.bundle.tuning_file import Tuning
-from runtime.chat import Message
 from runtime.checks import MOST_THREADS, whole
 from runtime.decode import Request
 from runtime.drafting.drafter import Drafter
@@ -24,13 +23,12 @@ from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.engines.opening import open_engine, runs_on_cpu
 from runtime.engines.protocol import Engine
 from runtime.errors import InputError, PromptTooLongError
+from runtime.prompts import Prompt, PromptEncoder
 from runtime.sampling import Sampling
 from runtime.sampling.noise import Noise
 from runtime.sampling.sampler import Sampler
 from runtime.tree import MOST_ROWS, TreeSizes
 from runtime.tuning import device_name, load_or_measure
-
-Prompt = str | Sequence[Message]
 
 
 class Generator:
@@ -42,7 +40,9 @@ class Generator:
     the GPU always. `threads` is for the CPU. With `adapt` the sizes of trees are those that pay on this device and for
     this text. On a CPU the times of steps are measured the first time, which takes some seconds, and kept beside the
     engine; on a GPU `ht-bench tune` does so. Without them, or without `adapt`, sizes are the engine's own.
-    `verify_weights=False` skips hashing the weights when loading (their size is always checked).
+    `verify_weights=False` skips hashing the weights when loading (their size is always checked). With
+    `escape_special_tokens` the text of a prompt never becomes special tokens, as `<|im_end|>` in a message otherwise
+    does; each request may say it anew.
     """
 
     def __init__(
@@ -53,13 +53,17 @@ class Generator:
         threads: int | None = None,
         adapt: bool = True,
         verify_weights: bool = True,
+        escape_special_tokens: bool = False,
     ) -> None:
         path = Path(engine)
         if threads is not None:
             whole("threads", threads, 1, MOST_THREADS)
         self._bundle = read_bundle(path, verify_weights=verify_weights)
         self.about: EngineFile = self._bundle.about
-        self.engine: Engine = open_engine(path, self.about, device, threads)
+        self._prompts = PromptEncoder(self._bundle.tokenizer, self._bundle.chat, self.about.dims.vocab_size)
+        self._escape = escape_special_tokens
+        with self._bundle.files as files:
+            self.engine: Engine = open_engine(files, self.about, device, threads)
         self._in_use = threading.Lock()
         self.tuning: Tuning | None = None
         if adapt:
@@ -67,28 +71,19 @@ class Generator:
             on_cpu = runs_on_cpu(self.about, device)
             self.tuning = load_or_measure(path, self.engine, self.about, name, self.new_drafter, on_cpu=on_cpu)
 
-    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+    def encode(self, prompt: Prompt, *, raw: bool = False, escape_special_tokens: bool | None = None) -> list[int]:
         """Return the token ids of a prompt: of chat messages, of a string as one user message, or (`raw`, or a model
-        without a chat template) of the string as it is.
-        """
-        chat = self._bundle.chat
-        if isinstance(prompt, str) and (raw or chat is None):
-            return self._ids(prompt)
-        if raw or chat is None:
-            reason = "raw=True takes a string" if raw else "this model has no chat template"
-            raise InputError(f"cannot encode chat messages: {reason}; give the prompt as one string")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self._ids(chat.render(messages), add_special_tokens=False)
+        without a chat template) of the string as it is. Any number of them: the context limit is for `stream`.
 
-    def _ids(self, text: str, **options: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"the prompt has {text[error.start]!r}, which is no character: bytes that are not UTF-8 become so; "
-                "convert it to UTF-8"
-            ) from error
-        return tokenizer.encode(self._bundle.tokenizer, text, self.about.dims.vocab_size, **options)
+        As in `transformers`, text that spells a special token becomes that token; with `escape_special_tokens` only
+        the template's own does, and messages (all texts in them) and strings are encoded as text. None leaves that to
+        what the generator was made with.
+        """
+        return self._encode(prompt, raw, escape_special_tokens, None)
+
+    def _encode(self, prompt: Prompt, raw: bool, escape: bool | None, limit: int | None) -> list[int]:
+        escape = self._escape if escape is None else escape
+        return self._prompts.encode(prompt, raw=raw, escape_special_tokens=escape, limit=limit)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of `tokens`, without special ones. Raises `InputError` for what is no token."""
@@ -105,6 +100,7 @@ class Generator:
         tree: TreeSizes | None = None,
         ngrams: bool = True,
         sampling: Sampling | None = None,
+        escape_special_tokens: bool | None = None,
     ) -> GenerationResult:
         """Return the base model's answer to `prompt`; parameters as for `stream`."""
         for chunk in self.stream(
@@ -116,6 +112,7 @@ class Generator:
             tree=tree,
             ngrams=ngrams,
             sampling=sampling,
+            escape_special_tokens=escape_special_tokens,
         ):
             if chunk.result is not None:
                 return chunk.result
@@ -132,13 +129,15 @@ class Generator:
         tree: TreeSizes | None = None,
         ngrams: bool = True,
         sampling: Sampling | None = None,
+        escape_special_tokens: bool | None = None,
     ) -> Iterator[GenerationChunk]:
         """Yield the base model's answer to `prompt` as it comes.
 
         `sampling` says how tokens are chosen, None greedily. `speculate=False` decodes plainly, one token a pass, to
         the same text, given the same seed. `stop` strings end the answer and are left out of its text. `tree` fixes the
         row counts of every step, which otherwise adapt to the device and to the text. `ngrams=False` drafts nothing
-        from the text itself. Arguments are checked before the first chunk is asked for. Raises
+        from the text itself. `escape_special_tokens` as for `encode`. Arguments are checked before the first chunk is
+        asked for, and a prompt that is clearly too long is refused without reading it to its end. Raises
         `PromptTooLongError` when the prompt leaves no room within the context limit, and `InputError` for any other
         argument that does not fit; also later, when `sampling` leaves no token to choose.
         """
@@ -160,7 +159,7 @@ class Generator:
                     f"forced_tokens has new token {index}, and max_new_tokens is {max_new_tokens}; change one of them"
                 )
         sizing = self._sizing(tree, speculate)
-        ids = self.encode(prompt, raw=raw)
+        ids = self._encode(prompt, raw, escape_special_tokens, self.about.max_context)
         if not ids:
             raise InputError("the prompt is empty; give at least one token")
         room = self.about.max_context - len(ids)

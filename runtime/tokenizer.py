@@ -6,12 +6,12 @@ library gives up it raises a `PanicException`, which is no `Exception`.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from runtime.errors import EngineFileError, InputError
-from runtime.formats import LONGEST_CAUSE, Format
+from runtime.foreign import failures
+from runtime.formats import Format
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -85,18 +85,6 @@ class DecodedStream:
         """
         with failures(_undecodable):
             return self._stream.step(self._tokenizer, token)
-
-
-@contextlib.contextmanager
-def failures(error: Callable[[str], InputError]) -> Iterator[None]:
-    """Raise the `error` of the cause for whatever the library raises in the block."""
-    try:
-        yield
-    except BaseException as found:
-        # A panic is no `Exception`, and its class cannot be imported.
-        if not isinstance(found, Exception) and type(found).__name__ != "PanicException":
-            raise
-        raise error(str(found).split("\n", maxsplit=1)[0][:LONGEST_CAUSE] or type(found).__name__) from found
 
 
 def _undecodable(cause: str) -> InputError:

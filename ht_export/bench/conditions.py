@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ht_export.bench.settings import BenchSettings
-from runtime.bundle.engine_file import engine_file_path
+from runtime.bundle.places import engine_file_path
 from runtime.engines.opening import runs_on_cpu
 from runtime.files import sha256_file
 from runtime.generator import Generator

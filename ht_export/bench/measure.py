@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from ht_export.bench.settings import PLAIN, Job
+from msgspec import Meta
+
+from ht_export.bench.settings import PLAIN, SPECULATIVE, Job
 from ht_export.bench.ways import TIE, Answer, Way, first_difference
+
+Count = Annotated[int, Meta(ge=0, le=1 << 60)]
+# Below any infinite one.
+Number = Annotated[float, Meta(ge=0, le=1e300)]
 
 
 @dataclass(frozen=True)
@@ -19,8 +25,8 @@ class Difference:
     the same text.
     """
 
-    position: int
-    gap: float | None
+    position: Count
+    gap: Annotated[float, Meta(ge=-1e300, le=1e300)] | None
     wrong: bool
 
 
@@ -31,14 +37,24 @@ class Runs:
     `identical` says whether the text is that of plain decoding, None where it need not be.
     """
 
-    new_tokens: list[int]
-    steps: list[int]
-    tokens_per_second: list[float]
-    decode_tokens_per_second: list[float]
-    time_to_first_token_s: list[float]
-    accepted: list[int]
+    new_tokens: Annotated[list[Count], Meta(min_length=1)]
+    steps: list[Annotated[int, Meta(ge=1, le=1 << 60)]]
+    tokens_per_second: list[Annotated[float, Meta(gt=0, le=1e300)]]
+    decode_tokens_per_second: list[Number]
+    time_to_first_token_s: list[Number]
+    accepted: list[Count]
     identical: bool | None
     difference: Difference | None
+
+    def __post_init__(self) -> None:
+        by_repeat = (self.steps, self.tokens_per_second, self.decode_tokens_per_second, self.time_to_first_token_s)
+        if any(len(numbers) != self.repeats for numbers in by_repeat):
+            raise ValueError("its lists have not one number for each repeat")
+
+    @property
+    def repeats(self) -> int:
+        """How often the prompt was answered."""
+        return len(self.new_tokens)
 
 
 @dataclass(frozen=True)
@@ -48,17 +64,19 @@ class Row:
     id: str
     task: str
     seed: int | None
-    prompt_tokens: int
-    ways: dict[str, Runs]
+    prompt_tokens: Count
+    ways: Annotated[dict[str, Runs], Meta(min_length=1)]
 
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Row:
-        """Return the row of which `asdict` gave `value`. Raises `KeyError` or `TypeError` if there is none."""
-        ways = {}
-        for name, runs in value["ways"].items():
-            difference = runs["difference"]
-            ways[name] = Runs(**{**runs, "difference": difference and Difference(**difference)})
-        return cls(**{**value, "ways": ways})
+    @property
+    def layout(self) -> tuple[list[str], int]:
+        """The names of the ways, and how often the prompt was answered in each: the same in all rows of a run.
+
+        Raises `ValueError` when ways were repeated more often than others, or one that all runs have is missing.
+        """
+        counts = {runs.repeats for runs in self.ways.values()}
+        if len(counts) > 1 or not {PLAIN, SPECULATIVE} <= self.ways.keys():
+            raise ValueError(f"row {self.id!r:.60} lacks {PLAIN} or {SPECULATIVE} decoding, or some of their repeats")
+        return sorted(self.ways), counts.pop()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-ready dictionary."""

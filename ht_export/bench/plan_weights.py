@@ -85,7 +85,8 @@ def write(engine: Path, precision: str, calibrate: Path | None, out: Path) -> No
             record = getattr(about, field)
             if record is not None:
                 copied = folder / record.name.replace(engine.stem, out.stem, 1)
-                shutil.copyfile(record.check(engine.parent, contents=True), copied)
+                with record.open(engine, contents=True) as source, copied.open("wb") as sink:
+                    shutil.copyfileobj(source, sink)
                 beside[field] = FileRecord.of(copied)
         method = "GPTQ" if texts else "round to nearest"
         description = replace(

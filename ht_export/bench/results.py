@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ht_export.bench.conditions import differences
 from ht_export.bench.measure import Row
 from ht_export.bench.settings import Job
 from ht_export.bench.summary import summarise
+from ht_export.formats import VersionedFormat
 from runtime.errors import InputError
 from runtime.files import write_json
 
 FORMAT = "ht-bench"
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _File:
+    """What of a results file a run continues."""
+
+    format: Literal["ht-bench"]
+    version: int
+    conditions: dict[str, Any]
+    rows: list[Row]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.conditions.get("continued", []), list):
+            raise ValueError("its conditions misstate the runs that continued it")
+        if any(row.layout != self.rows[0].layout for row in self.rows):
+            raise ValueError("its rows are not measured alike")
+
+
+RESULTS = VersionedFormat(
+    "file of results of ht-bench run",
+    most_bytes=1 << 28,
+    remedy="delete it, or choose another --json",
+    kind=_File,
+    version=FORMAT_VERSION,
+    again="choose another --json",
+)
 
 
 class Results:
@@ -39,7 +66,11 @@ class Results:
         return self._jobs[len(self.rows) :]
 
     def add(self, row: Row) -> None:
-        """Add what was measured of the next job, and write the file."""
+        """Add what was measured of the next job, and write the file. Raises `InputError` where the rows before it are
+        measured otherwise.
+        """
+        if self._path and self.rows and row.layout != self.rows[0].layout:
+            raise RESULTS.unfit(self._path, "its rows are not measured as those that are to follow")
         self.rows.append(row)
         self.write()
 
@@ -60,39 +91,20 @@ class Results:
         }
 
     def _continue(self, path: Path) -> None:
-        found = _read(path)
-        then = found["conditions"]
+        found = RESULTS.read(path)
+        then = found.conditions
         if differing := differences(self.conditions, then):
             raise InputError(
                 f"{path} holds results under other conditions: {'; '.join(differing)}; repeat the earlier command to "
                 "continue it, or choose another --json"
             )
-        try:
-            self.rows = [Row.from_dict(row) for row in found["rows"]]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise _damaged(path, error) from error
+        self.rows = found.rows
         asked = [(job.id, job.sampling.seed) for job in self._jobs[: len(self.rows)]]
         if [(row.id, row.seed) for row in self.rows] != asked:
-            raise _damaged(path, "its prompts are not those asked for")
+            raise RESULTS.unfit(path, "its prompts are not those asked for")
         earlier = {key: then.get(key) for key in ("date", "commit")}
         now = {key: self.conditions[key] for key in earlier}
         runs = then.get("continued", [])
         if self.left and now not in [earlier, *runs]:
             runs = [*runs, now]
         self.conditions = {**then, **({"continued": runs} if runs else {})}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") != FORMAT_VERSION:
-        raise InputError(f"{path} does not hold results of this version of ht-bench run; choose another --json")
-    if not isinstance(found.get("conditions"), dict) or not isinstance(found.get("rows"), list):
-        raise _damaged(path, "its conditions or rows are missing")
-    return found
-
-
-def _damaged(path: Path, why: object) -> InputError:
-    return InputError(f"{path} is damaged ({why}); delete it, or choose another --json")

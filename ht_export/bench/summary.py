@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import Any
 
 from ht_export.bench.measure import Row, Runs
@@ -58,7 +58,7 @@ def acceptance(accepted: Sequence[int]) -> list[float]:
     accepted in half of them, and depth 2 in 20 of those 50.
     """
     reached = [sum(accepted[depth:]) for depth in range(len(accepted))]
-    return [reached[depth] / reached[depth - 1] for depth in range(1, len(reached))]
+    return [after / before for before, after in pairwise(reached) if before]
 
 
 def slowest(rows: Sequence[Row]) -> dict[str, Any]:

@@ -9,25 +9,63 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Required, TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
+from msgspec import Meta
 from torch import Tensor, nn
 
+from ht_export.formats import VersionedFormat
 from ht_export.model.correction import CorrectionNetwork
-from ht_export.model.tensors import write_safetensors
+from ht_export.model.tensors import opened_tensors, shapes, write_safetensors
 from runtime.bindings import join_order
 from runtime.errors import InputError
+from runtime.formats import Format
 
 FORMAT_VERSION = 2
 METADATA_KEY = "hidden_transfer"
-# Far above any model's; a damaged file must not ask for all memory.
+# Far above any model's.
 LARGEST_SIZE = 1 << 16
+MOST_STEPS = 64
 DEFAULT_STEPS = 3
+
+Size = Annotated[int, Meta(ge=1, le=LARGEST_SIZE)]
+Count = Annotated[int, Meta(ge=0, le=LARGEST_SIZE)]
+
+
+class _TrainedFor(TypedDict, total=False):
+    """The base model's identity, of which the sizes are needed; see `BaseModel.identity`."""
+
+    hidden_size: Required[Size]
+    num_layers: Required[Size]
+    name: str
+    architecture: str
+    vocab_size: int
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    version: int
+    layers: Annotated[list[Count], Meta(min_length=1, max_length=MOST_STEPS)]
+    correction_rank: Count
+    base_model: _TrainedFor
+    recipe: dict[str, Any]
+    acceptance: dict[str, Any]
+
+
+METADATA = VersionedFormat(
+    "description of transfer layers",
+    most_bytes=1 << 24,
+    remedy="train it again",
+    kind=_Metadata,
+    version=FORMAT_VERSION,
+    again="train the file again",
+)
+TRANSFER_LAYERS = Format("safetensors file of transfer layers", 1 << 24, "fetch or train it again")
 
 
 class TransferLayers(nn.Module):
@@ -129,27 +167,31 @@ def load_transfer_layers(path: Path, base_model: dict[str, Any] | None = None) -
     """
     if not path.is_file():
         raise InputError(f"no transfer layers at {path}; train them with ht-train, or check the path")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = _parse_metadata(path, (file.metadata() or {}).get(METADATA_KEY))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}); fetch or train it again") from error
-    about = TransferFile(metadata["base_model"], metadata["recipe"], metadata["acceptance"])
-    if base_model is not None:
-        check_fits(path, about.base_model, base_model)
-    layers = metadata["layers"]
-    hidden_size = about.base_model["hidden_size"]
-    transfer = TransferLayers(layers, hidden_size, metadata["correction_rank"])
-    transfer.check_layers(about.base_model["num_layers"])
-    for name, parameter in _named_in_file(transfer):
-        tensor = tensors.get(name)
-        if tensor is None or tensor.shape != parameter.shape:
-            found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
-            raise InputError(f"{path}: {name} is {found}; it must be of shape {list(parameter.shape)}")
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{path}: {name} has values that are not finite; train it again")
-        parameter.data = tensor.to(torch.float32)
+    with opened_tensors(path, TRANSFER_LAYERS) as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
+        if text is None:
+            raise InputError(
+                f"{path} is a safetensors file but holds no transfer layers (no {METADATA_KEY!r} metadata)"
+            )
+        metadata = METADATA.decode(text, f"{path}, metadata {METADATA_KEY}")
+        if base_model is not None:
+            check_fits(path, metadata.base_model, base_model)
+        layers, hidden_size = metadata.layers, metadata.base_model["hidden_size"]
+        # Before there is memory for them: what is stated must be what is there.
+        with torch.device("meta"):
+            stated = TransferLayers(layers, hidden_size, metadata.correction_rank)
+        stated.check_layers(metadata.base_model["num_layers"])
+        found = shapes(file)
+        for name, parameter in _named_in_file(stated):
+            if found.get(name) != parameter.shape:
+                told = f"of shape {list(found[name])}" if name in found else "missing"
+                raise InputError(f"{path}: {name} is {told}; it must be of shape {list(parameter.shape)}")
+        transfer = TransferLayers(layers, hidden_size, metadata.correction_rank)
+        for name, parameter in _named_in_file(transfer):
+            parameter.data = file.get_tensor(name).to(torch.float32)
+            if not torch.isfinite(parameter).all():
+                raise InputError(f"{path}: {name} has values that are not finite; train it again")
+    about = TransferFile(dict(metadata.base_model), metadata.recipe, metadata.acceptance)
     return transfer.requires_grad_(False), about
 
 
@@ -162,7 +204,7 @@ def _named_in_file(transfer: TransferLayers) -> Iterator[tuple[str, Tensor]]:
             yield f"correction.{name}", parameter
 
 
-def check_fits(path: Path, trained_for: dict[str, Any], base_model: dict[str, Any]) -> None:
+def check_fits(path: Path, trained_for: Mapping[str, Any], base_model: dict[str, Any]) -> None:
     """Raise `InputError`, naming the first difference, unless the file was trained for this base model."""
     for key in ("architecture", "hidden_size", "num_layers", "vocab_size", "weights_sha256"):
         if trained_for.get(key) != base_model[key]:
@@ -171,29 +213,3 @@ def check_fits(path: Path, trained_for: dict[str, Any], base_model: dict[str, An
                 f"({trained_for.get('name')}) and {base_model[key]!r} in {base_model['name']}; "
                 "give the transfer layers trained for this model, or train some with ht-train"
             )
-
-
-def _parse_metadata(path: Path, text: str | None) -> dict[str, Any]:
-    if text is None:
-        raise InputError(f"{path} is a safetensors file but holds no transfer layers (no {METADATA_KEY!r} metadata)")
-    try:
-        metadata = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}: its metadata is not valid JSON ({error}); train it again") from error
-    version = metadata.get("version") if isinstance(metadata, dict) else None
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path} is of format version {version}; this release reads version {FORMAT_VERSION}: "
-            "update hidden-transfer, or train the file again"
-        )
-    for key, kind in (("layers", list), ("base_model", dict), ("recipe", dict), ("acceptance", dict)):
-        if not isinstance(metadata.get(key), kind):
-            raise InputError(f"{path}: its metadata lacks or misstates {key!r}; train it again")
-    sizes = [metadata["base_model"].get("hidden_size"), metadata["base_model"].get("num_layers")]
-    numbers = [*metadata["layers"], metadata.get("correction_rank"), *sizes]
-    if not all(isinstance(number, int) and 0 <= number <= LARGEST_SIZE for number in numbers):
-        raise InputError(
-            f"{path}: layers, correction_rank, hidden_size and num_layers must be whole numbers from 0 to "
-            f"{LARGEST_SIZE}; train it again"
-        )
-    return metadata

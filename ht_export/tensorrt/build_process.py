@@ -18,7 +18,7 @@ import psutil
 
 from ht_export.tensorrt.limits import Profile
 from ht_export.tensorrt.products import Capability, Product
-from ht_export.tensorrt.worker import BuildRequest, BuildResult
+from ht_export.tensorrt.worker import EVENTS, RESULTS, BuildRequest, BuildResult
 from runtime.errors import InputError
 
 ATTENTIONS = ("auto", "plugin", "native")
@@ -106,8 +106,10 @@ def _run(product: Product, request: Path, result: Path, folder: Path, on_phase: 
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                event = json.loads(line)
-                on_phase(event["phase"], event["step"], event["steps"])
+                # Of a worker that dies the last line may be cut.
+                if line.endswith("\n"):
+                    event = EVENTS.decode(line, "what the build told")
+                    on_phase(event.phase, event.step, event.steps)
             status = process.wait()
         except BaseException:
             process.kill()
@@ -131,8 +133,8 @@ def _run(product: Product, request: Path, result: Path, folder: Path, on_phase: 
 def _read(result: Path) -> BuildResult | None:
     """Return what the worker wrote, or None when it did not get to, or there was no room."""
     try:
-        return BuildResult(**json.loads(result.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return RESULTS.read(result)
+    except InputError:
         return None
 
 

@@ -24,6 +24,7 @@ from ht_export.tensorrt.products import Capability, Product, find_product
 from plugins.tensorrt_plugin import register
 from runtime.errors import InputError
 from runtime.files import atomic_path
+from runtime.formats import Format, JsonFormat
 
 LAYERS_BEGIN = "Layers:"
 # Logged wherever there is no GPU, which a build does not need.
@@ -61,10 +62,24 @@ class BuildResult:
     warnings: list[str] | None = None
 
 
+@dataclass(frozen=True)
+class BuildEvent:
+    """A phase of the build, the steps of it that are done, and all that there are; 0 where it counts none."""
+
+    phase: str
+    step: int
+    steps: int
+
+
+REQUESTS = JsonFormat("request for a build", 1 << 24, "build the plan again", kind=BuildRequest)
+RESULTS = JsonFormat("result of a build", 1 << 28, "build the plan again", kind=BuildResult)
+EVENTS = JsonFormat("event of a build", 1 << 16, "build the plan again", kind=BuildEvent)
+TIMING_CACHES = Format("timing cache", 1 << 30, "delete it, or give another --timing-cache")
+
+
 def main(path: str) -> int:
     """Build what the request at `path` says."""
-    fields = json.loads(Path(path).read_text(encoding="utf-8"))
-    request = BuildRequest(**fields)
+    request = REQUESTS.read(Path(path))
     # The library writes to stdout here and there; events go where nothing else does.
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -189,7 +204,7 @@ class _MemoryWatch:
 def _timing_cache(config: Any, path: str | None) -> Any:
     if path is None:
         return None
-    held = Path(path).read_bytes() if Path(path).is_file() else b""
+    held = TIMING_CACHES.content(Path(path)) if Path(path).is_file() else b""
     cache = config.create_timing_cache(held)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         # A cache of another version or GPU is of no use: begin anew.

@@ -3,22 +3,51 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from msgspec import Meta
 from torch import Tensor
 
-from ht_export.model.tensors import write_safetensors
+from ht_export.formats import PythonJsonFormat
+from ht_export.model.tensors import opened_tensors, shapes, write_safetensors
 from ht_export.model.transfer import TransferLayers
 from ht_export.training.identity import first_difference
 from runtime.errors import InputError
+from runtime.formats import Format
 
 METADATA_KEY = "fit"
 OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")
-COUNTS = {"step": int, "best_loss": float, "best_step": int, "anchors": int, "seconds": float, "peak_memory": int}
+# Far above any fit's.
+MOST = 1 << 60
+
+Count = Annotated[int, Meta(ge=0, le=MOST)]
+Seconds = Annotated[float, Meta(ge=0, le=float(MOST))]
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """A fit's numbers; see `FitState`."""
+
+    step: Count
+    best_loss: Annotated[float, Meta(ge=-float(MOST))]
+    best_step: Count
+    anchors: Count
+    seconds: Seconds
+    peak_memory: Count
+
+
+@dataclass(frozen=True)
+class _About(_Counts):
+    """What a checkpoint says besides its tensors; `run` is what a resumed run must share with it."""
+
+    run: dict[str, Any]
+
+
+DESCRIPTIONS = PythonJsonFormat("whole checkpoint of ht-train fit", 1 << 24, "delete it to start again", kind=_About)
+CHECKPOINTS = Format("safetensors file of ht-train fit", 1 << 24, "delete it to start again")
 
 
 @dataclass
@@ -53,43 +82,53 @@ def save_checkpoint(path: Path, state: FitState, run: dict[str, Any]) -> None:
     tensors |= {f"best/{name}": tensor for name, tensor in state.best.items()}
     for name, parameter in state.transfer.named_parameters():
         tensors |= {f"optimizer/{name}/{key}": value for key, value in state.optimizer.state[parameter].items()}
-    about = {**{name: getattr(state, name) for name in COUNTS}, "run": run}
+    about = {**{count.name: getattr(state, count.name) for count in fields(_Counts)}, "run": run}
     write_safetensors(path, tensors, {METADATA_KEY: json.dumps(about)})
 
 
 def load_checkpoint(path: Path, state: FitState, run: dict[str, Any]) -> None:
     """Restore `state` from `path`. Raises `InputError` when that is not a checkpoint, or one of another run."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[METADATA_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        made_by = dict(about["run"])
-        differing = first_difference(run, made_by)
-        if differing is None:
-            _restore(state, about, tensors)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(
-            f"{path} is not a whole checkpoint of ht-train fit ({error}); delete it to start again"
-        ) from error
-    if differing is not None:
-        raise InputError(
-            f"{path} is the checkpoint of a run with another {differing} ({made_by.get(differing)!r}, now "
-            f"{run[differing]!r}); repeat that, name another --checkpoint, or delete it to start again"
-        )
+    with opened_tensors(path, CHECKPOINTS) as file:
+        about = DESCRIPTIONS.decode((file.metadata() or {}).get(METADATA_KEY, ""), path)
+        differing = first_difference(run, about.run)
+        if differing is not None:
+            raise InputError(
+                f"{path} is the checkpoint of a run with another {differing} ({about.run.get(differing)!r:.300}, now "
+                f"{run.get(differing)!r}); repeat that, name another --checkpoint, or delete it to start again"
+            )
+        found = shapes(file)
+        expected = _expected(state, about.step, any(name.startswith("best/") for name in found))
+        for name, shape in expected.items():
+            if found.get(name) != shape:
+                told = f"of shape {list(found[name])}" if name in found else "missing"
+                raise CHECKPOINTS.unfit(path, f"{name} is {told}, and must be of shape {list(shape)}")
+        tensors = {name: file.get_tensor(name) for name in expected}
+    _restore(state, about, tensors)
 
 
-def _restore(state: FitState, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _expected(state: FitState, step: int, best: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint's tensors after `step` steps, with those of the `best` weights or without."""
+    weights = {name: tuple(tensor.shape) for name, tensor in state.transfer.state_dict().items()}
+    expected = {f"weight/{name}": shape for name, shape in weights.items()}
+    if best:
+        expected |= {f"best/{name}": shape for name, shape in weights.items()}
+    for name, parameter in state.transfer.named_parameters() if step else ():
+        for key in OPTIMIZER_KEYS:
+            expected[f"optimizer/{name}/{key}"] = () if key == "step" else tuple(parameter.shape)
+    return expected
+
+
+def _restore(state: FitState, about: _About, tensors: dict[str, Tensor]) -> None:
     groups: dict[str, dict[str, Tensor]] = {"weight": {}, "best": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         group, _, rest = name.partition("/")
         groups[group][rest] = tensor
-    counts = {name: kind(about[name]) for name, kind in COUNTS.items()}
     state.transfer.load_state_dict(groups["weight"])
     state.best = groups["best"]
-    for name, value in counts.items():
-        setattr(state, name, value)
+    for count in fields(_Counts):
+        setattr(state, count.name, getattr(about, count.name))
     for name, parameter in state.transfer.named_parameters():
         for key in OPTIMIZER_KEYS if state.step else ():
             tensor = groups["optimizer"][f"{name}/{key}"]
             # AdamW counts its steps in a tensor on the CPU.
-            state.optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+            state.optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter)

@@ -10,10 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Required, TypedDict
 
+from msgspec import Meta
+
+from ht_export.formats import LinesFormat, VersionedFormat
 from ht_export.model.checkpoint import BaseModel
 from ht_export.training.identity import first_difference
 from runtime.errors import InputError
@@ -21,16 +24,21 @@ from runtime.files import atomic_path, write_json
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 2
+# Ids are kept in 32 bits elsewhere.
+MOST_TOKEN = (1 << 31) - 1
+
+
+Tokens = Annotated[list[Annotated[int, Meta(ge=0, le=MOST_TOKEN)]], Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
 class AnsweredPrompt:
-    """One prompt with the base model's answer, as token ids."""
+    """One prompt with the base model's answer, as token ids; neither is empty."""
 
     id: str
     task: str
-    prompt: list[int]
-    answer: list[int]
+    prompt: Tokens
+    answer: Tokens
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -39,6 +47,55 @@ class AnsweredPrompt:
     def tokens(self) -> list[int]:
         """The whole text."""
         return self.prompt + self.answer
+
+
+class _MadeBy(TypedDict, total=False):
+    """The base model's identity; see `BaseModel.identity`."""
+
+    name: Required[str]
+    weights_sha256: Required[str]
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The data a folder holds, and what it was made from. `shards` and the number of `sequences` are None until all are
+    there.
+    """
+
+    version: int
+    base_model: _MadeBy
+    shards: list[Annotated[str, Meta(pattern=r"\Ashard-\d+-\d+\.jsonl\Z")]] | None
+    sequences: Annotated[int, Meta(ge=0)] | None = None
+    dtype: str | None = None
+    prompts_sha256: str | None = None
+    excluded_sha256: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.shards is not None and self.sequences is None:
+            raise ValueError("it names shards without the number of their sequences")
+        if len(set(self.shards or ())) < len(self.shards or ()):
+            raise ValueError("it names a shard twice")
+
+
+MANIFESTS = VersionedFormat(
+    "manifest of data",
+    most_bytes=1 << 26,
+    remedy="delete its folder and make the data again",
+    kind=Manifest,
+    version=MANIFEST_VERSION,
+    again="make the data again",
+)
+SHARDS = LinesFormat(
+    "answered prompt",
+    most_bytes=1 << 26,
+    remedy="delete the file and run ht-train data again",
+    kind=AnsweredPrompt,
+)
 
 
 def fingerprint(sequences: Sequence[AnsweredPrompt]) -> str:
@@ -61,7 +118,7 @@ class DataFolder:
         if any(path.glob("shard-*.jsonl")):
             if not existing.is_file():
                 raise InputError(f"{path} holds shards without a {MANIFEST}; choose a new folder, or delete them")
-            differing = first_difference(self.manifest, _read_manifest(existing))
+            differing = first_difference(self.manifest, asdict(MANIFESTS.read(existing)))
             if differing:
                 raise InputError(
                     f"{path} holds data made with another {differing}; choose a new folder, or repeat the earlier "
@@ -104,14 +161,14 @@ def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[Ans
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(f"{folder} is not a data folder (no {MANIFEST}); make one with: ht-train data")
-    manifest = _read_manifest(path)
-    made_with = manifest["base_model"]["weights_sha256"]
-    if made_with != base.weights_sha256:
+    manifest = MANIFESTS.read(path)
+    made_by = manifest.base_model
+    if made_by["weights_sha256"] != base.weights_sha256:
         raise InputError(
-            f"{folder} was made with other weights ({manifest['base_model']['name']}, {made_with[:12]}) than "
+            f"{folder} was made with other weights ({made_by['name']}, {made_by['weights_sha256'][:12]}) than "
             f"{base.source} ({base.weights_sha256[:12]}); make it again with: ht-train data"
         )
-    expected = manifest["shards"]
+    expected = manifest.shards
     if expected is None:
         raise InputError(f"{folder} is not finished; run ht-train data again with the same settings")
     missing = [name for name in expected if not (folder / name).is_file()]
@@ -121,12 +178,12 @@ def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[Ans
             "run ht-train data again with the same settings"
         )
     written = [sequence for name in expected for sequence in _read_shard(folder / name)]
-    if len(written) != manifest["sequences"]:
+    if len(written) != manifest.sequences:
         raise InputError(
-            f"{folder} holds {len(written)} of {manifest['sequences']} answers; a shard was cut short: "
+            f"{folder} holds {len(written)} of {manifest.sequences} answers; a shard was cut short: "
             "delete the shards and make the data again"
         )
-    if max(max(sequence.tokens) for sequence in written) >= base.model.config.vocab_size:
+    if max((max(sequence.tokens) for sequence in written), default=0) >= base.model.config.vocab_size:
         raise InputError(f"{folder} holds token ids beyond the model's vocabulary; make the data again")
     sequences = [sequence for sequence in written if len(sequence.answer) >= min_answer_tokens]
     if not sequences:
@@ -137,48 +194,5 @@ def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[Ans
     return sequences
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["version"]
-        if version == MANIFEST_VERSION:
-            _check_manifest(manifest)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error!r}); delete its folder and make the data again") from error
-    if version != MANIFEST_VERSION:
-        raise InputError(
-            f"{path} is of version {version}; this release reads version {MANIFEST_VERSION}: "
-            "update hidden-transfer, or make the data again"
-        )
-    return manifest
-
-
-def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Raise `KeyError`, `TypeError` or `ValueError` unless the manifest has what is read of it."""
-    made_by, shards = manifest["base_model"], manifest["shards"]
-    if not isinstance(made_by["weights_sha256"], str) or not isinstance(made_by["name"], str):
-        raise ValueError("base_model must have a name and a hash")
-    if shards is None:
-        return
-    if not isinstance(shards, list) or not all(isinstance(name, str) for name in shards):
-        raise ValueError("shards must be a list of names")
-    if not isinstance(manifest["sequences"], int):
-        raise ValueError("sequences must be a number")
-
-
 def _read_shard(path: Path) -> list[AnsweredPrompt]:
-    try:
-        return [_sequence(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); delete it and run ht-train data again") from error
-
-
-def _sequence(row: dict[str, Any]) -> AnsweredPrompt:
-    sequence = AnsweredPrompt(**row)
-    for name in ("prompt", "answer"):
-        ids = getattr(sequence, name)
-        if not isinstance(ids, list) or not ids or not all(isinstance(token, int) and token >= 0 for token in ids):
-            raise ValueError(f"{name} must be a list of token ids")
-    if not isinstance(sequence.task, str):
-        raise ValueError("task must be a string")
-    return sequence
+    return [sequence for _, sequence in SHARDS.lines(path)]

@@ -7,31 +7,50 @@ passed.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
 from rich.progress import Progress
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ht_export.model.checkpoint import BaseModel
 from ht_export.model.families import head_dim
-from ht_export.model.tensors import write_safetensors
+from ht_export.model.tensors import opened_tensors, write_safetensors
 from ht_export.training.batches import AnchorBatch, make_batch
 from ht_export.training.data import AnsweredPrompt, fingerprint
 from ht_export.training.drafts import Context, run_context
 from ht_export.training.identity import first_difference
 from runtime.errors import InputError
 from runtime.files import write_json
+from runtime.formats import Format, JsonFormat
 
 DESCRIPTION = "features.json"
 TEXTS_PER_FILE = 64
 BATCH = 8
+
+
+@dataclass(frozen=True)
+class _Description:
+    """The run that a cache holds features of, and the layers whose states they have, from the first on."""
+
+    weights_sha256: str
+    dtype: str
+    data_sha256: str
+    state_layers: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)]
+
+    def __post_init__(self) -> None:
+        if any(after <= before for before, after in pairwise(self.state_layers)):
+            raise ValueError("state_layers must rise")
+
+
+DESCRIPTIONS = JsonFormat("description of features", 1 << 20, "delete its folder", kind=_Description)
+FEATURES = Format("file of features", 1 << 24, "delete it and start again")
 
 
 @dataclass(frozen=True)
@@ -123,11 +142,11 @@ class FeatureCache:
         for row, sequence in enumerate(batch.sequences):
             number = self.index[id(sequence)]
             path = self._path(number // TEXTS_PER_FILE)
-            try:
-                with safe_open(path, framework="pt") as file:
-                    features[row, : len(sequence)] = file.get_tensor(str(number))
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path} is damaged ({error}); delete it and start again") from error
+            with opened_tensors(path, FEATURES) as file:
+                found = file.get_tensor(str(number))
+            if found.shape != (len(sequence), self.layout.width):
+                raise FEATURES.unfit(path, f"text {number} is of shape {list(found.shape)}")
+            features[row, : len(sequence)] = found
         return self.layout.unpack(features.to(batch.input_ids.device))
 
     def _check_description(self, base: BaseModel, data: Sequence[AnsweredPrompt]) -> None:
@@ -138,16 +157,15 @@ class FeatureCache:
         }
         path = self.folder / DESCRIPTION
         if path.is_file():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                held = replace(self.layout, state_layers=tuple(found["state_layers"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path} is damaged ({error}); delete its folder") from error
-            if differing := first_difference(description, found):
+            found = DESCRIPTIONS.read(path)
+            held = replace(self.layout, state_layers=found.state_layers)
+            if differing := first_difference(description, asdict(found)):
                 raise InputError(
                     f"{self.folder} holds features of another {differing}; name a new --feature-cache, "
                     "or delete that folder"
                 )
+            if held.state_layers[-1] != held.num_layers:
+                raise DESCRIPTIONS.unfit(path, f"its last layer is {held.state_layers[-1]}, not {held.num_layers}")
             if not held.covers(self.layout):
                 raise InputError(
                     f"{self.folder} holds states of layers {', '.join(map(str, held.state_layers))}, and layers "

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ht_export.training.sweep import SweepRow
 from runtime.files import atomic_path
 
 SIZE = (6.4, 4.0)
@@ -23,7 +24,7 @@ def plot_acceptance(found: dict[str, Any], folder: Path) -> list[Path]:
     ]
 
 
-def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+def plot_sweep(rows: Sequence[SweepRow], path: Path) -> Path:
     """Draw the candidates of a sweep: the cost of a pass against tokens per step, with lines of equal speed-up."""
     figure, axes = _axes("cost of a pass (plain passes)", "tokens per step")
     costs = [row["cost"] for row in rows]

@@ -7,14 +7,15 @@ accuracies are those of short fits and rank placements, no more.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+from msgspec import Meta
 from rich.progress import Progress
 
+from ht_export.formats import PythonJsonFormat
 from ht_export.model.checkpoint import BaseModel
 from ht_export.model.transfer import TransferLayers
 from ht_export.training.cost import RowCosts, best_choice
@@ -32,6 +33,51 @@ SHARED = (1 / 3, 1 / 2, 2 / 3, 5 / 6, 1)
 STAGGERED = ((2 / 3, 1 / 2, 1 / 3), (5 / 6, 3 / 4, 2 / 3))
 
 Placement = tuple[int, ...]
+
+Count = Annotated[int, Meta(ge=0, le=1 << 31)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+# Below any infinite one.
+Positive = Annotated[float, Meta(ge=0, le=1e300)]
+
+
+class RowSizes(TypedDict):
+    """Row counts of a tree."""
+
+    tree_rows: Count
+    pseudo_rows: Annotated[list[Count], Meta(min_length=1)]
+
+
+class SweepRow(TypedDict):
+    """What was measured of a placement after so many steps; see `sweep`."""
+
+    name: str
+    layers: Annotated[list[Count], Meta(min_length=1)]
+    steps: Count
+    top1: list[Share]
+    top8: list[Share]
+    sizes: RowSizes
+    tokens_per_step: Positive
+    cost: Positive
+    speedup: Positive
+    finalist: NotRequired[bool]
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """The results of a sweep so far, by placement and step, and what it was made from."""
+
+    results: dict[str, Annotated[dict[str, SweepRow], Meta(min_length=1)]]
+    placements: Any = None
+    steps: Any = None
+    rungs: Any = None
+    dtype: Any = None
+    fit: Any = None
+    base_model: Any = None
+    data_sha256: Any = None
+    row_cost: Any = None
+
+
+SWEEPS = PythonJsonFormat("file of sweep results", 1 << 26, "delete its folder and sweep again", kind=_Sweep)
 
 
 @dataclass(frozen=True)
@@ -76,7 +122,7 @@ def sweep(
     progress: Progress,
     feature_cache: Path | None = None,
     report: Callable[[str], None] = print,
-) -> list[dict[str, Any]]:
+) -> list[SweepRow]:
     """Compare placements and return a row for each, the best first; `folder` keeps checkpoints and results.
 
     Killed at any point, the same call continues. A row has name, layers, steps, finalist, top1 and top8 by draft step,
@@ -149,11 +195,11 @@ def sweep(
             alive = sorted(alive, key=lambda layers: -speedups[layers])[: max(1, (len(alive) + 1) // 2)]
     finalists = {_name(layers) for layers in alive}
     last = {name: max(at_rung.values(), key=lambda row: row["steps"]) for name, at_rung in measured.items()}
-    rows = [{**row, "finalist": name in finalists} for name, row in last.items()]
+    rows: list[SweepRow] = [{**row, "finalist": name in finalists} for name, row in last.items()]
     return sorted(rows, key=lambda row: (not row["finalist"], -row["speedup"]))
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[SweepRow]) -> str:
     """Return the rows of a sweep as a Markdown table."""
     lines = [
         "| layers | trained | top-1 by step | top-8 | tree rows | pseudo rows | tokens per step | cost | speed-up |",
@@ -171,7 +217,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def recommendation(rows: Sequence[dict[str, Any]], row_cost: float) -> str:
+def recommendation(rows: Sequence[SweepRow], row_cost: float) -> str:
     """Return one sentence with the best placement, its draft steps and row counts."""
     best = rows[0]
     used = sum(1 for count in best["sizes"]["pseudo_rows"] if count)
@@ -197,23 +243,17 @@ def _fits(count: int, rungs: int) -> int:
     return total
 
 
-def _summary(row: dict[str, Any]) -> str:
+def _summary(row: SweepRow) -> str:
     top1 = "/".join(f"{share:.2f}" for share in row["top1"])
     return f"top-1 {top1}, {row['tokens_per_step']:.2f} tokens per step, speed-up {row['speedup']:.2f}"
 
 
-def _read_results(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+def _read_results(path: Path, about: dict[str, Any]) -> dict[str, dict[str, SweepRow]]:
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        results = found["results"]
-        if not all(isinstance(row["speedup"], float | int) for rungs in results.values() for row in rungs.values()):
-            raise ValueError("a speedup that is not a number")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({error}); delete its folder and sweep again") from error
-    if differing := first_difference(about, found):
+    found = SWEEPS.read(path)
+    if differing := first_difference(about, asdict(found)):
         raise InputError(
             f"{path.parent} holds a sweep with another {differing}; choose a new --out, or repeat those settings"
         )
-    return results
+    return found.results

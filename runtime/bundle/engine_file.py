@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import stat
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
 from runtime.bindings import GraphDims
+from runtime.bundle.places import candidates, engine_file_path
 from runtime.drafting.reliability import Reliability
 from runtime.errors import EngineFileError
 from runtime.files import sha256_file, write_json
@@ -63,34 +67,57 @@ class FileRecord:
         """Return the record of `path`."""
         return cls(path.name, path.stat().st_size, sha256_file(path))
 
-    def check(self, folder: Path, *, contents: bool) -> Path:
-        """Return the file's path; raise `EngineFileError` when it is missing, of another size or, when `contents`
-        is asked for, of another hash.
-        """
-        path = folder / self.name
-        try:
-            if not path.is_file():
-                raise EngineFileError(f"{path} is missing; copy all files of the engine together, or export it again")
-            fits = path.stat().st_size == self.bytes and (not contents or sha256_file(path) == self.sha256)
-        except OSError as error:
-            raise EngineFileError(
-                f"{path} cannot be read ({error.strerror or error}); make it readable, or copy or export it again"
-            ) from error
-        if not fits:
-            raise self._unfit(path)
-        return path
+    def open(self, engine: Path, *, contents: bool) -> BufferedReader:
+        """Return the file of this record that belongs to `engine`, open at its beginning: it stays that file, whatever
+        is put in its place.
 
-    def read(self, folder: Path, kind: Format) -> tuple[Path, Content]:
-        """Return the file's path and its content, of the format `kind`, read once. Raises `EngineFileError` as `check`
+        Raises `EngineFileError` when it is missing, of another size or, when `contents` is asked for, of another hash.
+        """
+        file = self._opened(engine)
+        try:
+            fits = os.fstat(file.fileno()).st_size == self.bytes
+            if fits and contents:
+                fits = hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+                file.seek(0)
+        except OSError as error:
+            raise self._unreadable(file.name, error) from error
+        if not fits:
+            file.close()
+            raise self._unfit(file.name)
+        return file
+
+    def read(self, engine: Path, kind: Format) -> tuple[Path, Content]:
+        """Return the file's path and its content, of the format `kind`, read once. Raises `EngineFileError` as `open`
         does for all that the file is, and what `kind` raises.
         """
-        path = self.check(folder, contents=False)
-        content = kind.content(path)
+        with self.open(engine, contents=False) as file:
+            path = Path(file.name)
+            content = kind.content_of(file, path)
         if hashlib.sha256(content).hexdigest() != self.sha256:
             raise self._unfit(path)
         return path, content
 
-    def _unfit(self, path: Path) -> EngineFileError:
+    def _opened(self, engine: Path) -> BufferedReader:
+        for path in candidates(engine, self.name):
+            try:
+                # Before it is opened: opening a pipe waits for whoever writes into it.
+                if stat.S_ISREG(path.stat().st_mode):
+                    return path.open("rb")
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise self._unreadable(path, error) from error
+        raise EngineFileError(
+            f"{engine.parent / self.name} is missing; copy all files of the engine together, or export it again"
+        )
+
+    @staticmethod
+    def _unreadable(path: Path | str, error: OSError) -> EngineFileError:
+        return EngineFileError(
+            f"{path} cannot be read ({error.strerror or error}); make it readable, or copy or export it again"
+        )
+
+    def _unfit(self, path: Path | str) -> EngineFileError:
         # Neither size nor hash: whoever wrote the description may name any file that can be read here.
         return EngineFileError(
             f"{path} is not the file that engine.json describes: it is incomplete, damaged or exchanged; copy or "
@@ -195,11 +222,6 @@ class EngineFile:
         write_json(path, {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)})
 
 
-def engine_file_path(engine: Path) -> Path:
-    """Return where the description of `engine` is: `engine.onnx` has `engine.json` beside it."""
-    return engine.with_suffix(".json")
-
-
 @dataclass(frozen=True)
 class Header:
     """The fields of `engine.json` that tell how to read the others."""
@@ -212,23 +234,46 @@ HEADER = JsonFormat("engine.json header", MOST_BYTES, "export the engine again",
 ENGINE = JsonFormat("engine.json", MOST_BYTES, "export the engine again", EngineFileError, kind=EngineFile)
 
 
+@dataclass(frozen=True)
+class Description:
+    """The bytes of `engine.json`, and where they were read."""
+
+    path: Path
+    content: bytes
+
+    def parse(self) -> EngineFile:
+        """Return what they say. Raises `EngineFileError` when they are damaged or of another version."""
+        header = HEADER.decode(self.content, self.path)
+        if header.format != FORMAT:
+            raise EngineFileError(f"{self.path} does not describe a hidden-transfer engine; export the engine again")
+        if header.version != FORMAT_VERSION:
+            raise EngineFileError(
+                f"{self.path} is of version {header.version}, and this runtime reads version {FORMAT_VERSION}; "
+                "update hidden-transfer, or export the engine again"
+            )
+        return ENGINE.decode(self.content, self.path)
+
+
+def find_description(engine: Path) -> Description:
+    """Return what describes `engine` now. Raises `EngineFileError` where nothing does."""
+    missing = EngineFileError(f"no engine at {engine}; make one with: ht-export MODEL --out engine.onnx")
+    if not engine.name:
+        raise missing
+    moving, placed = candidates(engine, engine_file_path(engine).name)
+    # It is moved once: what is not in one place now is in the other.
+    if _is_file(moving):
+        with contextlib.suppress(EngineFileError):
+            return Description(moving, ENGINE.content(moving))
+    if not any(_is_file(path) for path in candidates(engine, engine.name)):
+        raise missing
+    if not _is_file(placed):
+        raise EngineFileError(f"{placed} is missing beside {engine}; copy it along, or export the engine again")
+    return Description(placed, ENGINE.content(placed))
+
+
 def read_engine_file(engine: Path) -> EngineFile:
     """Read the description of `engine`. Raises `EngineFileError` when it is missing, damaged or of a newer version."""
-    if not _is_file(engine):
-        raise EngineFileError(f"no engine at {engine}; make one with: ht-export MODEL --out engine.onnx")
-    path = engine_file_path(engine)
-    if not _is_file(path):
-        raise EngineFileError(f"{path} is missing beside {engine}; copy it along, or export the engine again")
-    content = ENGINE.content(path)
-    header = HEADER.decode(content, path)
-    if header.format != FORMAT:
-        raise EngineFileError(f"{path} does not describe a hidden-transfer engine; export the engine again")
-    if header.version != FORMAT_VERSION:
-        raise EngineFileError(
-            f"{path} is of version {header.version}, and this runtime reads version {FORMAT_VERSION}; "
-            "update hidden-transfer, or export the engine again"
-        )
-    return ENGINE.decode(content, path)
+    return find_description(engine).parse()
 
 
 def _is_file(path: Path) -> bool:

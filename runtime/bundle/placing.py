@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runtime.bundle.engine_file import FORMAT, engine_file_path
+from runtime.bundle.engine_file import FORMAT
+from runtime.bundle.places import engine_file_path, placing_folder
 from runtime.bundle.tuning_file import FORMAT as TUNING_FORMAT
 from runtime.bundle.tuning_file import tuning_path
 from runtime.errors import EngineFileError, InputError
@@ -83,17 +84,6 @@ NAMED_FILES = JsonFormat(
 ANY_TUNING = JsonFormat(
     "tuning.json of any release", most_bytes=16 << 20, remedy=ANOTHER_NAME, error=EngineFileError, kind=AnyTuning
 )
-
-
-def placing_folder(engine: Path) -> Path:
-    """Return the folder that holds those files of a new `engine` that are not in their places yet."""
-    return engine.with_name(f".{engine.name}.placing")
-
-
-def find(engine: Path, name: str) -> Path:
-    """Return where the file `name` of `engine` is now; its place beside the engine where there is none."""
-    moving = placing_folder(engine) / name
-    return moving if moving.exists() else engine.parent / name
 
 
 def own_names(engine: Path) -> set[str]:

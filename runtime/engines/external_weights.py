@@ -12,8 +12,9 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ class GraphFiles:
 
     path: Path
     graph: bytes
-    weights: BinaryIO | None
+    weights: BufferedReader | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def external_weights(graph: bytes) -> list[ExternalWeight]:
     try:
         model = _model_proto().FromString(graph)
     except (DecodeError, RecursionError) as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f"that is no ONNX graph: {error}") from error
     found = []
     for tensor in model.graph.initializer:
         if tensor.data_location == EXTERNAL:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from runtime.bundle.engine_file import EngineFile, PlanFile
+from runtime.bundle.reading import KERNELS, EngineFiles
+from runtime.engines.external_weights import GraphFiles
 from runtime.engines.protocol import Engine
-from runtime.errors import EngineFileError, InputError
-from runtime.formats import Format
-
-KERNELS = Format("kernels.bin", 1 << 26, "export the engine again", EngineFileError)
+from runtime.errors import InputError
 
 
 def runs_on_cpu(about: EngineFile, device: str | None) -> bool:
@@ -17,12 +14,13 @@ def runs_on_cpu(about: EngineFile, device: str | None) -> bool:
     return about.plan is None and device != "cuda"
 
 
-def open_engine(path: Path, about: EngineFile, device: str | None = None, threads: int | None = None) -> Engine:
-    """Return the engine at `path`, which `about` describes, on "cpu" or "cuda"; None is the CPU, but for plans.
+def open_engine(files: EngineFiles, about: EngineFile, device: str | None = None, threads: int | None = None) -> Engine:
+    """Return the engine of `files`, which `about` describes, on "cpu" or "cuda"; None is the CPU, but for plans.
 
-    `threads` are of the CPU. Raises `EngineFileError` when a file is missing or damaged, and `InputError` for an engine
-    that cannot run here.
+    `threads` are of the CPU. Raises `EngineFileError` when a file is damaged, and `InputError` for an engine that
+    cannot run here.
     """
+    path = files.path
     if device not in (None, "cpu", "cuda"):
         raise InputError(f"device must be cpu or cuda, not {device}")
     on_gpu = device == "cuda" or about.plan is not None
@@ -31,33 +29,34 @@ def open_engine(path: Path, about: EngineFile, device: str | None = None, thread
     if about.plan is not None:
         if device == "cpu":
             raise InputError(f"{path} is a TensorRT plan, which runs on a GPU only; export an .onnx engine for the CPU")
-        return _open_plan(path, about, about.plan)
+        return _open_plan(files, about, about.plan)
     if about.dims.dtype == "bfloat16" and not on_gpu:
         raise InputError(
             f"{path} is in bfloat16, in which ONNX Runtime computes on a GPU only; use device cuda, or export it with "
             "--precision fp32 for the CPU"
         )
+    graph = GraphFiles(path, files.graph, files.weights)
     if on_gpu:
         from runtime.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 
-        return OnnxRuntimeCudaEngine(path, about.dims, about.tree, about.prompt_chunk, about.max_context)
-    if about.cpu_graph is not None:
+        return OnnxRuntimeCudaEngine(graph, about.dims, about.tree, about.prompt_chunk, about.max_context)
+    if files.cpu_graph is not None:
         from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine
 
-        lowered = about.cpu_graph.check(path.parent, contents=True)
+        assert about.cpu_graph is not None
+        lowered = GraphFiles(path.with_name(about.cpu_graph.name), files.cpu_graph, files.weights)
         return OnnxRuntimeCpuEngine(lowered, about.dims, threads)
     from runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(path, about.dims, threads)
+    return OnnxRuntimeEngine(graph, about.dims, threads)
 
 
-def _open_plan(path: Path, about: EngineFile, plan: PlanFile) -> Engine:
+def _open_plan(files: EngineFiles, about: EngineFile, plan: PlanFile) -> Engine:
     from plugins.binaries import KernelBinaries
     from runtime.engines.tensorrt import TensorRTEngine
 
-    kernels, content = plan.kernels.read(path.parent, KERNELS)
     try:
-        binaries = KernelBinaries.from_bytes(content)
+        binaries = KernelBinaries.from_bytes(files.kernels)
     except ValueError as error:
-        raise KERNELS.unfit(kernels, error) from error
-    return TensorRTEngine(path, about.dims, plan, about.graph.sha256, about.tree, binaries)
+        raise KERNELS.unfit(files.path.with_name(plan.kernels.name), error) from error
+    return TensorRTEngine(files.path, about.dims, plan, about.graph.sha256, about.tree, binaries, opened=files.plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,15 @@ def check_device(path: Path, about: PlanFile, cuda: Cuda) -> None:
         )
 
 
-def deserialise(trt: Any, log: Any, path: Path, about: PlanFile) -> tuple[Any, Any]:
-    """Return the library's runtime, which must outlive the engine, and the engine. Raises `EngineFileError`."""
+def deserialise(
+    trt: Any, log: Any, path: Path, about: PlanFile, opened: BufferedReader | None = None
+) -> tuple[Any, Any]:
+    """Return the library's runtime, which must outlive the engine, and the engine, from the plan at `path`, or from
+    that which is `opened`. Raises `EngineFileError`.
+    """
     runtime = trt.Runtime(log)
     # Mapped, so that a plan of many GiB is not held in memory twice.
-    plan = np.memmap(path, dtype=np.uint8, mode="r")
+    plan = np.memmap(path if opened is None else opened, dtype=np.uint8, mode="r")
     if hasattr(runtime, "get_engine_validity"):
         validity, diagnostics = runtime.get_engine_validity(plan)
         if validity == trt.EngineValidity.INVALID:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class TensorRTEngine:
         commit_kernels: KernelBinaries,
         *,
         use_graphs: bool = True,
+        opened: BufferedReader | None = None,
     ) -> None:
         self.dims = dims
         self._limits = about.limits
@@ -63,7 +65,7 @@ class TensorRTEngine:
         self._log = make_logger(self._trt)
         if about.attention == "plugin":
             _register_plugin(self._trt, path, about)
-        self._runtime, self._engine = deserialise(self._trt, self._log, path, about)
+        self._runtime, self._engine = deserialise(self._trt, self._log, path, about, opened)
         try:
             self._commit = CommitLauncher(commit_kernels)
         except ValueError as error:

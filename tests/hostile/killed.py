@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ht_export.staging import put_in_place, staging_folder
-from runtime.bundle.engine_file import engine_file_path, read_engine_file
+from runtime.bundle.engine_file import read_engine_file
+from runtime.bundle.places import engine_file_path
 from runtime.bundle.reading import read_bundle
 from runtime.errors import InputError
 

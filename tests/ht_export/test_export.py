@@ -130,6 +130,13 @@ def test_a_model_without_shipped_transfer_layers_asks_for_some(tiny_checkpoint: 
         run(tiny_checkpoint, None, tmp_path / "engine.onnx")
 
 
+def test_a_chat_template_that_cannot_be_compiled(tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    (checkpoint / "chat_template.jinja").write_text("a\n{% if %}")
+    with pytest.raises(InputError, match=r"^the model's chat template is not valid: line 2: Expected an expression"):
+        run(checkpoint, tiny_transfer, tmp_path / "engine.onnx")
+
+
 def test_transfer_layers_of_another_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     identity = {**load_base_model(str(tiny_checkpoint)).identity(), "weights_sha256": "f" * 64}
     save_transfer_layers(tmp_path / "t.safetensors", random_transfer((1,)), TransferFile(identity))

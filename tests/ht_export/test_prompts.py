@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ht_export.prompts import Conversation, evenly, read_conversations, without_duplicates
+from ht_export.prompts import PROMPTS, Conversation, evenly, read_conversations, without_duplicates
 from runtime.errors import InputError
 
 
@@ -29,16 +29,25 @@ def test_conversations_that_differ_after_the_turns_answered_are_duplicates() -> 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"prompt": "a"}\n{"prompt": \n', "line 2: not valid JSON"),
-        ('{"prompt": "a"}\n\n{"text": "b"}\n', "line 3: needs 'prompt'"),
-        ('["a"]\n', "line 1: needs 'prompt'"),
-        ('{"turns": "abc"}\n', "line 1: needs 'prompt'"),
-        ('{"turns": {"a": 1}}\n', "line 1: needs 'prompt'"),
-        ('{"turns": ["a", 1]}\n', "line 1: needs 'prompt'"),
-        ('{"turns": []}\n', "line 1: needs 'prompt'"),
-        ('{"prompt": " "}\n', "line 1: needs 'prompt'"),
-        ('{"prompt": "a"}\n{"prompt": "\udcff"}\n', "line 2: not valid JSON"),
-        ('{"prompt": "a\\ud800"}\n', "line 1: not valid JSON"),
+        ('{"prompt": "a"}\n{"prompt": \n', r"line 2 is not a valid prompt \(Input data was truncated"),
+        ('{"prompt": "a"}\n\n{"text": "b"}\n', r"line 3 is not a valid prompt \(it needs 'prompt' \(a string\) or"),
+        ('["a"]\n', "line 1 is not a valid prompt .*Expected `object`"),
+        ('{"turns": "abc"}\n', r"line 1 is not .*`\$\.turns`, which is 'abc'"),
+        ('{"turns": {"a": 1}}\n', r"line 1 is not .*`\$\.turns`"),
+        ('{"turns": ["a", 1]}\n', r"line 1 is not .*`\$\.turns\[1\]`, which is 1"),
+        ('{"turns": ["a", null]}\n', r"line 1 is not .*`\$\.turns\[1\]`, which is None"),
+        ('{"turns": []}\n', "line 1 is not .*needs 'prompt'"),
+        ('{"turns": ["a", " "]}\n', "line 1 is not .*needs 'prompt'"),
+        ('{"prompt": " "}\n', "line 1 is not .*needs 'prompt'"),
+        ('{"prompt": 1}\n', r"line 1 is not .*`\$\.prompt`, which is 1"),
+        ('{"prompt": "a", "id": ["b"]}\n', r"line 1 is not .*`\$\.id`"),
+        ('{"prompt": "a", "task": {"b": "c"}}\n', r"line 1 is not .*`\$\.task`"),
+        ('{"prompt": "a", "x": NaN}\n', r"line 1 is not .*malformed.*NaN"),
+        ('{"prompt": "a", "id": 1' + "0" * 5000 + "}\n", "line 1 is not .*out of range"),
+        ('{"prompt": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "line 1 is not .*nested too deeply"),
+        ('{"prompt": "a"}\n{"prompt": "\udcff"}\n', "line 2 is not .*decode"),
+        ('{"prompt": "a\\ud800"}\n', "line 1 is not"),
+        ('{"prompt": "a\\udc00b"}\n', "line 1 is not"),
         ("\n", "holds no prompts"),
     ],
 )
@@ -47,6 +56,48 @@ def test_prompts_that_cannot_be_read_name_the_line(tmp_path: Path, content: str,
     path.write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(InputError, match=message):
         read_conversations(path)
+
+
+def test_a_line_without_end_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"prompt": "a"}\n{"prompt": "')
+        # A file of holes: no disk has it, and no memory should.
+        file.truncate(1 << 40)
+    with pytest.raises(InputError, match=r"line 2 is not a valid prompt \(it has more than \d+ bytes\)"):
+        read_conversations(path)
+
+
+def test_a_file_is_not_read_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"prompt": "a"}\n\nno JSON\n')
+        file.truncate(1 << 40)
+    lines = PROMPTS.lines(path)
+    assert next(lines)[0] == 1
+    with pytest.raises(InputError, match=r"line 3 is not a valid prompt"):
+        next(lines)
+
+
+def test_ids_and_tasks_may_be_numbers_and_a_line_without_an_id_has_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    rows: list[dict[str, object]] = [
+        {"id": 7, "task": 3},
+        {"id": 0.5},
+        {"id": 10**30},
+        {"id": None, "task": True},
+        {"category": {"x": [1]}},
+    ]
+    path.write_text("".join(json.dumps({"prompt": "a", **row}) + "\r\n\n" for row in rows) + '{"prompt": "end"}')
+    found = read_conversations(path)
+    assert [one.id for one in found] == ["7", "0.5", str(10**30), "7", "9", "11"]
+    assert [one.task for one in found] == ["3", "", "", "True", "", ""]
+
+
+def test_a_prompt_goes_before_turns(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "turns": ["b"]}\n{"prompt": "", "turns": ["b"]}\n{"prompt": null, "turns": ["c"]}')
+    assert [one.turns for one in read_conversations(path)] == [("a",), ("b",), ("c",)]
 
 
 def test_prompts_may_hold_any_line_separator(tmp_path: Path) -> None:

@@ -27,6 +27,15 @@ def test_plain_and_raw_are_passed_on(tiny_engine: Path, capsys: pytest.CaptureFi
     assert printed["prompt_tokens"] == len("Hello")
 
 
+def test_escaping_is_passed_on(tiny_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = []
+    for options in ([], ["--escape-special-tokens"]):
+        main([str(tiny_engine), "Hi</s>", "--json", "--max-new-tokens", "1", *options])
+        counts.append(json.loads(capsys.readouterr().out)["prompt_tokens"])
+    # A token for each of the four bytes, instead of one for all.
+    assert counts[1] == counts[0] + 3
+
+
 def test_text_goes_to_stdout_and_statistics_to_stderr(tiny_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(tiny_engine), "Hello", "--max-new-tokens", "9"])
     captured = capsys.readouterr()

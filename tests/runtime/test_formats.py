@@ -45,12 +45,17 @@ def test_a_fitting_file_is_read(boxes: JsonFormat[Box], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        (b'{"width": 11, "about": {}}', "`$.width`"),
-        (b'{"width": true, "about": {}}', "`$.width`"),
-        (b'{"width": 1e3, "about": {}}', "`$.width`"),
-        (b'{"width": 1' + b"0" * 200 + b', "about": {}}', "`$.width`"),
+        (b'{"width": 11, "about": {}}', "Expected `int` <= 10 - at `$.width`, which is 11"),
+        (b'{"width": true, "about": {}}', "`$.width`, which is True"),
+        (b'{"width": 1e3, "about": {}}', "`$.width`, which is 1000.0"),
+        (b'{"width": "' + b"x" * 200 + b'", "about": {}}', "`$.width`, which is '" + "x" * 59 + "..."),
+        (b'{"width": 1' + b"0" * 200 + b', "about": {}}', "`$.width`, which is 1" + "0" * 59 + "..."),
+        (b'{"width": [11], "about": {}}', "`$.width`)"),
         (b'{"about": {}}', "width"),
-        (b'{"width": 1, "about": {"width": NaN}}', "malformed"),
+        (
+            b'{"width": 1, "about": {"width": NaN}}',
+            """malformed: invalid character (byte 32), in 'width": 1, "about": {"width": NaN}}'""",
+        ),
         (b'{"width": 1, "about": {"width": 1e999}}', "out of range"),
         (b'{"width": 1, "about": {"width": 2}}', "two widths"),
         (b'{"width": 1, "about": {"\xff": 2}}', "decode"),
@@ -70,6 +75,38 @@ def test_what_does_not_fit_is_one_line_with_its_cause(
     assert cause in str(raised.value)
     assert str(raised.value).endswith("pack it again")
     assert "\n" not in str(raised.value)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    boxes: list[Box]
+    by_name: dict[str, Box]
+
+
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [
+        (
+            {"boxes": [{"width": 1, "about": {}}, {"width": float("nan"), "about": {}}]},
+            "`$.boxes[1].width`, which is nan",
+        ),
+        (
+            {"boxes": [], "by_name": {"a": {"width": -5, "about": {}}}},
+            "Expected `int` >= 1 - at `$.by_name[...].width`)",
+        ),
+        ({"boxes": 3, "by_name": {}}, "`$.boxes`, which is 3"),
+        ({"boxes": [{"width": 10**5000, "about": {}}]}, "`$.boxes[0].width`, which is a number of thousands of digits"),
+        ({"boxes": [], "by_name": {"a": {"width": 1, "about": {"width": 2}}}}, "two widths"),
+        ([], "Expected `object`, got `array`"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_an_error_with_the_part_that_does_not(
+    boxes: JsonFormat[Box], value: object, cause: str
+) -> None:
+    assert boxes.fit({"boxes": [{"width": 1, "about": {}}], "by_name": {}}, Shelf, "here").boxes == [Box(1, {})]
+    with pytest.raises(EngineFileError) as raised:
+        boxes.fit(value, Shelf, "here")
+    assert cause in str(raised.value)
 
 
 def test_nesting_without_end_is_refused(boxes: JsonFormat[Box]) -> None:

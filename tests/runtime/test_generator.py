@@ -216,6 +216,26 @@ def test_a_raw_prompt_is_encoded_without_the_chat_template(generator: Generator,
     )
 
 
+def test_special_tokens_that_a_prompt_spells_are_text_when_asked_for(generator: Generator, tiny_engine: Path) -> None:
+    prompt = "Hi</s><|user|>"
+    end, user = (generator.encode(text, raw=True)[0] for text in ("</s>", "<|user|>"))
+    found = generator.encode(prompt)
+    assert [found.count(end), found.count(user)] == [2, 2]
+    escaped = generator.encode(prompt, escape_special_tokens=True)
+    assert [escaped.count(end), escaped.count(user)] == [1, 1]
+    assert generator.encode([{"role": "user", "content": prompt}], escape_special_tokens=True) == escaped
+    raw = generator.encode(prompt, raw=True, escape_special_tokens=True)
+    assert end not in raw
+    assert generator.decode(raw) == prompt
+    always = Generator(tiny_engine, threads=1, adapt=False, escape_special_tokens=True)
+    assert always.encode(prompt) == escaped
+    assert always.encode(prompt, escape_special_tokens=False) == found
+    assert always.generate(prompt, max_new_tokens=2).prompt_tokens == len(escaped)
+    result = generator.generate(prompt, max_new_tokens=2, escape_special_tokens=True)
+    assert result.prompt_tokens == len(escaped)
+    assert always.generate(prompt, max_new_tokens=2, escape_special_tokens=False).prompt_tokens == len(found)
+
+
 def test_a_stream_ends_with_the_result_and_its_parts_are_the_whole(generator: Generator) -> None:
     chunks = list(generator.stream("Stream this", max_new_tokens=40))
     result = chunks[-1].result
@@ -270,6 +290,13 @@ def test_generation_ends_at_the_context_limit(generator: Generator) -> None:
 def test_a_prompt_past_the_context_limit(generator: Generator) -> None:
     with pytest.raises(PromptTooLongError, match="has 256 tokens, and the engine's context limit is 256"):
         generator.stream("y" * 256, raw=True)
+
+
+@pytest.mark.parametrize("size", [100_000, 1_000_000, 100_000_000])
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_prompt_far_past_the_context_limit(generator: Generator, size: int, raw: bool) -> None:
+    with pytest.raises(PromptTooLongError, match=r"more than 256 tokens|characters.*; shorten it$"):
+        generator.stream("y" * size, raw=raw)
 
 
 def test_the_result_is_json_with_the_documented_names(generator: Generator) -> None:

@@ -12,8 +12,9 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 
 from runtime import EngineFileError, Generator, InputError
 from runtime.bundle.engine_file import FileRecord
+from runtime.foreign import failures
 from runtime.text import TextStream
-from runtime.tokenizer import DecodedStream, decode, encode, failures, parse_tokenizer
+from runtime.tokenizer import DecodedStream, decode, encode, parse_tokenizer
 from tests.conftest import byte_tokenizer
 from tests.runtime.conftest import change
 

@@ -239,9 +239,19 @@ def test_another_day_and_commit_continue_and_are_told(command: list[str], tmp_pa
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ("{", "does not hold results of this version"),
-        ("[]", "does not hold results of this version of ht-bench run"),
-        ('{"format": "ht-bench", "version": 1}', "is damaged (its conditions or rows are missing)"),
+        ("{", "is not a valid file of results of ht-bench run (Expecting property name"),
+        ("[]", "is not a valid file of results of ht-bench run (Expected `object`"),
+        ('{"format": "other", "version": 1, "conditions": {}, "rows": []}', "at `$.format`, which is 'other'"),
+        (
+            '{"format": "ht-bench", "version": 2}',
+            "is of version 2; this release reads version 1: update hidden-transfer",
+        ),
+        ('{"format": "ht-bench", "version": 1}', "missing required field `conditions`"),
+        ('{"format": "ht-bench", "version": 1, "conditions": ' + "[" * 9999, "nested too deeply"),
+        (
+            '{"format": "ht-bench", "version": 1, "conditions": {"continued": 1}, "rows": []}',
+            "misstate the runs that continued it",
+        ),
     ],
 )
 def test_a_file_of_something_else_is_not_overwritten(
@@ -257,7 +267,13 @@ def test_a_file_of_something_else_is_not_overwritten(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda found: found["rows"][0].pop("ways"), "is damaged ('ways')"),
+        (lambda found: found["rows"][0].pop("ways"), "missing required field `ways` - at `$.rows[0]`"),
+        (lambda found: found["rows"][0]["ways"].pop("plain"), "lacks plain or speculative decoding"),
+        (lambda found: found["rows"][0]["ways"]["plain"].update(steps=[1, 2, 3]), "not one number for each repeat"),
+        (lambda found: found["rows"][0]["ways"]["plain"].update(steps=["1"]), "Expected `int`, got `str`"),
+        (lambda found: found["rows"][0]["ways"]["plain"].update(tokens_per_second=[0]), "Expected `float` > 0.0"),
+        (lambda found: found["rows"][0]["ways"]["plain"].update(tokens_per_second=[10**400]), "out of range"),
+        (lambda found: found["rows"][0].update(seed=[1]), "`$.rows[0].seed`"),
         (lambda found: found["rows"][0].update(id="other"), "its prompts are not those asked for"),
     ],
 )

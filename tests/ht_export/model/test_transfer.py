@@ -1,4 +1,5 @@
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_a_truncated_file(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     save_transfer_layers(path, random_transfer((1,)), TransferFile(IDENTITY))
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(InputError, match="not a whole safetensors file"):
+    with pytest.raises(InputError, match="not a valid safetensors file of transfer layers"):
         load_transfer_layers(path)
 
 
@@ -89,23 +90,86 @@ def test_other_safetensors_are_refused(tmp_path: Path) -> None:
 
 def test_a_newer_version_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "t.safetensors", {"x": torch.zeros(2)}, version=3)
-    with pytest.raises(InputError, match="format version 3; this release reads version 2"):
+    with pytest.raises(InputError, match="of version 3; this release reads version 2"):
         load_transfer_layers(path)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recipe": None}, "lacks or misstates 'recipe'"),
-        ({"base_model": {}}, "must be whole numbers"),
-        ({"layers": ["x"]}, "must be whole numbers"),
-        ({"correction_rank": -1}, "must be whole numbers from 0 to"),
-        ({"correction_rank": 10**9}, "must be whole numbers from 0 to"),
+        ({"recipe": None}, r"`\$\.recipe`, which is None"),
+        ({"base_model": {}}, r"missing required field `(hidden_size|num_layers)` - at `\$\.base_model`"),
+        (
+            {"base_model": {**IDENTITY, "hidden_size": 10**9}},
+            r"<= 65536 - at `\$\.base_model\.hidden_size`, which is 10+\)",
+        ),
+        ({"base_model": {**IDENTITY, "vocab_size": "many"}}, r"`\$\.base_model\.vocab_size`, which is 'many'"),
+        ({"layers": ["x"]}, r"`\$\.layers\[0\]`, which is 'x'"),
+        ({"layers": [True]}, r"`\$\.layers\[0\]`, which is True"),
+        ({"layers": []}, r"length >= 1 - at `\$\.layers`"),
+        ({"layers": [1] * 65}, r"length <= 64 - at `\$\.layers`"),
+        ({"correction_rank": -1}, r"`int` >= 0 - at `\$\.correction_rank`, which is -1"),
+        ({"correction_rank": 10**9}, r"`int` <= 65536 - at `\$\.correction_rank`"),
+        ({"version": "2"}, r"`\$\.version`, which is '2'"),
     ],
 )
 def test_metadata_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_transfer_layers(write(tmp_path / "t.safetensors", {"x": torch.zeros(2)}, **changes))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "[" * 100_000, '{"version": 2, "layers": ' + "[" * 100_000])
+def test_metadata_that_is_something_else(tmp_path: Path, text: str) -> None:
+    save_file({"x": torch.zeros(2)}, tmp_path / "t.safetensors", metadata={METADATA_KEY: text})
+    with pytest.raises(InputError, match=r"metadata hidden_transfer is not a valid description of transfer layers"):
+        load_transfer_layers(tmp_path / "t.safetensors")
+
+
+def test_sizes_that_are_stated_only_take_no_memory(tmp_path: Path) -> None:
+    stated = {**IDENTITY, "hidden_size": 1 << 16}
+    path = write(tmp_path / "t.safetensors", {"x": torch.zeros(2)}, base_model=stated, layers=[1] * 64)
+    # 1 TiB in float32.
+    with pytest.raises(InputError, match=r"step1\.weight is missing; it must be of shape \[65536, 65536\]"):
+        load_transfer_layers(path)
+
+
+def test_measured_numbers_may_be_what_only_python_writes(tmp_path: Path) -> None:
+    tensors = {"step1.weight": torch.zeros(32, 32), "step1.bias": torch.zeros(32)}
+    _, about = load_transfer_layers(write(tmp_path / "t.safetensors", tensors, acceptance={"kl": [float("inf")]}))
+    assert about.acceptance == {"kl": [float("inf")]}
+
+
+def header(text: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"", ""),
+        (b"\x05", ""),
+        (header(b"{}", 1 << 60), r"its header is to have 1152921504606846976 bytes, and at most 16777216 can be"),
+        (header(b"{}", 1000), ""),
+        (header(b"[" * 100_000), ""),
+        (header(b'{"a": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4398046511104]}}'), ""),
+        (header(b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}') + bytes(4), ""),
+        (header(b'{"a": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}') + bytes(4), ""),
+    ],
+)
+def test_headers_of_nobody(tmp_path: Path, content: bytes, cause: str) -> None:
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"not a valid safetensors file of transfer layers \({cause}"):
+        load_transfer_layers(path)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float64, torch.float8_e5m2, torch.float8_e8m0fnu, torch.uint64]
+)
+def test_weights_of_any_type_are_read_as_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"step1.weight": torch.ones(32, 32).to(dtype), "step1.bias": torch.ones(32).to(dtype)}
+    transfer, _ = load_transfer_layers(write(tmp_path / "t.safetensors", tensors))
+    torch.testing.assert_close(transfer.linears[0].weight.data, torch.ones(32, 32))
 
 
 @pytest.mark.parametrize(

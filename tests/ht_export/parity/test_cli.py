@@ -20,7 +20,8 @@ from ht_export.model.checkpoint import load_base_model
 from ht_export.model.transfer import TransferFile, save_transfer_layers
 from ht_export.parity import run as run_module
 from ht_export.parity.cli import main
-from runtime.bundle.engine_file import FileRecord, Limits, PlanFile, engine_file_path, read_engine_file
+from runtime.bundle.engine_file import FileRecord, Limits, PlanFile, read_engine_file
+from runtime.bundle.places import engine_file_path
 from runtime.errors import InputError
 from tests.conftest import random_transfer, save_checkpoint, tiny_llama
 from tests.families import tiny_model

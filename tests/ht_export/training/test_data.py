@@ -140,18 +140,35 @@ def test_prompts_that_are_all_too_long(base: BaseModel, prompts_file: Path, tmp_
         generate_data(base, prompts_file, tmp_path, DataSettings(max_prompt_tokens=3), QUIET)
 
 
+MADE = '{"version": 2, "base_model": {"name": "a", "weights_sha256": "b"}, "shards": '
+ANSWERED = '{"id": "1", "task": "", "prompt": [1], "answer": '
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("manifest.json", "{", r"manifest\.json is damaged"),
-        ("manifest.json", "{}", r"manifest\.json is damaged"),
-        ("shard-0-00001.jsonl", '{"id": 1}', r"shard-0-00001\.jsonl is damaged"),
-        ("shard-0-00001.jsonl", '{"id": ', r"shard-0-00001\.jsonl is damaged"),
+        ("manifest.json", "{", r"manifest\.json is not a valid manifest of data .*make the data again"),
+        ("manifest.json", "{}", r"manifest\.json is not a valid .*missing required field `version`"),
+        ("manifest.json", "[]", r"manifest\.json is not a valid .*Expected `object`"),
+        ("manifest.json", "[" * 100_000, r"manifest\.json is not a valid .*nested too deeply"),
+        ("manifest.json", MADE + "3}", r"`\$\.shards`, which is 3"),
         (
-            "shard-0-00001.jsonl",
-            '{"id": "1", "task": "", "prompt": [1], "answer": ["x"]}',
-            "answer must be a list of token ids",
+            "manifest.json",
+            MADE + '["../shard-0-00001.jsonl"], "sequences": 1}',
+            r"\$\.shards\[0\]`, which is '\.\./shard",
         ),
+        ("manifest.json", MADE + '["/etc/passwd"], "sequences": 1}', r"\$\.shards\[0\]`, which is '/etc/passwd'"),
+        ("manifest.json", MADE + '["shard-0-00001.jsonl"]}', "shards without the number of their sequences"),
+        ("manifest.json", MADE + '["shard-0-0.jsonl", "shard-0-0.jsonl"], "sequences": 1}', "names a shard twice"),
+        ("manifest.json", MADE + '[], "sequences": "many"}', r"`\$\.sequences`, which is 'many'"),
+        ("manifest.json", MADE.replace('"b"', "5") + "null}", r"`\$\.base_model\.weights_sha256`, which is 5"),
+        ("shard-0-00001.jsonl", '{"id": 1}', r"shard-0-00001\.jsonl, line 1 is not a valid .*`\$\.id`, which is 1"),
+        ("shard-0-00001.jsonl", '{"id": ', r"shard-0-00001\.jsonl, line 1 is not a valid answered prompt .*truncated"),
+        ("shard-0-00001.jsonl", ANSWERED + '["x"]}', r"`int`, got `str` - at `\$\.answer\[0\]`, which is 'x'"),
+        ("shard-0-00001.jsonl", ANSWERED + "[]}", r"length >= 1 - at `\$\.answer`"),
+        ("shard-0-00001.jsonl", ANSWERED + "[-1]}", r"`int` >= 0 - at `\$\.answer\[0\]`, which is -1"),
+        ("shard-0-00001.jsonl", ANSWERED + "[4294967296]}", r"<= 2147483647 - at `\$\.answer\[0\]`"),
+        ("shard-0-00001.jsonl", ANSWERED + "[" * 100_000, "line 1 is not a valid .*"),
         ("shard-0-00001.jsonl", None, r"lacks 1 of 3 shards \(first: shard-0-00001"),
     ],
 )
@@ -165,6 +182,13 @@ def test_damaged_data_is_named(
         (folder / name).write_text(content)
     with pytest.raises(InputError, match=message):
         read_data(folder, base, 4)
+
+
+def test_a_finished_folder_of_nothing(base: BaseModel, tmp_path: Path) -> None:
+    made = MADE.replace('"b"', f'"{base.weights_sha256}"')
+    (tmp_path / "manifest.json").write_text(made + '[], "sequences": 0}')
+    with pytest.raises(InputError, match="holds no answer of at least 4 tokens"):
+        read_data(tmp_path, base, 4)
 
 
 def test_data_of_a_newer_version_is_refused(base: BaseModel, data_folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ht_export.model.transfer import TransferLayers, load_transfer_layers
 from ht_export.training import cli
 from ht_export.training import fit as fit_module
 from ht_export.training.batches import make_batch
-from ht_export.training.data import AnsweredPrompt
+from ht_export.training.data import AnsweredPrompt, fingerprint
 from ht_export.training.drafts import run_context
 from ht_export.training.features import FeatureCache
 from ht_export.training.fit import FitSettings, anchor_losses, fit
@@ -204,8 +204,44 @@ def test_a_feature_cache_changes_nothing_and_is_made_once(
         FeatureCache(tmp_path / "cache", base, (2, 3), sequences[1:], QUIET)
     file = tmp_path / "cache" / "features-00000.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"features-00000\.safetensors is damaged"):
+    with pytest.raises(InputError, match=r"features-00000\.safetensors is not a valid file of features"):
         run(base, sequences, tmp_path / "more", short, feature_cache=tmp_path / "cache")
+
+
+FEATURES_OF = '{"weights_sha256": "a", "dtype": "float32", "data_sha256": "b", "state_layers": '
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        ("{", "truncated"),
+        ("{}", "missing required field"),
+        (FEATURES_OF + '"2"}', r"`\$\.state_layers`, which is '2'"),
+        (FEATURES_OF + "[]}", r"length >= 1 - at `\$\.state_layers`"),
+        (FEATURES_OF + "[-1, 4]}", r"`int` >= 0 - at `\$\.state_layers\[0\]`, which is -1"),
+        (FEATURES_OF + "[3, 2, 4]}", "state_layers must rise"),
+        (FEATURES_OF + "[" * 100_000, "nested too deeply|got `array`"),
+        (FEATURES_OF + "[2, 1000000000]}", "its last layer is 1000000000, not 4"),
+    ],
+)
+def test_a_damaged_description_of_features(
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path, content: str, cause: str
+) -> None:
+    content = content.replace('"a"', f'"{base.weights_sha256}"').replace('"b"', f'"{fingerprint(sequences)}"')
+    (tmp_path / "features.json").write_text(content)
+    with pytest.raises(InputError, match=rf"features\.json is not a valid description of features .*({cause})"):
+        FeatureCache(tmp_path, base, (2, 3), sequences, QUIET)
+
+
+def test_features_of_another_shape(base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, base, (3,), sequences[:1], QUIET)
+    batch = make_batch(sequences[:1], 2, None, None)
+    save_file({"0": torch.zeros(1, 1)}, tmp_path / "features-00000.safetensors")
+    with pytest.raises(InputError, match=r"is not a valid file of features \(text 0 is of shape \[1, 1\]\)"):
+        cache.context(batch)
+    save_file({"1": torch.zeros(1, 1)}, tmp_path / "features-00000.safetensors")
+    with pytest.raises(InputError, match="is not a valid file of features"):
+        cache.context(batch)
 
 
 def test_a_feature_cache_larger_than_the_disk_is_not_begun(
@@ -262,11 +298,14 @@ def test_a_checkpoint_of_another_run_is_refused(
     with pytest.raises(InputError, match="is the checkpoint of a run with another data"):
         run(base, sequences[1:], tmp_path / "c", short)
     (tmp_path / "c").write_bytes(b"junk")
-    with pytest.raises(InputError, match="is not a whole checkpoint of ht-train fit"):
+    with pytest.raises(InputError, match="is not a valid safetensors file of ht-train fit"):
         run(base, sequences, tmp_path / "c", short)
 
 
-@pytest.mark.parametrize("change", ["no metadata", "no optimizer", "wrong shape", "null loss"])
+@pytest.mark.parametrize(
+    "change",
+    ["no metadata", "no optimizer", "wrong shape", "wrong optimizer", "half of the best", "null loss", "steps"],
+)
 def test_a_damaged_checkpoint_is_refused(
     base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path, change: str
 ) -> None:
@@ -280,10 +319,16 @@ def test_a_damaged_checkpoint_is_refused(
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("exp_avg")}
     elif change == "wrong shape":
         tensors["weight/maps.0.weight"] = torch.zeros(3, 3)
+    elif change == "wrong optimizer":
+        tensors["optimizer/maps.0.weight/exp_avg"] = torch.zeros(3, 3)
+    elif change == "half of the best":
+        tensors["best/maps.0.weight"] = tensors["weight/maps.0.weight"].clone()
+    elif change == "steps":
+        about["step"] = 1 << 70
     elif change == "null loss":
         about["best_loss"] = None
     save_file(tensors, checkpoint, metadata={"fit": "[]" if change == "no metadata" else json.dumps(about)})
-    with pytest.raises(InputError, match="is not a whole checkpoint of ht-train fit"):
+    with pytest.raises(InputError, match=r"is not a valid .* of ht-train fit .*; delete it to start again"):
         run(base, sequences, checkpoint, short)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -300,12 +301,52 @@ def engine_copy(tiny_engine: Path, tmp_path: Path) -> Path:
     return tmp_path / tiny_engine.name
 
 
-def test_a_graph_that_onnx_runtime_cannot_load(engine_copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no graph", r"engine\.cpu\.onnx and its weights do not go together \(that is no ONNX graph: "),
+        # A model with a version of the format alone.
+        (b"\x08\x0a", r"ONNX Runtime \S+ cannot load .*engine\.cpu\.onnx: .*; update onnxru"),
+    ],
+)
+def test_a_graph_that_onnx_runtime_cannot_load(engine_copy: Path, content: bytes, message: str) -> None:
     lowered = engine_copy.with_name("engine.cpu.onnx")
-    lowered.write_bytes(b"no graph")
+    lowered.write_bytes(content)
     replace(read_engine_file(engine_copy), cpu_graph=FileRecord.of(lowered)).write(engine_copy.with_suffix(".json"))
-    with pytest.raises(EngineFileError, match=r"ONNX Runtime \S+ cannot load .*engine\.cpu\.onnx: .*; update onnxru"):
+    with pytest.raises(EngineFileError, match=message):
         Generator(engine_copy)
+
+
+@pytest.mark.parametrize("change", ["type", "shape", "offset", "length", "no number"])
+def test_weights_that_cannot_be_where_the_graph_says(engine_copy: Path, change: str) -> None:
+    lowered = engine_copy.with_name("engine.cpu.onnx")
+    model = onnx.load(lowered, load_external_data=False)
+    tensor = next(one for one in model.graph.initializer if one.data_location == onnx.TensorProto.EXTERNAL)
+    entries = {entry.key: entry for entry in tensor.external_data}
+    if change == "type":
+        tensor.data_type = onnx.TensorProto.STRING
+    elif change == "shape":
+        tensor.dims[0] = -tensor.dims[0]
+        tensor.dims[1] = -tensor.dims[1]
+    elif change == "offset":
+        entries["offset"].value = str(1 << 62)
+    elif change == "length":
+        entries["length"].value = "4"
+    else:
+        entries["offset"].value = "x"
+    onnx.save(model, lowered)
+    replace(read_engine_file(engine_copy), cpu_graph=FileRecord.of(lowered)).write(engine_copy.with_suffix(".json"))
+    with pytest.raises(EngineFileError, match="and its weights do not go together"):
+        Generator(engine_copy)
+
+
+def test_no_file_of_an_engine_stays_mapped_or_open(engine_copy: Path) -> None:
+    generator = Generator(engine_copy, threads=1, adapt=False)
+    folder = str(engine_copy.parent)
+    assert folder not in Path("/proc/self/maps").read_text()
+    handles = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not [name for name in handles if name.startswith(folder)]
+    assert generator.generate("a", max_new_tokens=3).tokens
 
 
 def test_a_graph_that_is_not_the_lowered_one(engine_copy: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from runtime import Generator, InputError, TreeSizes
 from runtime.bundle.engine_file import read_engine_file
 from runtime.engines import device_cache, onnxruntime_cuda
+from runtime.engines.external_weights import GraphFiles
 from runtime.engines.onnxruntime import open_session
 from runtime.engines.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaEngine
 
@@ -34,10 +35,10 @@ def engine(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     class Session:
         """Runs when the stream does."""
 
-        def __init__(self, path: Path, inputs: Any, outputs: Any, providers: list[Any]) -> None:
+        def __init__(self, graph: GraphFiles, inputs: Any, outputs: Any, providers: list[Any]) -> None:
             ((name, options), _) = providers
             assert (name, options) == (PROVIDER, {"user_compute_stream": "7", "use_tf32": "0"})
-            self._session = opened(path, inputs, outputs, ["CPUExecutionProvider"])
+            self._session = opened(graph, inputs, outputs, ["CPUExecutionProvider"])
 
         def get_providers(self) -> list[str]:
             return [PROVIDER]
@@ -77,7 +78,7 @@ def test_an_onnx_runtime_for_the_cpu_only(tiny_engine: Path) -> None:
 
 
 def test_libraries_that_do_not_load(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime_cuda, "open_session", lambda path, *_: onnxruntime_on_cpu(path))
+    monkeypatch.setattr(onnxruntime_cuda, "open_session", lambda graph, *_: onnxruntime_on_cpu(graph.path))
     with pytest.raises(InputError, match="its CUDA libraries did not load; install CUDA 12 and cuDNN 9"):
         Generator(engine, device="cuda")
 

@@ -15,7 +15,8 @@ import pytest
 from ht_export.tensorrt.limits import profiles
 from plugins.binaries import COMMIT, Kernel, KernelBinaries
 from runtime import EngineFileError, Generator, InputError, TreeSizes, driver
-from runtime.bundle.engine_file import EngineFile, FileRecord, Limits, PlanFile, engine_file_path, read_engine_file
+from runtime.bundle.engine_file import EngineFile, FileRecord, Limits, PlanFile, read_engine_file
+from runtime.bundle.places import engine_file_path
 from runtime.decode import Request
 from runtime.drafting.sizing import FixedSizes
 from runtime.engines import device_cache, tensorrt

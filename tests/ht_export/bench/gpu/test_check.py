@@ -18,7 +18,8 @@ from ht_export.bench.gpu import cases, check, passes, timing
 from ht_export.bench.gpu import parts as gpu_parts
 from ht_export.bench.gpu.kernel import check_kernel
 from plugins.launch import Scores
-from runtime.bundle.engine_file import engine_file_path, read_engine_file
+from runtime.bundle.engine_file import read_engine_file
+from runtime.bundle.places import engine_file_path
 from runtime.engines.buffers import DeviceResult
 from runtime.engines.protocol import Batch
 from runtime.engines.tensorrt import TensorRTEngine

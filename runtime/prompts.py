@@ -1,0 +1,104 @@
+"""Prompts to token ids: through the chat template or as they are, and refused early when they cannot fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from runtime.chat import ChatTemplate, Message
+from runtime.chat.conversation import MOST_CHARACTERS, check_characters
+from runtime.errors import InputError, PromptTooLongError
+from runtime.escaping import ControlTokens
+from runtime.tokenizer import encode
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Prompt = str | Sequence[Message]
+
+# Characters for each token of the context limit, and at least: longer prompts are refused unread. The longest token of
+# SmolLM2 has 81.
+CHARACTERS_PER_TOKEN = 1024
+LEAST_CHARACTERS = 1 << 20
+# Characters, likewise, up to which a prompt is encoded whole at once, whatever it holds.
+WHOLE_PER_TOKEN = 16
+LEAST_WHOLE = 1 << 16
+# Characters for each token of the first beginning of a longer one that is looked at.
+FIRST_PER_TOKEN = 4
+# Tokens at the end of a beginning that the text after it may change, besides a quarter of the limit.
+UNSETTLED = 256
+
+
+class PromptEncoder:
+    """Encodes prompts with a tokenizer and a chat template, None for a model without one."""
+
+    def __init__(self, tokenizer: Tokenizer, chat: ChatTemplate | None, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._chat = chat
+        self._vocab_size = vocab_size
+
+    def encode(
+        self, prompt: Prompt, *, raw: bool = False, escape_special_tokens: bool = False, limit: int | None = None
+    ) -> list[int]:
+        """Return the token ids of a prompt: of chat messages, of a string as one user message, or (`raw`, or without a
+        chat template) of the string as it is; with `escape_special_tokens` no text in it is a control token.
+
+        With a `limit` of tokens, `PromptTooLongError` is raised for a prompt that clearly has more, in a time that
+        depends on the limit. Raises `InputError` for what is no prompt, or no text.
+        """
+        chat = self._chat
+        most = MOST_CHARACTERS
+        if limit is not None:
+            most = min(most, max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * limit))
+        if isinstance(prompt, str) and (raw or chat is None):
+            if limit is not None and len(prompt) > most:
+                raise PromptTooLongError(
+                    f"the prompt has {len(prompt):,} characters, and the engine's context limit of {limit} tokens "
+                    f"allows {most:,}; shorten it"
+                )
+            tokenizer = self._tokenizer
+            if escape_special_tokens and self._control.in_text(prompt):
+                tokenizer = self._control.tokenizer
+            return self._ids(tokenizer, prompt, limit, add_special_tokens=True)
+        if raw or chat is None:
+            reason = "raw=True takes a string" if raw else "this model has no chat template"
+            raise InputError(f"cannot encode chat messages: {reason}; give the prompt as one string")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        marked = self._control.mark(messages, most) if escape_special_tokens else None
+        if marked is None:
+            return self._ids(self._tokenizer, chat.render(messages, most), limit, add_special_tokens=False)
+        text = self._control.resolve(chat.render(marked.messages), marked)
+        return self._ids(self._control.tokenizer, text, limit, add_special_tokens=False)
+
+    def _ids(self, tokenizer: Tokenizer, text: str, limit: int | None, *, add_special_tokens: bool) -> list[int]:
+        check_characters(text)
+        if limit is not None:
+            _check_length(tokenizer, text, limit, self._vocab_size)
+        return encode(tokenizer, text, self._vocab_size, add_special_tokens=add_special_tokens)
+
+    @cached_property
+    def _control(self) -> ControlTokens:
+        return ControlTokens(self._tokenizer, self._chat.source if self._chat else "")
+
+
+def _check_length(tokenizer: Tokenizer, text: str, limit: int, vocab_size: int) -> None:
+    """Raise `PromptTooLongError` when the beginning of a long `text` shows that it has more than `limit` tokens.
+
+    What follows a beginning may change its last tokens, those of an unfinished word or added token, and hardly ever
+    others. So a few tokens more than the limit prove nothing; a quarter more does.
+    """
+    if len(text) <= max(LEAST_WHOLE, WHOLE_PER_TOKEN * limit):
+        return
+    longest = max((len(token.content) for token in tokenizer.get_added_tokens_decoder().values()), default=0)
+    enough = limit + limit // 4 + UNSETTLED + longest
+    size = FIRST_PER_TOKEN * enough
+    while size < len(text):
+        count = len(encode(tokenizer, text[:size], vocab_size, add_special_tokens=False))
+        if count > enough:
+            raise PromptTooLongError(
+                f"the prompt has more than {limit} tokens, and the engine's context limit is {limit} for prompt and "
+                "answer together; shorten the prompt"
+            )
+        # As far as the same density needs, and a quarter more.
+        size += size // 4 + int(size * min(15.0, 1.25 * (enough - count) / max(count, 1)))
