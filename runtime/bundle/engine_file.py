@@ -103,7 +103,7 @@ class FileRecord:
                 # Before it is opened: opening a pipe waits for whoever writes into it.
                 if stat.S_ISREG(path.stat().st_mode):
                     return path.open("rb")
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
                 raise self._unreadable(path, error) from error
