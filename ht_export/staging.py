@@ -12,11 +12,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from runtime.bundle.engine_file import EngineFile
+from runtime.bundle.engine_file import ENGINE, EngineFile
 from runtime.bundle.places import engine_file_path
-from runtime.bundle.placing import CPU_SUFFIX, check_replaceable, complete, place
+from runtime.bundle.placing import CPU_SUFFIX, SUFFIXES, check_replaceable, complete, place
 from runtime.errors import InputError
-from runtime.files import check_writable, unwritable
+from runtime.files import check_name, check_writable, unwritable
 
 
 def check_out(out: Path) -> None:
@@ -31,6 +31,9 @@ def check_out(out: Path) -> None:
             f"{out}: the graph for the CPU of another engine would have this name; choose another, for example "
             f"{out.with_name(out.name.removesuffix(CPU_SUFFIX) + '-cpu.onnx')}"
         )
+    check_name(out, max(SUFFIXES[out.suffix], key=len))
+    if any(one < " " or one in "\\\x7f" for one in out.name):
+        raise InputError(f"{str(out)!r}: an engine's name has no backslash and no control character; choose another")
     check_writable(out)
     described = engine_file_path(out)
     other = out.with_suffix(".onnx" if out.suffix == ".plan" else ".plan")
@@ -97,7 +100,9 @@ def _new_staging_folder(out: Path) -> Path:
 
 def put_in_place(folder: Path, out: Path, description: EngineFile) -> None:
     """Put the finished files of the staging folder in the place of the engine that was there; see
-    `runtime.bundle.placing`.
+    `runtime.bundle.placing`. Raises `InputError` for an engine that would not load.
     """
-    description.write(folder / engine_file_path(out).name)
+    path = folder / engine_file_path(out).name
+    description.write(path)
+    ENGINE.read(path)
     place(folder, out)

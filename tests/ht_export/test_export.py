@@ -336,3 +336,17 @@ def test_engines_of_one_name_do_not_share_a_folder(tmp_path: Path, capsys: pytes
     assert cli.main(["smollm2-135m", "--out", str(tmp_path / "e.plan")]) == 1
     assert re.search(r"e\.json belongs to e\.onnx, .* for example .*plan/e\.plan", capsys.readouterr().err)
     assert (tmp_path / "e.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x" * 250 + ".onnx", r"the file's name has 255 bytes, and \d+ are allowed"),
+        ("a\\b.onnx", "no backslash and no control character"),
+        ("a\nb.onnx", "no backslash and no control character"),
+    ],
+)
+def test_names_that_no_engine_can_have(tiny_checkpoint: Path, tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run(tiny_checkpoint, None, tmp_path / name)
+    assert not list(tmp_path.iterdir())
