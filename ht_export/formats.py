@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from runtime.formats import JsonFormat
+from runtime.formats import JsonFormat, check_levels
 
 T = TypeVar("T")
-# Far above what is ever written: what reads or prints nested values goes into them level by level.
-DEEPEST = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +46,11 @@ class PythonJsonFormat(JsonFormat[T]):
         """Return the values of `content`, found at `where`, whatever they are. Raises `error`."""
         try:
             value = json.loads(content if isinstance(content, str) else content.decode("utf-8"))
-        except RecursionError:
-            value = None
-            deep = True
+            check_levels(value)
+        except RecursionError as error:
+            raise self.unfit(where, "it is nested too deeply") from error
         except ValueError as error:
             raise self.unfit(where, error) from error
-        else:
-            deep = _is_deeper(value, DEEPEST)
-        if deep:
-            raise self.unfit(where, "it is nested too deeply")
         return value
 
 
@@ -79,17 +73,3 @@ class VersionedFormat(PythonJsonFormat[T]):
                 f"update hidden-transfer, or {self.again}"
             )
         return value
-
-
-def _is_deeper(value: object, most: int) -> bool:
-    """Return whether lists and dictionaries are nested more than `most` deep."""
-    level: list[Any] = [value]
-    for _ in range(most):
-        level = [inner for outer in level for inner in _parts(outer)]
-        if not level:
-            return False
-    return True
-
-
-def _parts(value: object) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
