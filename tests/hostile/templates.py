@@ -1,4 +1,4 @@
-"""Chat templates by somebody hostile, or clumsy: all that Jinja has, with arguments that are too large or lead astray."""
+"""Chat templates by somebody hostile, or clumsy: all that Jinja has, with arguments that are too large, or astray."""
 
 from __future__ import annotations
 
@@ -9,40 +9,192 @@ from tests.hostile.damage import damaged
 
 ATOMS = (
     *("0", "1", "-1", "2", "9", "3.5", "1e308", "-0.0", "500000000", "10**9", "9**9**9", "2**64", "'9' * 5000"),
-    *("''", "'a'", "'abc ' * 50", "'%1000000000d'", "'{:1000000000}'", "'{0.__class__}'", "'\\ud800'", "'\\x00'", "'é'"),
+    *(
+        "''",
+        "'a'",
+        "'abc ' * 50",
+        "'%1000000000d'",
+        "'{:1000000000}'",
+        "'{0.__class__}'",
+        "'\\ud800'",
+        "'\\x00'",
+        "'é'",
+    ),
     *("none", "true", "[]", "[1, 'a']", "{}", "{'a': 1}", "(1, 2)", "undefined_name", "[[]] * 1000000"),
-    *("messages", "messages[0]", "messages[0].content", "messages[-1].role", "bos_token", "tools", "add_generation_prompt"),
-    *("range", "range(9)", "range(999999999)", "dict", "dict(a=1)", "namespace()", "namespace(a=1)", "cycler('a', 'b')"),
+    *(
+        "messages",
+        "messages[0]",
+        "messages[0].content",
+        "messages[-1].role",
+        "bos_token",
+        "tools",
+        "add_generation_prompt",
+    ),
+    *(
+        "range",
+        "range(9)",
+        "range(999999999)",
+        "dict",
+        "dict(a=1)",
+        "namespace()",
+        "namespace(a=1)",
+        "cycler('a', 'b')",
+    ),
     *("joiner()", "lipsum", "lipsum(n=100000)", "loop", "loop.index", "self", "caller", "varargs", "kwargs", "super"),
     *("raise_exception", "raise_exception('no')", "strftime_now('%Y')", "strftime_now('%' * 99999)", "m", "ns.a"),
 )
 ATTRIBUTES = (
-    *("__class__", "__mro__", "__subclasses__()", "__globals__", "__init__", "__builtins__", "__dict__", "__reduce__()"),
+    *(
+        "__class__",
+        "__mro__",
+        "__subclasses__()",
+        "__globals__",
+        "__init__",
+        "__builtins__",
+        "__dict__",
+        "__reduce__()",
+    ),
     *("format", "format_map", "encode()", "mro()", "gi_frame", "f_globals", "f_back", "func_globals", "__code__"),
     *("__traceback__", "tb_frame", "environment", "_environment", "parent", "name", "items()", "keys()", "a", "x.y.z"),
-    *("append(1)", "pop()", "update(a=1)", "clear()", "__setitem__('a', 1)", "__getattribute__('__class__')", "cr_frame"),
-    *("join(range(9999999))", "ljust(500000000)", "zfill(500000000)", "replace('', 'aaaaaaaaaaaaaaaa')", "expandtabs(10**9)"),
-    *("translate({97: 'b' * 999999})", "splitlines()", "__mul__(500000000)", "__add__('a')", "count('a')", "index('z')"),
+    *(
+        "append(1)",
+        "pop()",
+        "update(a=1)",
+        "clear()",
+        "__setitem__('a', 1)",
+        "__getattribute__('__class__')",
+        "cr_frame",
+    ),
+    *(
+        "join(range(9999999))",
+        "ljust(500000000)",
+        "zfill(500000000)",
+        "replace('', 'aaaaaaaaaaaaaaaa')",
+        "expandtabs(10**9)",
+    ),
+    *(
+        "translate({97: 'b' * 999999})",
+        "splitlines()",
+        "__mul__(500000000)",
+        "__add__('a')",
+        "count('a')",
+        "index('z')",
+    ),
 )
 FILTERS = (
-    *("abs", "attr('__class__')", "attr('format')", "batch(2)", "batch(500000000, 'a')", "capitalize", "center(500000000)"),
-    *("default('a')", "dictsort", "escape", "filesizeformat", "first", "float", "forceescape", "format('a', 1)", "groupby('a')"),
-    *("groupby('role')", "indent(500000000)", "indent(width='x' * 99999999)", "int", "int(base=99)", "items", "join", "join('a' * 99)"),
-    *("last", "length", "list", "list|list", "lower", "map('upper')", "map(attribute='__class__')", "map('center', 99999999)", "max"),
-    *("min", "pprint", "random", "reject", "rejectattr('a')", "replace('a', 'a' * 9999)", "replace('', 'b' * 9999)", "reverse"),
-    *("round", "round(999999999)", "safe", "select", "select('sameas', none)", "selectattr('role', 'equalto', 'user')", "slice(3)"),
-    *("slice(500000000)", "sort", "sort(attribute='role')", "string", "striptags", "sum", "sum(attribute='a')", "sum(start=[])"),
-    *("title", "tojson", "tojson(indent=99999999)", "tojson(indent='a' * 99999)", "trim", "truncate(3)", "truncate(-5)", "unique"),
-    *("upper", "urlencode", "urlize", "wordcount", "wordwrap(1)", "wordwrap(0)", "xmlattr", "no_such_filter", "map('map', 'map')"),
+    *(
+        "abs",
+        "attr('__class__')",
+        "attr('format')",
+        "batch(2)",
+        "batch(500000000, 'a')",
+        "capitalize",
+        "center(500000000)",
+    ),
+    *(
+        "default('a')",
+        "dictsort",
+        "escape",
+        "filesizeformat",
+        "first",
+        "float",
+        "forceescape",
+        "format('a', 1)",
+        "groupby('a')",
+    ),
+    *(
+        "groupby('role')",
+        "indent(500000000)",
+        "indent(width='x' * 99999999)",
+        "int",
+        "int(base=99)",
+        "items",
+        "join",
+        "join('a' * 99)",
+    ),
+    *(
+        "last",
+        "length",
+        "list",
+        "list|list",
+        "lower",
+        "map('upper')",
+        "map(attribute='__class__')",
+        "map('center', 99999999)",
+        "max",
+    ),
+    *(
+        "min",
+        "pprint",
+        "random",
+        "reject",
+        "rejectattr('a')",
+        "replace('a', 'a' * 9999)",
+        "replace('', 'b' * 9999)",
+        "reverse",
+    ),
+    *(
+        "round",
+        "round(999999999)",
+        "safe",
+        "select",
+        "select('sameas', none)",
+        "selectattr('role', 'equalto', 'user')",
+        "slice(3)",
+    ),
+    *(
+        "slice(500000000)",
+        "sort",
+        "sort(attribute='role')",
+        "string",
+        "striptags",
+        "sum",
+        "sum(attribute='a')",
+        "sum(start=[])",
+    ),
+    *(
+        "title",
+        "tojson",
+        "tojson(indent=99999999)",
+        "tojson(indent='a' * 99999)",
+        "trim",
+        "truncate(3)",
+        "truncate(-5)",
+        "unique",
+    ),
+    *(
+        "upper",
+        "urlencode",
+        "urlize",
+        "wordcount",
+        "wordwrap(1)",
+        "wordwrap(0)",
+        "xmlattr",
+        "no_such_filter",
+        "map('map', 'map')",
+    ),
 )
 OPERATORS = ("+", "-", "*", "/", "//", "%", "**", "~", "==", "<", "in", "and", "or", "is sameas")
-TESTS = ("defined", "none", "string", "iterable", "mapping", "divisibleby(0)", "filter", "test", "callable", "no_such_test")
+TESTS = (
+    "defined",
+    "none",
+    "string",
+    "iterable",
+    "mapping",
+    "divisibleby(0)",
+    "filter",
+    "test",
+    "callable",
+    "no_such_test",
+)
 
 
 @st.composite
 def expressions(draw: st.DrawFn, depth: int = 3) -> str:
     """An expression, valid mostly."""
-    what = draw(st.sampled_from(("atom", "atom", "attribute", "filter", "filter", "operator", "call", "index", "test", "slice")))
+    what = draw(
+        st.sampled_from(("atom", "atom", "attribute", "filter", "filter", "operator", "call", "index", "test", "slice"))
+    )
     if depth == 0 or what == "atom":
         return draw(st.sampled_from(ATOMS))
     inner = f"({draw(expressions(depth - 1))})"
@@ -71,7 +223,7 @@ BLOCKS = (
     "{{% set x = {0} %}}{1}",
     "{{% set x %}}{1}{{% endset %}}{{{{ x * 99999 }}}}",
     "{{% set ns = namespace(a='a') %}}{{% for x in range(99) %}}{{% set ns.a = ns.a ~ ns.a %}}{{% endfor %}}{1}",
-    "{{% set ns = namespace(a=[]) %}}{{% for x in range(9) %}}{{% set ns.a = [ns.a, ns.a] %}}{{% endfor %}}{{{{ ns.a }}}}",
+    "{{% set ns = namespace(a=[]) %}}{{% for x in range(9) %}}{{% set ns.a=[ns.a] * 2 %}}{{% endfor %}}{{{{ ns.a }}}}",
     "{{% set ns.a = {0} %}}{1}",
     "{{% macro m(a, b=1) %}}{1}{{{{ m(a) }}}}{{% endmacro %}}{{{{ m({0}) }}}}",
     "{{% macro m() %}}{1}{{{{ caller() }}}}{{% endmacro %}}{{% call m() %}}{1}{{% endcall %}}",
