@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from runtime.bundle.engine_file import ENGINE, EngineFile
-from runtime.bundle.places import engine_file_path
+from runtime.bundle.places import engine_file_path, placing_folder
 from runtime.bundle.placing import CPU_SUFFIX, SUFFIXES, check_replaceable, complete, place
 from runtime.errors import InputError
 from runtime.files import RANDOM, check_name, check_readable, check_writable, unwritable
@@ -98,9 +98,23 @@ def _new_staging_folder(out: Path) -> Path:
         # Nobody is at work in these: their exports would hold the lock.
         for folder in out.parent.glob(f"{glob.escape(prefix)}*"):
             shutil.rmtree(folder)
+        for folder in _left_by_earlier_releases(out):
+            shutil.rmtree(folder)
         return Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
     except OSError as error:
         raise unwritable(out, error) from error
+
+
+def _left_by_earlier_releases(out: Path) -> list[Path]:
+    """Return folders of unfinished files as release 0.1.0 named them, known by holding files of this engine alone."""
+    return [
+        folder
+        for folder in out.parent.glob(f".{glob.escape(out.name)}.????????")
+        if folder.is_dir()
+        and not folder.is_symlink()
+        and folder != placing_folder(out)
+        and all(path.is_file() and path.name.startswith(f"{out.stem}.") for path in folder.iterdir())
+    ]
 
 
 def put_in_place(folder: Path, out: Path, description: EngineFile) -> None:

@@ -291,9 +291,13 @@ def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
     out = tmp_path / "engine.onnx"
     (tmp_path / ".engine.onnx.staging-12345678").mkdir()
     (tmp_path / ".engine.onnx.staging-12345678" / "engine.onnx.data").write_text("half")
-    kept = [tmp_path / ".engine.onnx.mine", tmp_path / ".other.onnx.staging-12345678"]
+    # As release 0.1.0 named them.
+    (tmp_path / ".engine.onnx.x_12345y").mkdir()
+    (tmp_path / ".engine.onnx.x_12345y" / "engine.onnx.data").write_text("half")
+    kept = [tmp_path / name for name in (".engine.onnx.mine", ".engine.onnx.my-notes", ".other.onnx.staging-12345678")]
     for folder in kept:
         folder.mkdir()
+        (folder / "notes").write_text("mine")
     with staging.staging_folder(out) as folder:
         assert sorted(tmp_path.glob(".engine.onnx.staging-*")) == [folder]
     assert sorted(tmp_path.iterdir()) == kept
