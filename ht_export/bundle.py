@@ -14,7 +14,7 @@ from ht_export.model.correction import correction_tables
 from ht_export.model.transfer import TransferLayers
 from runtime.bundle.engine_file import FileRecord
 from runtime.bundle.reading import CHAT_TEMPLATE
-from runtime.errors import InputError
+from runtime.errors import InputError, shown
 from runtime.tokenizer import tokens_beyond
 
 # What tokenizers call tokens that stand for what is no text, which processors of images and sounds replace. Gemma 3's
@@ -53,7 +53,7 @@ def _described(base: BaseModel) -> str:
     beyond = tokens_beyond(backend, vocab_size)
     if odd := {number: token for number, token in beyond.items() if token not in placeholders}:
         raise InputError(
-            f"{base.source}: its tokenizer has token {max(odd)} ({odd[max(odd)]!r}), and the model's vocabulary has "
+            f"{base.source}: its tokenizer has token {max(odd)} ({shown(odd[max(odd)])}), and the model's vocabulary has "
             f"{vocab_size} tokens; take the tokenizer that belongs to the model, or give the model rows for all tokens "
             "(resize_token_embeddings)"
         )

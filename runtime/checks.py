@@ -8,9 +8,11 @@ import warnings
 from numbers import Integral, Real
 from pathlib import Path
 
-from runtime.errors import InputError, InputWarning
+from runtime.errors import InputError, InputWarning, shown
 
 MOST_THREADS = 1024
+# More than there is of anything; and what 64 bits hold.
+LARGEST = (1 << 63) - 1
 # Times that something is measured or trained in a row: more is a mistyped number, and would not end.
 MOST_REPEATS = 10**6
 
@@ -18,7 +20,7 @@ MOST_REPEATS = 10**6
 def number(name: str, value: object, least: float, most: float) -> float:
     """Return `value` as a float; raise `InputError` unless it is a number from `least` to `most`."""
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise InputError(f"{name} must be a number from {least:g} to {most:g}, not {value!r}")
+        raise InputError(f"{name} must be a number from {least:g} to {most:g}, not {shown(value)}")
     try:
         found = float(value)
     except OverflowError:
@@ -29,15 +31,15 @@ def number(name: str, value: object, least: float, most: float) -> float:
     return found
 
 
-def whole(name: str, value: object, least: int = 0, most: float = math.inf) -> int:
+def whole(name: str, value: object, least: int = 0, most: int = LARGEST) -> int:
     """Return `value` as an int; raise `InputError` unless it is a whole number from `least` to `most`."""
     if not isinstance(value, Integral) or isinstance(value, bool):
-        raise InputError(f"{name} must be a whole number, not {value!r}")
+        raise InputError(f"{name} must be a whole number, not {shown(value)}")
     found = int(value)
     if found < least:
-        raise InputError(f"{name} must be at least {least}, not {found}")
+        raise InputError(f"{name} must be at least {least}, not {shown(found)}")
     if found > most:
-        raise InputError(f"{name} must be at most {most}, not {found}")
+        raise InputError(f"{name} must be at most {most}, not {shown(found)}")
     return found
 
 

@@ -1,5 +1,9 @@
 """Errors that a user can act on. Command lines print them as one line; services can catch them by class."""
 
+from __future__ import annotations
+
+from reprlib import Repr
+
 
 class InputError(ValueError):
     """Something given by the user does not fit: the message says what, what is allowed and what to do."""
@@ -15,3 +19,29 @@ class PromptTooLongError(InputError):
 
 class InputWarning(UserWarning):
     """Something given by the user works, and likely not as it was meant. Command lines show it as one line."""
+
+
+# Characters of a cause that an error repeats.
+LONGEST_CAUSE = 300
+
+
+def one_line(cause: object) -> str:
+    """Return the first line of what `cause` says, cut short and so that it can be printed, or its class where it says
+    nothing: it may quote a file, or come from another library.
+    """
+    first = next(iter(str(cause).strip().splitlines()), "") or type(cause).__name__
+    return "".join(one if one.isprintable() else "\ufffd" for one in first[:LONGEST_CAUSE])
+
+
+_SHORT = Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 100
+
+
+def shown(value: object) -> str:
+    """Return `value` as Python writes it, for an error: cut short, in one line, and whatever its own class does."""
+    try:
+        return one_line(_SHORT.repr(value))
+    except Exception:
+        # Python writes no whole number of more than some thousand digits.
+        return f"a value of type {type(value).__name__}"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.chat import Message
 from runtime.chat.conversation import read_conversation
-from runtime.errors import InputError
+from runtime.errors import InputError, shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -136,7 +136,7 @@ class ControlTokens:
             raise self._unfit(str(error)) from error
         for text, number in self.ids.items():
             if copy.token_to_id(self._aliases[text]) != number or copy.token_to_id(text) is not None:
-                raise self._unfit(f"it cannot do without {text!r}")
+                raise self._unfit(f"it cannot do without {shown(text)}")
         return copy
 
     def _unfit(self, cause: str) -> InputError:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from runtime.errors import InputError
-from runtime.formats import LONGEST_CAUSE
+from runtime.errors import InputError, one_line
 
 
 @contextlib.contextmanager
@@ -23,10 +22,4 @@ def failures(error: Callable[[str], InputError]) -> Iterator[None]:
         # The class is `pyo3_runtime.PanicException`, one for each library and none to import.
         if not isinstance(found, Exception) and type(found).__name__ != "PanicException":
             raise
-        raise error(first_line(found)) from found
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what `error` says, cut short; its class where it says nothing."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:LONGEST_CAUSE]
+        raise error(one_line(found)) from found

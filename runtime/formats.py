@@ -18,12 +18,10 @@ from typing import ClassVar, Generic, TypeVar
 
 import msgspec
 
-from runtime.errors import InputError
+from runtime.errors import InputError, one_line
 
 T = TypeVar("T")
 K = TypeVar("K")
-# Characters of a cause that an error repeats: it may quote the file.
-LONGEST_CAUSE = 300
 # Levels of values within values in a part whose form is free: far more than any file has, and far fewer than what walks
 # through it bears.
 MOST_LEVELS = 64
@@ -97,8 +95,7 @@ class Format:
 
     def unfit(self, where: object, cause: object) -> InputError:
         """Return the error that tells that what is at `where` does not fit, and why."""
-        lines = str(cause).split("\n", maxsplit=1)
-        return self.error(f"{where} is not a valid {self.name} ({lines[0][:LONGEST_CAUSE]}); {self.remedy}")
+        return self.error(f"{where} is not a valid {self.name} ({one_line(cause)}); {self.remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)

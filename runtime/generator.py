@@ -23,7 +23,7 @@ from runtime.drafting.source import DraftSource
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.engines.opening import open_engine, runs_on_cpu
 from runtime.engines.protocol import Engine
-from runtime.errors import InputError, PromptTooLongError
+from runtime.errors import InputError, PromptTooLongError, shown
 from runtime.files import check_readable
 from runtime.prompts import Prompt, PromptEncoder
 from runtime.sampling import Sampling
@@ -153,11 +153,11 @@ class Generator:
         """
         max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
         if not isinstance(stop, Sequence) or isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
-            raise InputError(f"stop must be a list of strings that are not empty, not {stop!r}")
+            raise InputError(f"stop must be a list of strings that are not empty, not {shown(stop)}")
         if sampling is None:
             sampling = Sampling()
         if not isinstance(sampling, Sampling):
-            raise InputError(f"sampling must be a runtime.Sampling, not {sampling!r}")
+            raise InputError(f"sampling must be a runtime.Sampling, not {shown(sampling)}")
         if sampling.min_new_tokens > max_new_tokens:
             raise InputError(
                 f"min_new_tokens is {sampling.min_new_tokens}, more than max_new_tokens, {max_new_tokens}; change one "
@@ -234,7 +234,7 @@ class Generator:
 
     def _checked(self, sizes: TreeSizes) -> TreeSizes:
         if not isinstance(sizes, TreeSizes) or not isinstance(sizes.pseudo_rows, Sequence):
-            raise InputError(f"tree must be a runtime.TreeSizes such as TreeSizes(4, (4, 2, 2)), not {sizes!r}")
+            raise InputError(f"tree must be a runtime.TreeSizes such as TreeSizes(4, (4, 2, 2)), not {shown(sizes)}")
         whole("tree_rows", sizes.tree_rows, 1, MOST_ROWS)
         for rows in sizes.pseudo_rows:
             whole("each of pseudo_rows", rows, 0, sizes.tree_rows)

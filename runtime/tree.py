@@ -33,6 +33,17 @@ class TreeSizes:
         """The number of draft steps with pseudo rows: a step is of use only if those before it have some."""
         return next((k for k, rows in enumerate(self.pseudo_rows) if not rows), len(self.pseudo_rows))
 
+    def check(self, num_steps: int) -> None:
+        """Raise `ValueError` unless these are sizes for so many draft steps: none has more pseudo rows than the tree may
+        have candidates, or any after a step without.
+        """
+        if len(self.pseudo_rows) != num_steps:
+            raise ValueError(f"{len(self.pseudo_rows)} pseudo_rows for {num_steps} transfer_layers")
+        if max(self.pseudo_rows, default=0) > self.tree_rows:
+            raise ValueError(f"pseudo_rows {list(self.pseudo_rows)} with more than tree_rows, {self.tree_rows}")
+        if any(self.pseudo_rows[self.draft_steps :]):
+            raise ValueError(f"pseudo_rows {list(self.pseudo_rows)} with some after a 0")
+
     @classmethod
     def plain(cls, num_steps: int) -> TreeSizes:
         """Return the sizes of plain decoding: the certain token alone, nothing drafted."""

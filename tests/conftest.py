@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # SymPy reads it when torch imports it: the tracer asks for the same sums of sizes again and again.
 os.environ.setdefault("SYMPY_CACHE_SIZE", "None")
 
+import argparse
 import gc
 import re
 import shutil
@@ -52,16 +53,44 @@ CHAT_TEMPLATE = (
 
 # The longest tests come first, so that at the end no process works alone; SmolLM2's tests share an engine.
 FIRST = (
+    "hostile/test_search.py",
     "test_smollm2.py",
     "test_smollm2_plan.py",
     "tensorrt/test_families.py",
     "test_walkthrough.py",
     "test_packages.py",
 )
+# How long hostile input is generated in every run, in all.
+HOSTILE_SECONDS = 30.0
+
+
+def duration(text: str) -> float:
+    """Return the seconds of a duration such as 30m."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90s, 30m or 2h")
+    return seconds
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the tests that are marked long, too")
+    parser.addoption(
+        "--hostile",
+        type=duration,
+        default=HOSTILE_SECONDS,
+        metavar="DURATION",
+        help="how long hostile input is generated: 90s, 30m, 2h (default: 30s)",
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell how much hostile input there was."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    for report in reports:
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "hostile" and report.when == "call":
+                terminalreporter.write_line(f"hostile input: {value}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from ht_export.bench.settings import BenchSettings
 from runtime.bundle.places import engine_file_path
 from runtime.engines.opening import runs_on_cpu
+from runtime.errors import shown
 from runtime.files import sha256_file
 from runtime.generator import Generator
 from runtime.tree import TreeSizes
@@ -76,7 +77,7 @@ def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
         if isinstance(one, dict) and isinstance(other, dict):
             found += [f"{key}.{difference}" for difference in differences(one, other)]
         else:
-            found.append(f"{key} is {other!r} there and {one!r} now")
+            found.append(f"{key} is {shown(other)} there and {shown(one)} now")
     return found
 
 

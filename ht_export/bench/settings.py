@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ht_export.prompts import Conversation, evenly, read_conversations
 from runtime.checks import MOST_REPEATS, MOST_THREADS, whole
-from runtime.errors import InputError
+from runtime.errors import InputError, one_line, shown
 from runtime.sampling import Sampling
 from runtime.sampling.options import LARGEST_SEED
 from runtime.tree import TreeSizes
@@ -104,7 +104,7 @@ def choose_prompts(settings: BenchSettings) -> list[Conversation]:
     tasks = sorted({prompt.task for prompt in found})
     for task in settings.tasks:
         if task not in tasks:
-            raise InputError(f"no prompt of task {task!r} in {settings.prompts}; it has: {', '.join(tasks)}")
+            raise InputError(f"no prompt of task {shown(task)} in {settings.prompts}; it has: {one_line(', '.join(tasks))}")
     chosen = [prompt for prompt in found if not settings.tasks or prompt.task in settings.tasks]
     return evenly(chosen, settings.count or len(chosen))
 

@@ -22,7 +22,7 @@ from ht_export.formats import VersionedFormat
 from ht_export.model.correction import CorrectionNetwork
 from ht_export.model.tensors import opened_tensors, shapes, write_safetensors
 from runtime.bindings import join_order
-from runtime.errors import InputError
+from runtime.errors import InputError, one_line, shown
 from runtime.formats import Format
 
 FORMAT_VERSION = 2
@@ -209,7 +209,7 @@ def check_fits(path: Path, trained_for: Mapping[str, Any], base_model: dict[str,
     for key in ("architecture", "hidden_size", "num_layers", "vocab_size", "weights_sha256"):
         if trained_for.get(key) != base_model[key]:
             raise InputError(
-                f"{path} holds transfer layers for another model: {key} is {trained_for.get(key)!r} there "
-                f"({trained_for.get('name')}) and {base_model[key]!r} in {base_model['name']}; "
+                f"{path} holds transfer layers for another model: {key} is {shown(trained_for.get(key))} there "
+                f"({one_line(trained_for.get('name'))}) and {base_model[key]!r} in {base_model['name']}; "
                 "give the transfer layers trained for this model, or train some with ht-train"
             )

@@ -15,7 +15,7 @@ from ht_export.formats import PythonJsonFormat
 from ht_export.model.tensors import opened_tensors, shapes, write_safetensors
 from ht_export.model.transfer import TransferLayers
 from ht_export.training.identity import first_difference
-from runtime.errors import InputError
+from runtime.errors import InputError, shown
 from runtime.formats import Format
 
 METADATA_KEY = "fit"
@@ -93,8 +93,8 @@ def load_checkpoint(path: Path, state: FitState, run: dict[str, Any]) -> None:
         differing = first_difference(run, about.run)
         if differing is not None:
             raise InputError(
-                f"{path} is the checkpoint of a run with another {differing} ({about.run.get(differing)!r:.300}, now "
-                f"{run.get(differing)!r}); repeat that, name another --checkpoint, or delete it to start again"
+                f"{path} is the checkpoint of a run with another {differing} ({shown(about.run.get(differing))}, now "
+                f"{shown(run.get(differing))}); repeat that, name another --checkpoint, or delete it to start again"
             )
         found = shapes(file)
         expected = _expected(state, about.step, any(name.startswith("best/") for name in found))

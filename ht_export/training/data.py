@@ -19,7 +19,7 @@ from msgspec import Meta
 from ht_export.formats import LinesFormat, VersionedFormat
 from ht_export.model.checkpoint import BaseModel
 from ht_export.training.identity import first_difference
-from runtime.errors import InputError
+from runtime.errors import InputError, one_line
 from runtime.files import atomic_path, write_json
 
 MANIFEST = "manifest.json"
@@ -165,7 +165,7 @@ def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[Ans
     made_by = manifest.base_model
     if made_by["weights_sha256"] != base.weights_sha256:
         raise InputError(
-            f"{folder} was made with other weights ({made_by['name']}, {made_by['weights_sha256'][:12]}) than "
+            f"{folder} was made with other weights ({one_line(made_by['name'])}, {one_line(made_by['weights_sha256'][:12])}) than "
             f"{base.source} ({base.weights_sha256[:12]}); make it again with: ht-train data"
         )
     expected = manifest.shards

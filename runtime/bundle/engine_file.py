@@ -195,10 +195,13 @@ class EngineFile:
 
     def __post_init__(self) -> None:
         steps = self.dims.num_steps
-        if len(self.tree.pseudo_rows) != steps:
-            raise ValueError(f"{len(self.tree.pseudo_rows)} pseudo_rows for {steps} transfer_layers")
-        if self.plan and self.plan.limits.max_rows * (1 + steps) > MOST_PASS_ROWS:
-            raise ValueError(f"max_rows {self.plan.limits.max_rows}: a pass has at most {MOST_PASS_ROWS} rows in all")
+        self.tree.check(steps)
+        if self.plan:
+            most = self.plan.limits.max_rows
+            if most * (1 + steps) > MOST_PASS_ROWS:
+                raise ValueError(f"max_rows {most}: a pass has at most {MOST_PASS_ROWS} rows in all")
+            if self.tree.tree_rows > most:
+                raise ValueError(f"tree_rows {self.tree.tree_rows}, and the plan was built for max_rows {most}")
         for part in (self.base_model, self.transfer, self.parity, self.plan and self.plan.build):
             check_levels(part)
         Reliability.of(self.transfer.get("acceptance", {}))

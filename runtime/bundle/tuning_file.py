@@ -77,8 +77,7 @@ class _Entry:
         if (self.sizes[0].tree_rows, self.sizes[0].pseudo_rows) != (plain.tree_rows, plain.pseudo_rows):
             raise ValueError("the first sizes are not those of plain decoding")
         for size in self.sizes:
-            if len(size.pseudo_rows) != self.draft_steps:
-                raise ValueError("sizes of different numbers of draft steps")
+            TreeSizes(size.tree_rows, size.pseudo_rows).check(self.draft_steps)
             if len(size.milliseconds) != len(self.contexts):
                 raise ValueError(f"{len(size.milliseconds)} milliseconds for {len(self.contexts)} contexts")
 

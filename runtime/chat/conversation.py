@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from runtime.errors import InputError, PromptTooLongError
+from runtime.errors import InputError, PromptTooLongError, shown
 
 Message = Mapping[str, Any]
 
@@ -29,14 +29,14 @@ def read_conversation(
     when all have more than `most_characters`.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise InputError(f"a conversation must be a list of messages, not {messages!r}")
+        raise InputError(f"a conversation must be a list of messages, not {shown(messages)}")
     if not messages:
         raise InputError("the conversation is empty; give at least one message with 'role' and 'content'")
     reader = _Reader(most_characters, change)
     found = []
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise InputError(f"message {index} must be a dictionary with 'role' and 'content', not {message!r}")
+            raise InputError(f"message {index} must be a dictionary with 'role' and 'content', not {shown(message)}")
         missing = [key for key in ("role", "content") if not isinstance(message.get(key), str)]
         if missing:
             raise InputError(f"message {index} needs {missing[0]!r} as a string")
@@ -75,7 +75,7 @@ class _Reader:
             items = {}
             for key, item in value.items():
                 if not isinstance(key, str):
-                    raise InputError(f"message {index} has the key {key!r}; keys must be strings")
+                    raise InputError(f"message {index} has the key {shown(key)}; keys must be strings")
                 items[self._text(key)] = self.read(item, index, depth + 1)
             return items
         if isinstance(value, list | tuple):

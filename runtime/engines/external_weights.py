@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import EngineFileError
+from runtime.foreign import failures
 
 # Types of `onnx.TensorProto` that weights are stored in: bytes of an element, and what NumPy has in their place.
 # bfloat16 and float8 are unknown there; ONNX Runtime is told what the bits are.
@@ -98,7 +99,7 @@ def hand_over(files: GraphFiles, options: Any, onnxruntime: Any) -> list[Any]:
     """
     if files.weights is None:
         return []
-    try:
+    with failures(lambda cause: EngineFileError(f"{files.path} and its weights do not go together ({cause}); export it again")):
         wanted = external_weights(files.graph)
         mapped = mmap.mmap(files.weights.fileno(), 0, prot=mmap.PROT_READ)
         names, values = [], []
@@ -107,8 +108,6 @@ def hand_over(files: GraphFiles, options: Any, onnxruntime: Any) -> list[Any]:
             names.append(weight.name)
             values.append(onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, weight.onnx_type))
         options.add_external_initializers(names, values)
-    except (ValueError, OSError) as error:
-        raise EngineFileError(f"{files.path} and its weights do not go together ({error}); export it again") from error
     return values
 
 

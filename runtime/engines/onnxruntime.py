@@ -5,6 +5,7 @@ there is none, as in half precision.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from runtime.engines.external_weights import GraphFiles, hand_over
 from runtime.engines.host_cache import HostCacheEngine, HostResult, caches_of
 from runtime.engines.layout import BatchInputs, stack
 from runtime.engines.protocol import Batch
-from runtime.errors import EngineFileError, InputError
+from runtime.errors import EngineFileError, InputError, one_line
+from runtime.foreign import failures
 
+# Names of types in ONNX Runtime, where they are others than NumPy's.
+ORT_TYPES = {"float32": "float"}
 # A provider's name, alone or with its options.
 Provider = str | tuple[str, dict[str, str]]
 
@@ -38,14 +42,25 @@ class OnnxRuntimeEngine(HostCacheEngine):
             graph, dims.inputs(), dims.outputs(), ["CPUExecutionProvider"], threads, small=small
         )
         self.dims = dims
+        self._path = path_of(graph)
         self._outputs = [binding.name for binding in dims.outputs()]
 
     def run(self, batch: Batch) -> HostResult:
         """See `Engine.run`."""
         laid_out = stack(batch, self.dims.join_order)
-        logits, draft_logits, *new = self._session.run(self._outputs, graph_inputs(laid_out, batch))
+        with running(self._path):
+            found = self._session.run(self._outputs, graph_inputs(laid_out, batch))
+            self._check_shapes(found, laid_out)
+        logits, draft_logits, *new = found
         layers = self.dims.num_layers
         return HostResult(batch, logits, draft_logits, new[:layers], new[layers:], laid_out.pseudo)
+
+    def _check_shapes(self, found: Sequence[NDArray], laid_out: BatchInputs) -> None:
+        # A graph may state sizes that its outputs do not have.
+        sizes = laid_out.dims(0)
+        for binding, array in zip(self.dims.outputs(), found, strict=True):
+            if array.shape != (expected := binding.sizes(sizes)):
+                raise ValueError(f"{binding.name} is of shape {list(array.shape)}, not {list(expected)}")
 
 
 def graph_inputs(laid_out: BatchInputs, batch: Batch) -> dict[str, NDArray]:
@@ -55,6 +70,18 @@ def graph_inputs(laid_out: BatchInputs, batch: Batch) -> dict[str, NDArray]:
         feed[bindings.key_cache(layer)] = keys
         feed[bindings.value_cache(layer)] = values
     return feed
+
+
+def path_of(graph: Path | GraphFiles) -> Path:
+    """Return the path of a graph, for messages."""
+    return graph.path if isinstance(graph, GraphFiles) else graph
+
+
+def running(path: Path) -> AbstractContextManager[None]:
+    """Raise `EngineFileError` for whatever ONNX Runtime raises in the block, where it runs the graph at `path`: one
+    that can be loaded may still not fit its inputs, or those of some texts.
+    """
+    return failures(lambda cause: EngineFileError(f"ONNX Runtime cannot run {path}: {cause}; export the engine again"))
 
 
 def use_little_memory(options: Any) -> list[str]:
@@ -92,7 +119,7 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads = whole("threads", threads, 1, MOST_THREADS)
     disabled = use_little_memory(options) if small else None
-    path = graph.path if isinstance(graph, GraphFiles) else graph
+    path = path_of(graph)
     held = hand_over(graph, options, onnxruntime) if isinstance(graph, GraphFiles) else []
     try:
         session = onnxruntime.InferenceSession(
@@ -103,8 +130,8 @@ def open_session(
         )
     except Exception as error:
         raise EngineFileError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}; update onnxruntime, or export the "
-            "engine again"
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {one_line(error)}; update onnxruntime, or "
+            "export the engine again"
         ) from error
     finally:
         # The session has copied what it keeps.
@@ -113,15 +140,25 @@ def open_session(
         names = [value.name for value in found]
         wanted = [binding.name for binding in expected]
         odd = [] if names == wanted else sorted(set(names) ^ set(wanted)) or names
-        odd += [
-            value.name
-            for value, binding in zip(found, expected, strict=False)
-            # Dynamic dimensions have names, or none.
-            for size, fixed in zip(value.shape, binding.shape, strict=False)
-            if isinstance(size, int) and isinstance(fixed, int) and size != fixed
-        ]
+        odd += [value.name for value, binding in zip(found, expected, strict=False) if _differs(value, binding)]
         if odd:
             raise EngineFileError(
-                f"{path} does not have the graph its engine.json describes ({odd[0]}); export it again"
+                f"{path} does not have the graph its engine.json describes ({one_line(odd[0])}); export it again"
             )
     return session
+
+
+def _differs(value: Any, binding: Binding) -> bool:
+    """Return whether the graph's `value` is of another type than `binding`, of another rank, or of another size where
+    that is fixed.
+    """
+    if value.type != f"tensor({ORT_TYPES.get(binding.dtype, binding.dtype)})":
+        return True
+    # A shape that the graph does not state is empty. Dynamic dimensions have names, or none.
+    return bool(value.shape) and (
+        len(value.shape) != len(binding.shape)
+        or any(
+            isinstance(size, int) and isinstance(fixed, int) and size != fixed
+            for size, fixed in zip(value.shape, binding.shape, strict=True)
+        )
+    )

@@ -20,7 +20,7 @@ from runtime.bindings import GraphDims, dynamic_dims
 from runtime.engines.external_weights import GraphFiles
 from runtime.engines.host_cache import MANY
 from runtime.engines.layout import stack
-from runtime.engines.onnxruntime import open_session
+from runtime.engines.onnxruntime import open_session, path_of, running
 from runtime.engines.protocol import Batch, Freshness, Result, Slot
 from runtime.rows import HostOutputs
 
@@ -108,6 +108,7 @@ class OnnxRuntimeCpuEngine:
             graph, dims.inputs(), dims.lowered_outputs(), ["CPUExecutionProvider"], threads, small=small
         )
         self.dims = dims
+        self._path = path_of(graph)
         self._binding = self._session.io_binding()
         self._bound: weakref.ref[NDArray] | None = None
         self._freshness = Freshness()
@@ -137,7 +138,8 @@ class OnnxRuntimeCpuEngine:
         for binding, buffer in zip(self.dims.outputs()[:2], (self._logits, self._drafts), strict=True):
             shape = binding.sizes(sizes)
             self._binding.bind_output(binding.name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
-        self._session.run_with_iobinding(self._binding)
+        with running(self._path):
+            self._session.run_with_iobinding(self._binding)
         logits, draft_logits = self._logits[: laid_out.logit_count], self._drafts[:drafts]
         return InPlaceResult(batch, logits, draft_logits, number, self._freshness)
 

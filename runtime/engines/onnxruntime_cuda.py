@@ -17,7 +17,7 @@ from runtime.engines.cuda import Cuda
 from runtime.engines.device_cache import CacheMemory, DeviceCache, cache_of
 from runtime.engines.external_weights import GraphFiles
 from runtime.engines.layout import stack
-from runtime.engines.onnxruntime import Provider, open_session
+from runtime.engines.onnxruntime import Provider, open_session, path_of, running
 from runtime.engines.protocol import Batch, Freshness, Result
 from runtime.errors import InputError
 from runtime.rows import Phase
@@ -44,6 +44,7 @@ class OnnxRuntimeCudaEngine:
         self, graph: Path | GraphFiles, dims: GraphDims, tree: TreeSizes, chunk: int, max_context: int
     ) -> None:
         self.dims = dims
+        self._path = path_of(graph)
         self._limits = Limits(1, max_context, max(MAX_ROWS, tree.tree_rows), chunk)
         provider = _provider()
         self._cuda = Cuda()
@@ -92,7 +93,8 @@ class OnnxRuntimeCudaEngine:
         for value in self.dims.outputs():
             where = (self.device, 0, _element(value.dtype), value.sizes(values), addresses[value.name])
             binding.bind_output(value.name, *where)
-        self._session.run_with_iobinding(binding)
+        with running(self._path):
+            self._session.run_with_iobinding(binding)
         self._buffers.download_logits(laid_out.logit_count)
         self._cuda.synchronise()
         logits = self._buffers.logits(laid_out.logit_count)

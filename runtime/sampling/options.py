@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.checks import number, whole
-from runtime.errors import InputError
+from runtime.errors import InputError, shown
 
 # Takes the tokens so far, those of the prompt first, which it cannot change, and logits [V], which it may write into;
 # returns logits [V].
@@ -137,13 +137,13 @@ class TokenLogProbability:
 
 def _elements(name: str, value: object, what: str) -> Iterable[object]:
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
-        raise InputError(f"{name} must be a list of {what}, not {value!r}")
+        raise InputError(f"{name} must be a list of {what}, not {shown(value)}")
     return value
 
 
 def _items(name: str, value: object) -> Iterable[tuple[object, object]]:
     if not isinstance(value, Mapping):
-        raise InputError(f"{name} must be a dictionary, not {value!r}")
+        raise InputError(f"{name} must be a dictionary, not {shown(value)}")
     return value.items()
 
 
@@ -151,5 +151,5 @@ def _processors(value: object) -> tuple[object, ...]:
     processors = tuple(_elements("processors", value, "functions"))
     for processor in processors:
         if not callable(processor):
-            raise InputError(f"processors must be functions of the tokens so far and the logits, not {processor!r}")
+            raise InputError(f"processors must be functions of the tokens so far and the logits, not {shown(processor)}")
     return processors

@@ -25,7 +25,7 @@ def test_the_identity_is_of_all_that_a_tuning_depends_on(tiny_engine: Path) -> N
         replace(about, cpu_graph=other).identity,
         replace(about, weights=other).identity,
         replace(about, correction=other).identity,
-        replace(about, tree=TreeSizes(5, about.tree.pseudo_rows)).identity,
+        replace(about, tree=TreeSizes(7, about.tree.pseudo_rows)).identity,
         replace(about, transfer={**about.transfer, "sha256": "0" * 64}).identity,
     }
     assert len(found) == 7

@@ -1,0 +1,32 @@
+"""All kinds of hostile input, in groups that share what they import, which takes long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from tests.hostile.cases import Kind
+
+# Those that import least come first.
+GROUPS = {"engine files": "engine_kinds", "requests": "request_kinds", "build time": "training_kinds"}
+
+
+def makers(group: str) -> dict[str, Callable[[str, Path], Kind]]:
+    """Return what makes each kind of a group, by name; called with the name and a folder for its valid files."""
+    return import_module(f"tests.hostile.{GROUPS[group]}").KINDS
+
+
+def kinds_of(names: Sequence[str], folder: Path) -> Iterator[Kind]:
+    """Yield the kinds of these names, of kinds or groups, with their valid files in `folder`."""
+    left = set(names)
+    for group in GROUPS:
+        if not left:
+            return
+        for name, make in makers(group).items():
+            if group in names or name in names:
+                left.discard(name)
+                yield make(name, folder / name)
+        left.discard(group)
+    if left:
+        raise SystemExit(f"no kind or group of kinds is called {', '.join(sorted(left))}")

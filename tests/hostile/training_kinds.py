@@ -1,0 +1,375 @@
+"""Checkpoints of base models, and the files of training, measuring and building: read at build time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import gguf
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from rich.progress import Progress
+
+import ht_export.training.sweep
+from ht_export.bench.measure import Row, Runs
+from ht_export.bench.results import Results
+from ht_export.bench.settings import PLAIN, SPECULATIVE, Job
+from ht_export.bundle import check_tokenizer
+from ht_export.model.checkpoint import BaseModel, load_base_model
+from ht_export.model.families import FAMILIES
+from ht_export.model.transfer import TransferFile, load_transfer_layers, save_transfer_layers
+from ht_export.prompts import encode_chat, evenly, read_conversations, without_duplicates
+from ht_export.tensorrt import build_process, worker
+from ht_export.training.batches import make_batch
+from ht_export.training.data import MANIFEST, MANIFEST_VERSION, AnsweredPrompt, read_data
+from ht_export.training.features import FeatureCache
+from ht_export.training.fit import FitSettings, fit
+from ht_export.training.sweep import SweepSettings, recommendation, sweep, table
+from runtime import InputError, Sampling
+from tests.conftest import CHAT_TEMPLATE, byte_tokenizer, random_transfer, save_checkpoint, tiny_llama
+from tests.hostile.binaries import damaged_safetensors
+from tests.hostile.cases import Case, FaultError, Kind, load_json
+from tests.hostile.damage import damaged, damaged_json, damaged_lines
+from tests.hostile.templates import templates
+
+QUIET = Progress(disable=True)
+DATA = [AnsweredPrompt(str(i), "a", [5 + i, 6, 7], [8, 9, 10 + i, 11, 12]) for i in range(4)]
+
+
+@cache
+def base_model(folder: Path) -> BaseModel:
+    """Return the tiny base model, whose files are in `folder` from then on."""
+    if not folder.exists():
+        # In shards, with an index.
+        save_checkpoint(folder, tiny_llama(), max_shard_size="40KB")
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+        for name, content in (("added_tokens.json", {"<pad>": 0}), ("special_tokens_map.json", {"bos_token": "<s>"})):
+            (folder / name).write_text(json.dumps(content))
+    return load_base_model(str(folder))
+
+
+def _base(folder: Path) -> BaseModel:
+    return base_model(folder.parent / "base")
+
+
+def _use_model(base: BaseModel) -> None:
+    """Use a model as an export does, as far as that is quick."""
+    base.identity()
+    base.stop_tokens()
+    check_tokenizer(base)
+    ids = encode_chat(base.tokenizer, ["Hello, tea.", "Again"], ["Yes"])
+    if max(ids) >= base.model.config.vocab_size:
+        raise FaultError(f"the tokenizer makes token {max(ids)}, and was not refused")
+    with torch.no_grad():
+        base.model(torch.tensor([ids[:8]]))
+
+
+def _checkpoints(name: str, folder: Path) -> Kind:
+    base_model(folder)
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    shards = [name for name in files if name.endswith(".safetensors")]
+    documents = [name for name in files if name.endswith(".json")]
+    more: tuple[Any, ...] = (*FAMILIES, "bert", "mamba", "t5", {"rope_type": "yarn", "factor": 4.0}, "float16", "int8")
+
+    @st.composite
+    def cases(draw: st.DrawFn) -> Case:
+        what = draw(st.sampled_from(("config.json", "config.json", "document", "document", "shard", "template", "vocabulary", "swap")))
+        if what == "swap":
+            one, other = draw(st.sampled_from(sorted(files))), draw(st.sampled_from(sorted(files)))
+            return Case({one: files[other], other: files[one]})
+        if what == "shard":
+            one = draw(st.sampled_from(shards))
+            return Case({one: draw(st.one_of(damaged_safetensors(files[one]), st.none()))})
+        if what == "template":
+            return Case({"chat_template.jinja": draw(templates()).encode("utf-8", "surrogatepass")})
+        if what == "vocabulary":
+            one = draw(st.sampled_from(("tokenizer.model", "vocab.txt", "merges.txt", "vocab.json")))
+            removed: dict[str, bytes | None] = draw(st.sampled_from(({}, {"tokenizer.json": None})))
+            return Case({one: draw(damaged(files["tokenizer.json"])), **removed})
+        one = draw(st.sampled_from(documents)) if what == "document" else what
+        return Case({one: draw(damaged_json(json.loads(files[one]), more))})
+
+    formats = (
+        *("model configuration", "configuration of generation", "index of weight files", "safetensors file of weights"),
+        *("tokenizer of a checkpoint", "JSON file of a checkpoint", "text file of a checkpoint"),
+        "vocabulary file of a checkpoint",
+    )
+    return Kind(name, formats, folder, cases(), lambda case: _use_model(load_base_model(str(folder))))
+
+
+def write_gguf(path: Path) -> list[int]:
+    """Write the tiny model as a GGUF file; return the places of its fields."""
+    config = tiny_llama().config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1])
+    names = [token for token, _ in tokens]
+    names += [f"<unused{number}>" for number in range(len(names), config.vocab_size)]
+    names[-2:] = ["ab", "<|endoftext|>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(names)
+    writer.add_token_types([3 if number < 5 else 1 for number in range(len(names))])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    random = np.random.default_rng(0)
+    width, inner, heads = config.hidden_size, config.intermediate_size, config.num_key_value_heads * 8
+    shapes = {"token_embd": (config.vocab_size, width), "output_norm": (width,)}
+    for layer in range(config.num_hidden_layers):
+        shapes |= {
+            f"blk.{layer}.{part}": shape
+            for part, shape in {
+                "attn_norm": (width,),
+                "ffn_norm": (width,),
+                "attn_q": (width, width),
+                "attn_k": (heads, width),
+                "attn_v": (heads, width),
+                "attn_output": (width, width),
+                "ffn_gate": (inner, width),
+                "ffn_up": (inner, width),
+                "ffn_down": (width, inner),
+            }.items()
+        }
+    for part, shape in shapes.items():
+        writer.add_tensor(f"{part}.weight", random.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    reader = gguf.GGUFReader(path)
+    places = [0, 4, 8, 16, *(field.offset for field in reader.fields.values())]
+    # Behind a name there are its type and its value.
+    places += [field.offset + 8 + len(name) + more for name, field in reader.fields.items() for more in (0, 4, 8, 12)]
+    for tensor in reader.tensors:
+        start = tensor.field.offset
+        places += [start, *(start + 8 + len(tensor.name) + more for more in (0, 4, 12, 20, 24, 28))]
+    return [place for place in places if place < path.stat().st_size]
+
+
+def _ggufs(name: str, folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    path = folder / "model.gguf"
+    places = write_gguf(path)
+    cases = st.builds(lambda content: Case({path.name: content}), damaged(path.read_bytes(), places))
+    return Kind(name, ("GGUF file",), folder, cases, lambda case: _use_model(load_base_model(str(path))))
+
+
+def _transfer_layers(name: str, folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    path = folder / "transfer.safetensors"
+    base = _base(folder)
+    acceptance = {"calibration": [{"bins": [{"predicted": 0.1, "observed": 0.2}]}] * 3, "top": {"1": [0.5, 0.4, 0.3]}}
+    about = TransferFile(base.identity(), {"steps": 5}, acceptance)
+    save_transfer_layers(path, random_transfer((3, 1, 3), correction_rank=4), about)
+
+    def use(case: Case) -> None:
+        # As asked by somebody who does not have the model, and by somebody who does.
+        load_transfer_layers(path)
+        transfer, _ = load_transfer_layers(path, base.identity())
+        transfer(0, torch.zeros(1, base.model.config.hidden_size))
+        transfer.digest()
+
+    content = damaged_safetensors(path.read_bytes(), "hidden_transfer")
+    cases = st.builds(lambda content: Case({path.name: content}), content)
+    formats = ("description of transfer layers", "safetensors file of transfer layers")
+    return Kind(name, formats, folder, cases, use)
+
+
+def _prompts(name: str, folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    path = folder / "prompts.jsonl"
+    values = [{"id": 1, "task": "a", "prompt": "Hello"}, {"turns": ["Hello, tea.", "Again"]}, {"prompt": "x", "turns": []}]
+    path.write_text("\n".join(map(json.dumps, values)))
+    base = _base(folder)
+
+    def use(case: Case) -> None:
+        found = evenly(without_duplicates(read_conversations(path), max_turns=2), 3)
+        for conversation in found:
+            if len("".join(conversation.turns)) < 10_000:
+                encode_chat(base.tokenizer, conversation.turns, ["Yes"] * (len(conversation.turns) - 1))
+
+    cases = st.builds(lambda content: Case({path.name: content}), damaged_lines(values))
+    return Kind(name, ("prompt",), folder, cases, use)
+
+
+def _data(name: str, folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    base = _base(folder)
+    shard = "shard-0-00000.jsonl"
+    manifest = {
+        "version": MANIFEST_VERSION,
+        "base_model": base.identity(),
+        "shards": [shard],
+        "sequences": len(DATA),
+        "dtype": "float32",
+        "prompts_sha256": "0" * 64,
+        "settings": {"max_new_tokens": 5},
+    }
+    values = [asdict(sequence) for sequence in DATA]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / shard).write_text("\n".join(map(json.dumps, values)))
+
+    def use(case: Case) -> None:
+        found = read_data(folder, base, 4)
+        make_batch(found[:4], 1, None, None)
+
+    cases = st.one_of(
+        st.builds(lambda content: Case({MANIFEST: content}), damaged_json(manifest)),
+        st.builds(lambda content: Case({shard: content}), st.one_of(damaged_lines(values), st.none())),
+    )
+    return Kind(name, ("manifest of data", "answered prompt"), folder, cases, use)
+
+
+def _features(name: str, folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    base = _base(folder)
+
+    def use(case: Case) -> None:
+        cache = FeatureCache(folder, base, (2, 3), DATA, QUIET)
+        cache.context(make_batch(DATA[:2], 2, None, None))
+
+    use(Case())
+    description = load_json(folder / "features.json")
+    file = "features-00000.safetensors"
+    cases = st.one_of(
+        st.builds(lambda content: Case({"features.json": content}), damaged_json(description)),
+        st.builds(lambda content: Case({file: content}), damaged_safetensors((folder / file).read_bytes())),
+    )
+    return Kind(name, ("description of features", "file of features"), folder, cases, use)
+
+
+FIT = FitSettings(layers=(2, 3), steps=2, sequences=2, anchors=4, init="identity", correction_rank=2, schedule="constant")
+
+
+def _fits(name: str, folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    base = _base(folder)
+    path = folder / "fit.safetensors"
+
+    def use(case: Case, steps: int = 3) -> None:
+        settings = FitSettings(**{**vars(FIT), "steps": steps})
+        options: dict[str, Any] = {"held_out": DATA[:2], "evaluate_every": 1, "report": lambda _: None}
+        fit(base, DATA, settings, path, QUIET, **options)
+
+    use(Case(), steps=2)
+    content = damaged_safetensors(path.read_bytes(), "fit")
+    cases = st.builds(lambda content: Case({path.name: content}), content)
+    formats = ("whole checkpoint of ht-train fit", "safetensors file of ht-train fit")
+    return Kind(name, formats, folder, cases, use)
+
+
+def _sweeps(name: str, folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    base = _base(folder)
+    settings = SweepSettings(((1, 1), (2, 3)), steps=2, rungs=2)
+
+    def run() -> None:
+        rows = sweep(base, DATA, DATA[:2], FIT, settings, folder, QUIET, report=lambda _: None)
+        table(rows)
+        recommendation(rows, settings.row_cost)
+
+    def use(case: Case) -> None:
+        def no_fit(*_: Any, **__: Any) -> None:
+            raise InputError("nothing is trained here, and a result is missing")
+
+        with patch.object(ht_export.training.sweep, "fit", no_fit):
+            run()
+
+    run()
+    for path in folder.glob("*.checkpoint*"):
+        path.unlink()
+    sample = load_json(folder / "sweep.json")
+    cases = st.builds(lambda content: Case({"sweep.json": content}), damaged_json(sample))
+    return Kind(name, ("file of sweep results",), folder, cases, use)
+
+
+def _results(name: str, folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    path = folder / "results.json"
+    runs = Runs([5, 5], [3, 3], [10.0, 11.0], [20.0, 21.0], [0.1, 0.1], [1, 2], True, None)
+    jobs = [Job(str(number), "a", "Hello", Sampling()) for number in range(3)]
+    rows = [Row(job.id, job.task, None, 7, {PLAIN: runs, SPECULATIVE: runs}) for job in jobs]
+    conditions = {"date": "2025-01-01", "commit": "0", "model": "tiny", "prompts": {"file": "x", "count": 3}}
+    made = Results(path, conditions, jobs)
+    for row in rows[:2]:
+        made.add(row)
+
+    def use(case: Case) -> None:
+        found = Results(path, conditions, jobs)
+        json.dumps(found.to_dict())
+        for row in rows[len(found.rows) :]:
+            found.add(row)
+
+    cases = st.builds(lambda content: Case({path.name: content}), damaged_json(load_json(path)))
+    return Kind(name, ("file of results of ht-bench run",), folder, cases, use)
+
+
+class _Config:
+    """A builder's configuration whose library takes the timing caches that it wrote."""
+
+    def create_timing_cache(self, held: bytes) -> bytes | None:
+        return held if held in (b"", b"timings") else None
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        return True
+
+
+def _builds(name: str, folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    request = worker.BuildRequest(
+        "tensorrt-rtx", "a.onnx", "a.plan", "result.json", [(8, 0)], [{"x": [[1], [2], [3]]}], None, 3, "timing"
+    )
+    result = worker.BuildResult(None, 1.5, 10, 9, {"PLUGIN_V3": 3}, ["layer"], ["warning"])
+    event = worker.BuildEvent("a", 1, 2)
+    values: Mapping[str, Any] = {"request.json": request, "result.json": result, "event.json": event}
+    for file, value in values.items():
+        (folder / file).write_text(json.dumps(asdict(value)))
+    (folder / "timing").write_bytes(b"timings")
+
+    def use(case: Case) -> None:
+        worker._timing_cache(_Config(), str(folder / "timing"))
+        found = build_process._read(folder / "result.json")
+        if found is not None:
+            asdict(found)
+        event = worker.EVENTS.decode((folder / "event.json").read_bytes(), "an event")
+        "".join([event.phase, "." * min(event.step, 9), "." * min(event.steps, 9)])
+        asdict(worker.REQUESTS.read(folder / "request.json"))
+
+    def with_file(file: str) -> Callable[[bytes], Case]:
+        return lambda content: Case({file: content})
+
+    cases = st.one_of(
+        st.builds(with_file("timing"), damaged(b"timings")),
+        *(st.builds(with_file(file), damaged_json(load_json(folder / file))) for file in values),
+    )
+    formats = ("request for a build", "result of a build", "event of a build", "timing cache")
+    return Kind(name, formats, folder, cases, use)
+
+
+KINDS = {
+    "checkpoints": _checkpoints,
+    "GGUF files": _ggufs,
+    "transfer layers": _transfer_layers,
+    "prompts": _prompts,
+    "data of training": _data,
+    "features": _features,
+    "fits": _fits,
+    "sweeps": _sweeps,
+    "results of measuring": _results,
+    "builds of plans": _builds,
+}
