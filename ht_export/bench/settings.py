@@ -104,7 +104,9 @@ def choose_prompts(settings: BenchSettings) -> list[Conversation]:
     tasks = sorted({prompt.task for prompt in found})
     for task in settings.tasks:
         if task not in tasks:
-            raise InputError(f"no prompt of task {shown(task)} in {settings.prompts}; it has: {one_line(', '.join(tasks))}")
+            raise InputError(
+                f"no prompt of task {shown(task)} in {settings.prompts}; it has: {one_line(', '.join(tasks))}"
+            )
     chosen = [prompt for prompt in found if not settings.tasks or prompt.task in settings.tasks]
     return evenly(chosen, settings.count or len(chosen))
 

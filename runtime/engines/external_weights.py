@@ -99,7 +99,9 @@ def hand_over(files: GraphFiles, options: Any, onnxruntime: Any) -> list[Any]:
     """
     if files.weights is None:
         return []
-    with failures(lambda cause: EngineFileError(f"{files.path} and its weights do not go together ({cause}); export it again")):
+    with failures(
+        lambda cause: EngineFileError(f"{files.path} and its weights do not go together ({cause}); export it again")
+    ):
         wanted = external_weights(files.graph)
         mapped = mmap.mmap(files.weights.fileno(), 0, prot=mmap.PROT_READ)
         names, values = [], []

@@ -151,5 +151,7 @@ def _processors(value: object) -> tuple[object, ...]:
     processors = tuple(_elements("processors", value, "functions"))
     for processor in processors:
         if not callable(processor):
-            raise InputError(f"processors must be functions of the tokens so far and the logits, not {shown(processor)}")
+            raise InputError(
+                f"processors must be functions of the tokens so far and the logits, not {shown(processor)}"
+            )
     return processors

@@ -13,15 +13,44 @@ from hypothesis import strategies as st
 
 from tests.hostile.damage import WHOLE_NUMBERS, damaged, damaged_value, drawn, encode_json
 
-SIZES = ("0", "1", "2", "-1", "3", "4", "531", "10000000000", str(2**31), str(2**63), str(2**64), "1" * 50, "", "1.0", "x", "True")
-DESCRIPTIONS = ("'<f2'", "'<f4'", "'>f2'", "'<f8'", "'|O'", "'<U9'", "'<f2,<f2'", "[('a', '<f2')]", "'|V2'", "None", "'<f0'")
+SIZES = (
+    "0",
+    "1",
+    "2",
+    "-1",
+    "3",
+    "4",
+    "531",
+    "10000000000",
+    str(2**31),
+    str(2**63),
+    str(2**64),
+    "1" * 50,
+    "",
+    "1.0",
+    "x",
+    "True",
+)
+DESCRIPTIONS = (
+    "'<f2'",
+    "'<f4'",
+    "'>f2'",
+    "'<f8'",
+    "'|O'",
+    "'<U9'",
+    "'<f2,<f2'",
+    "[('a', '<f2')]",
+    "'|V2'",
+    "None",
+    "'<f0'",
+)
 
 
 @drawn
 def damaged_npy(draw: st.DrawFn, sample: bytes) -> bytes:
     """A file of NumPy: its header made anew with fields that cannot be, its values replaced, or all damaged."""
     if not draw(st.integers(0, 3)):
-        return draw(damaged(sample, range(0, 80)))
+        return draw(damaged(sample, range(80)))
     length = int.from_bytes(sample[8:10], "little")
     header, body = ast.literal_eval(sample[10 : 10 + length].decode()), sample[10 + length :]
     shape = [str(size) for size in header["shape"]]
@@ -39,7 +68,9 @@ def damaged_npy(draw: st.DrawFn, sample: bytes) -> bytes:
     text = draw(st.sampled_from((text, text, text + " " * 60000, "(" + text, text[:-1], "__import__('os').abort()")))
     stated = draw(st.sampled_from((len(text) + 1, len(text) + 1, len(text), 0, 65535)))
     version = draw(st.sampled_from((b"\x01\x00", b"\x01\x00", b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x09\x00")))
-    values = draw(st.sampled_from((body, body, body[:-1], body + body, b"", b"\x00\x7c" * (len(body) // 2), bytes(len(body)))))
+    values = draw(
+        st.sampled_from((body, body, body[:-1], body + body, b"", b"\x00\x7c" * (len(body) // 2), bytes(len(body))))
+    )
     return b"\x93NUMPY" + version + min(stated, 65535).to_bytes(2, "little") + text.encode() + b"\n" + values
 
 
@@ -52,7 +83,7 @@ def damaged_safetensors(draw: st.DrawFn, sample: bytes, nested: str | None = Non
     header, body = json.loads(sample[8 : 8 + length]), sample[8 + length :]
     what = draw(st.sampled_from(("bytes", "header", "header", "nested", "nested", "nested", "length", "values")))
     if what == "bytes":
-        return draw(damaged(sample, range(0, 16)))
+        return draw(damaged(sample, range(16)))
     if what == "nested" and nested is not None:
         inner = draw(damaged_value(json.loads(header["__metadata__"][nested])))
         header["__metadata__"][nested] = encode_json(inner).decode("latin-1")
@@ -79,13 +110,15 @@ def damaged_kernels(draw: st.DrawFn, sample: bytes) -> bytes:
     content = zlib.decompress(sample[size:])
     what = draw(st.sampled_from(("bytes", "index", "index", "index", "length", "bomb", "rest")))
     if what == "bytes":
-        return draw(damaged(sample, range(0, 16)))
+        return draw(damaged(sample, range(16)))
     index, cubins = content[:length], content[length:]
     if what == "index":
         index = encode_json(draw(damaged_value(json.loads(index))))
         length = len(index)
     if what == "length":
-        length = draw(st.sampled_from((*(number for number in WHOLE_NUMBERS if number < 2**32), length - 1, length + 1)))
+        length = draw(
+            st.sampled_from((*(number for number in WHOLE_NUMBERS if number < 2**32), length - 1, length + 1))
+        )
     stream = zlib.compressobj(level=1)
     parts = [struct.pack("<4sII", magic, version, length), stream.compress(index + cubins)]
     if what == "bomb":
@@ -188,7 +221,9 @@ def _other_value(draw: st.DrawFn, field: Field) -> int | bytes:
         return _changed(draw, field.value)
     if field.value.isascii() and draw(st.integers(0, 1)):
         # Names, mostly.
-        return draw(st.sampled_from((b"", b"x", b"../x", b"/etc/passwd", b"\xff", b"-1", b"9" * 30, b"input_ids", b"Loop")))
+        return draw(
+            st.sampled_from((b"", b"x", b"../x", b"/etc/passwd", b"\xff", b"-1", b"9" * 30, b"input_ids", b"Loop"))
+        )
     return draw(damaged(field.value))
 
 

@@ -64,9 +64,7 @@ class FaultError(Exception):
 
 def valid_files(folder: Path) -> dict[str, bytes]:
     """Return the files of `folder` by name."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def load_json(path: Path) -> dict:

@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 
 # Numbers that are one too many or one too few for some type, or whose product with another is.
 WHOLE_NUMBERS = (0, 1, 2, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1)
-FRAGMENTS = (b"", b"\x00", b"\xff", b"\xff" * 8, b"{", b"}", b'"', b"[" * 50, b"\\ud800", b"\xed\xa0\x80", b"\xef\xbb\xbf")
+FRAGMENTS = (
+    b"",
+    b"\x00",
+    b"\xff",
+    b"\xff" * 8,
+    b"{",
+    b"}",
+    b'"',
+    b"[" * 50,
+    b"\\ud800",
+    b"\xed\xa0\x80",
+    b"\xef\xbb\xbf",
+)
 
 
 P = ParamSpec("P")
@@ -195,7 +207,9 @@ def _changed(draw: st.DrawFn, value: Any, whole: Any, more: Sequence[Any]) -> An
         else:
             value[key] = _changed(draw, value[key], whole, more)
         return value
-    others = draw(st.sampled_from((HOSTILE, _relatives(value), _relatives(value), (*more, *_parts_of(whole)) or HOSTILE)))
+    others = draw(
+        st.sampled_from((HOSTILE, _relatives(value), _relatives(value), (*more, *_parts_of(whole)) or HOSTILE))
+    )
     # A copy: it may be changed further.
     return copy.deepcopy(draw(st.sampled_from(others)))
 

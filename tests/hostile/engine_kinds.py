@@ -137,10 +137,22 @@ def _descriptions(name: str, folder: Path) -> Kind:
 
 # Parts of tokenizers that the sample has not: what a hostile one may put anywhere.
 PARTS: tuple[Any, ...] = (
-    *({"Regex": pattern} for pattern in ("(a+)+$", "(a|a)*b", "(?<=a*)b", "(", "a{1000}{1000}", "", "\\p{X}", "(?i)\\1", "a*?")),
-    *({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False} for pattern in ("", "a", "(a*)*b")),
-    *({"type": "Replace", "pattern": {"String": old}, "content": new} for old, new in (("", "x"), ("a", "a" * 9999), ("o", ""))),
-    {"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": "Prepend", "prepend": "x" * 99}, {"type": "Lowercase"}]},
+    *(
+        {"Regex": pattern}
+        for pattern in ("(a+)+$", "(a|a)*b", "(?<=a*)b", "(", "a{1000}{1000}", "", "\\p{X}", "(?i)\\1", "a*?")
+    ),
+    *(
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in ("", "a", "(a*)*b")
+    ),
+    *(
+        {"type": "Replace", "pattern": {"String": old}, "content": new}
+        for old, new in (("", "x"), ("a", "a" * 9999), ("o", ""))
+    ),
+    {
+        "type": "Sequence",
+        "normalizers": [{"type": "NFD"}, {"type": "Prepend", "prepend": "x" * 99}, {"type": "Lowercase"}],
+    },
     {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "Whitespace"}]},
     {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
     {"type": "Metaspace", "replacement": "x", "prepend_scheme": "always", "split": True},
@@ -157,10 +169,38 @@ PARTS: tuple[Any, ...] = (
     {"type": "Unigram", "unk_id": 7, "vocab": [["H", float("-inf")], ["e", float("nan")]], "byte_fallback": False},
     {"type": "Unigram", "unk_id": 0, "vocab": [["", 0.0], ["<s>", -1e308], ["H", 1e308]]},
     {"max_length": 0, "stride": 5, "strategy": "LongestFirst", "direction": "Right"},
-    {"strategy": {"Fixed": 2**40}, "direction": "Left", "pad_to_multiple_of": 0, "pad_id": 9999, "pad_type_id": 0, "pad_token": ""},
-    {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "z", "type_id": 0}}], "pair": [], "special_tokens": {}},
-    {"id": 263, "content": "", "single_word": True, "lstrip": True, "rstrip": True, "normalized": True, "special": True},
-    {"id": 5, "content": "a", "single_word": True, "lstrip": True, "rstrip": True, "normalized": True, "special": False},
+    {
+        "strategy": {"Fixed": 2**40},
+        "direction": "Left",
+        "pad_to_multiple_of": 0,
+        "pad_id": 9999,
+        "pad_type_id": 0,
+        "pad_token": "",
+    },
+    {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "z", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    },
+    {
+        "id": 263,
+        "content": "",
+        "single_word": True,
+        "lstrip": True,
+        "rstrip": True,
+        "normalized": True,
+        "special": True,
+    },
+    {
+        "id": 5,
+        "content": "a",
+        "single_word": True,
+        "lstrip": True,
+        "rstrip": True,
+        "normalized": True,
+        "special": False,
+    },
 )
 
 
@@ -292,7 +332,9 @@ def _plans(name: str, folder: Path) -> Kind:
     of_kernels = st.builds(with_kernels, damaged_kernels(kernels))
     parts = [about["plan"]["kernels"], about["plan"]["limits"]]
     of_plans = st.builds(
-        lambda plan: Case({DESCRIPTION: json.dumps({**about, "plan": 0}).encode().replace(b'"plan": 0', b'"plan": ' + plan)}),
+        lambda plan: Case(
+            {DESCRIPTION: json.dumps({**about, "plan": 0}).encode().replace(b'"plan": 0', b'"plan": ' + plan)}
+        ),
         damaged_json(about["plan"], parts),
     )
 

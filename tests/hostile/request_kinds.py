@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,9 +70,57 @@ def _templates(name: str, folder: Path) -> Kind:
 
 
 PIECES = (
-    *("a", "Hello ", " ", "\n", "\r\n", "\t", "0", "1,000.00", "''", "don't", "é", "e\u0301", "漢字", "🫖", "👩‍👩‍👧", "\u202e", "\ufeff"),
-    *("\x00", "\x07", "\x1b[2J", "\x7f", "\u2028", "\ufffd", "\uffff", "\U0010ffff", "\ud800", "\udfff", "\udc80a", "İ", "ſ", "ﬃ", "ﷺ"),
-    *("<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "<|im_end|>", "< s >", "<S>", "{{ 7 }}", "{% raw %}", "%s", "\\x", "\U000f0000"),
+    *(
+        "a",
+        "Hello ",
+        " ",
+        "\n",
+        "\r\n",
+        "\t",
+        "0",
+        "1,000.00",
+        "''",
+        "don't",
+        "é",
+        "e\u0301",
+        "漢字",
+        "🫖",
+        "👩‍👩‍👧",
+        "\u202e",
+        "\ufeff",
+    ),
+    *(
+        "\x00",
+        "\x07",
+        "\x1b[2J",
+        "\x7f",
+        "\u2028",
+        "\ufffd",
+        "\uffff",
+        "\U0010ffff",
+        "\ud800",
+        "\udfff",
+        "\udc80a",
+        "İ",
+        "ſ",
+        "ﬃ",
+        "ﷺ",
+    ),
+    *(
+        "<s>",
+        "</s>",
+        "<pad>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|im_end|>",
+        "< s >",
+        "<S>",
+        "{{ 7 }}",
+        "{% raw %}",
+        "%s",
+        "\\x",
+        "\U000f0000",
+    ),
 )
 
 
@@ -108,7 +155,8 @@ SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), HUGE, st.floats(), texts(), st.binary(max_size=3), st.just({1})
 )
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3))
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
 )
 
 
@@ -116,7 +164,7 @@ VALUES = st.recursive(
 def _deep(draw: st.DrawFn) -> Any:
     value: Any = draw(SCALARS)
     for _ in range(draw(st.sampled_from((5, 100, 127, 128, 129, 500)))):
-        value = draw(st.sampled_from((0, 0, 0, 1))) and [value] or {"a": value}
+        value = (draw(st.sampled_from((0, 0, 0, 1))) and [value]) or {"a": value}
     return value
 
 
@@ -154,7 +202,9 @@ def _conversations(name: str, folder: Path) -> Kind:
 NUMBERS = st.one_of(
     HUGE,
     st.sampled_from((0, 1, -1, 0.5, 1.0, 0.01, 100.0, 1e-9, 1e308, -1e308, float("nan"), float("inf"), float("-inf"))),
-    st.sampled_from((True, None, "1", b"1", [1], {}, 10**400, 2**63, 2**64, 1 + 2j, np.float32(0.5), np.int64(3), np.nan)),
+    st.sampled_from(
+        (True, None, "1", b"1", [1], {}, 10**400, 2**63, 2**64, 1 + 2j, np.float32(0.5), np.int64(3), np.nan)
+    ),
     st.floats(0, 2),
     st.integers(0, 300),
 )
@@ -220,7 +270,9 @@ def _requests(draw: st.DrawFn) -> dict[str, Any]:
     return found
 
 
-def _ask(generator: Generator, options: dict[str, Any], request: dict[str, Any], processors: Sequence[Any] = ()) -> None:
+def _ask(
+    generator: Generator, options: dict[str, Any], request: dict[str, Any], processors: Sequence[Any] = ()
+) -> None:
     """Have an answer with these options, with speculation and without, to the same end: the same text, or an error."""
     ends: list[Any] = []
     for speculate in (True, False):
@@ -322,10 +374,38 @@ class Processor:
 
 
 WHATS = (
-    *("appends a token", "changes a token", "clears the tokens", "makes them writeable", "returns nothing", "returns a list"),
-    *("returns a text", "returns one fewer", "returns one more", "returns two dimensions", "returns none", "returns a number"),
-    *("returns NaN", "returns some NaN", "returns infinity", "rules out all", "rules out all but one", "returns the largest"),
-    *("returns float64", "returns float16", "returns whole numbers", "returns booleans", "returns texts", "returns objects"),
+    *(
+        "appends a token",
+        "changes a token",
+        "clears the tokens",
+        "makes them writeable",
+        "returns nothing",
+        "returns a list",
+    ),
+    *(
+        "returns a text",
+        "returns one fewer",
+        "returns one more",
+        "returns two dimensions",
+        "returns none",
+        "returns a number",
+    ),
+    *(
+        "returns NaN",
+        "returns some NaN",
+        "returns infinity",
+        "rules out all",
+        "rules out all but one",
+        "returns the largest",
+    ),
+    *(
+        "returns float64",
+        "returns float16",
+        "returns whole numbers",
+        "returns booleans",
+        "returns texts",
+        "returns objects",
+    ),
     *("returns complex numbers", "returns a view", "returns fortran", "doubles them in place"),
 )
 

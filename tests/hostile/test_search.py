@@ -30,7 +30,12 @@ def test_hostile_input_is_one_error_or_none(
     seconds = pytestconfig.getoption("--hostile")
     # The same cases each time, but for who asks for more.
     seed = 0 if seconds == HOSTILE_SECONDS else random.randrange(1 << 30)
-    arguments = {"--kind": group, "--seconds": str(SHARES[group] * seconds), "--seed": str(seed), "--cases": str(tmp_path)}
+    arguments = {
+        "--kind": group,
+        "--seconds": str(SHARES[group] * seconds),
+        "--seed": str(seed),
+        "--cases": str(tmp_path),
+    }
     command = [sys.executable, "-m", "tests.hostile.search", *(part for pair in arguments.items() for part in pair)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=seconds + 1200, check=False, env={**os.environ, **ENVIRONMENT}

@@ -79,7 +79,11 @@ def _checkpoints(name: str, folder: Path) -> Kind:
 
     @st.composite
     def cases(draw: st.DrawFn) -> Case:
-        what = draw(st.sampled_from(("config.json", "config.json", "document", "document", "shard", "template", "vocabulary", "swap")))
+        what = draw(
+            st.sampled_from(
+                ("config.json", "config.json", "document", "document", "shard", "template", "vocabulary", "swap")
+            )
+        )
         if what == "swap":
             one, other = draw(st.sampled_from(sorted(files))), draw(st.sampled_from(sorted(files)))
             return Case({one: files[other], other: files[one]})
@@ -193,7 +197,11 @@ def _transfer_layers(name: str, folder: Path) -> Kind:
 def _prompts(name: str, folder: Path) -> Kind:
     folder.mkdir(parents=True)
     path = folder / "prompts.jsonl"
-    values = [{"id": 1, "task": "a", "prompt": "Hello"}, {"turns": ["Hello, tea.", "Again"]}, {"prompt": "x", "turns": []}]
+    values = [
+        {"id": 1, "task": "a", "prompt": "Hello"},
+        {"turns": ["Hello, tea.", "Again"]},
+        {"prompt": "x", "turns": []},
+    ]
     path.write_text("\n".join(map(json.dumps, values)))
     base = _base(folder)
 
@@ -253,7 +261,9 @@ def _features(name: str, folder: Path) -> Kind:
     return Kind(name, ("description of features", "file of features"), folder, cases, use)
 
 
-FIT = FitSettings(layers=(2, 3), steps=2, sequences=2, anchors=4, init="identity", correction_rank=2, schedule="constant")
+FIT = FitSettings(
+    layers=(2, 3), steps=2, sequences=2, anchors=4, init="identity", correction_rank=2, schedule="constant"
+)
 
 
 def _fits(name: str, folder: Path) -> Kind:
