@@ -53,7 +53,7 @@ def _described(base: BaseModel) -> str:
     beyond = tokens_beyond(backend, vocab_size)
     if odd := {number: token for number, token in beyond.items() if token not in placeholders}:
         raise InputError(
-            f"{base.source}: its tokenizer has token {max(odd)} ({shown(odd[max(odd)])}), and the model's vocabulary has "
+            f"{base.source}: its tokenizer has token {max(odd)} ({shown(odd[max(odd)])}), and the model's vocabulary has "  # noqa: E501
             f"{vocab_size} tokens; take the tokenizer that belongs to the model, or give the model rows for all tokens "
             "(resize_token_embeddings)"
         )

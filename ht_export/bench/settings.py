@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ht_export.prompts import Conversation, evenly, read_conversations
-from runtime.checks import MOST_REPEATS, MOST_THREADS, whole
+from runtime.checks import LARGEST, MOST_REPEATS, MOST_THREADS, whole
 from runtime.errors import InputError, one_line, shown
 from runtime.sampling import Sampling
 from runtime.sampling.options import LARGEST_SEED
@@ -52,8 +51,8 @@ class BenchSettings:
 
     def __post_init__(self) -> None:
         for name, least, most in (
-            ("count", 1, math.inf),
-            ("max_new_tokens", 1, math.inf),
+            ("count", 1, LARGEST),
+            ("max_new_tokens", 1, LARGEST),
             ("repeats", 1, MOST_REPEATS),
             ("warm_up", 0, MOST_REPEATS),
             ("threads", 1, MOST_THREADS),

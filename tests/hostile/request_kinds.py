@@ -37,12 +37,12 @@ def known_generator(folder: Path) -> Generator:
     def opened(_files: object, about: EngineFile, *rest: Any) -> Engine:
         return KnownEngine(about.dims, _logits, lambda text, step: _logits((*text, step)))
 
-    original = runtime.generator.open_engine  # type: ignore[attr-defined]
-    runtime.generator.open_engine = opened  # type: ignore[attr-defined]
+    original = runtime.generator.open_engine
+    runtime.generator.open_engine = opened
     try:
         return Generator(folder / NAME, threads=1, adapt=False)
     finally:
-        runtime.generator.open_engine = original  # type: ignore[attr-defined]
+        runtime.generator.open_engine = original
 
 
 def _logits(text: Text) -> NDArray[np.float32]:
