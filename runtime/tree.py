@@ -34,8 +34,8 @@ class TreeSizes:
         return next((k for k, rows in enumerate(self.pseudo_rows) if not rows), len(self.pseudo_rows))
 
     def check(self, num_steps: int) -> None:
-        """Raise `ValueError` unless these are sizes for so many draft steps: none has more pseudo rows than the tree may  # noqa: E501
-        have candidates, or any after a step without.
+        """Raise `ValueError` unless these are sizes for so many draft steps: none has more pseudo rows than the tree
+        may have candidates, or any after a step without.
         """
         if len(self.pseudo_rows) != num_steps:
             raise ValueError(f"{len(self.pseudo_rows)} pseudo_rows for {num_steps} transfer_layers")
