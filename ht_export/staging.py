@@ -16,11 +16,17 @@ from runtime.bundle.engine_file import ENGINE, EngineFile
 from runtime.bundle.places import engine_file_path, placing_folder
 from runtime.bundle.placing import CPU_SUFFIX, SUFFIXES, check_replaceable, complete, place
 from runtime.errors import InputError
-from runtime.files import check_name, check_writable, unwritable
+from runtime.files import RANDOM, check_name, check_readable, check_writable, unwritable
+
+# Between the name of an engine and that of one export to its place.
+STAGING = ".staging-"
 
 
 def check_out(out: Path) -> None:
     """Raise `InputError` unless `out` names an engine file that can be written there."""
+    longest = max(*SUFFIXES.get(out.suffix, ("",)), f".{out.suffix}{STAGING}{'-' * RANDOM}", key=len)
+    check_name(out, longest)
+    check_readable(out)
     if out.suffix not in (".onnx", ".plan"):
         raise InputError(
             f"{out}: the engine's name must end in .onnx (ONNX Runtime) or .plan (TensorRT), for example "
@@ -31,7 +37,6 @@ def check_out(out: Path) -> None:
             f"{out}: the graph for the CPU of another engine would have this name; choose another, for example "
             f"{out.with_name(out.name.removesuffix(CPU_SUFFIX) + '-cpu.onnx')}"
         )
-    check_name(out, max(SUFFIXES[out.suffix], key=len))
     if any(one < " " or one in "\\\x7f" for one in out.name):
         raise InputError(f"{str(out)!r}: an engine's name has no backslash and no control character; choose another")
     check_writable(out)
@@ -87,7 +92,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 def _new_staging_folder(out: Path) -> Path:
     """Return a new folder beside `out`, when nothing is left there of exports that were killed."""
-    prefix = f".{out.name}.staging-"
+    prefix = f".{out.name}{STAGING}"
     try:
         complete(out)
         # Nobody is at work in these: their exports would hold the lock.

@@ -43,13 +43,13 @@ def check_name(path: Path, longest_suffix: str = "") -> None:
             )
     added = max(0, _size(path.stem + longest_suffix) - _size(path.name))
     if _size(path.name) + added > most:
-        beside = f", as other files' names end in {longest_suffix}" if added else ""
+        beside = f", for names beside it have up to {added} more" if added else ""
         raise InputError(
             f"{_shortened(path)}: the file's name has {_size(path.name)} bytes, and {most - added} are "
             f"allowed{beside}; choose a shorter one"
         )
-    # Files are written under another name, or in a folder of another name, before they are put there.
-    room = LONGEST_PATH - len("/..") - RANDOM - _size(path.name) - added
+    # Files are written in a folder of a longer name before they are put there.
+    room = LONGEST_PATH - 2 * RANDOM - _size(path.name) - added
     if _size(path) > room:
         raise InputError(
             f"{_shortened(path)}: the path has {_size(path)} bytes, and {room} are allowed; choose a shorter one"

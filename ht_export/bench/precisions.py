@@ -17,6 +17,7 @@ from ht_export.bench.conditions import commit, without_folders
 from ht_export.prompts import evenly, read_conversations
 from ht_export.verify.logits import logits_of
 from runtime import Generator
+from runtime.bundle.placing import check_apart
 from runtime.checks import MOST_REPEATS, whole
 from runtime.errors import InputError
 from runtime.files import check_writable, write_json
@@ -59,6 +60,7 @@ def compare(options: argparse.Namespace) -> int:
     whole("--repeats", options.repeats, 1, MOST_REPEATS)
     if options.json:
         check_writable(options.json)
+        check_apart(options.json, options.engines, [options.prompts])
     conversations = read_conversations(options.prompts)
     prompts = [one.turns[0] for one in evenly(conversations, options.count)]
     text = "\n\n".join(one.turns[0] for one in conversations)

@@ -64,11 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from runtime.bundle.placing import check_apart
     from runtime.files import check_writable
 
     for path in (options.report, options.json):
         if path:
             check_writable(path)
+            check_apart(path, [options.engine], [options.transfer, options.prompts])
     if options.report and options.report.suffix not in REPORT_SUFFIXES:
         raise InputError(f"--report {options.report}: its name must end in {' or '.join(REPORT_SUFFIXES)}")
     from ht_export.parity.report import to_markdown

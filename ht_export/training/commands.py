@@ -59,6 +59,7 @@ def run_fit(options: argparse.Namespace) -> None:
     check_writable(options.out)
     checkpoint = options.checkpoint or Path(f"{options.out}.checkpoint")
     check_writable(checkpoint)
+    _check_outputs(options.out, checkpoint)
     versions = {"hidden-transfer": version("hidden-transfer"), "torch": torch.__version__}
     # A launcher's processes share the work, each on its own device; one of them speaks.
     # They wait for one of them to fill a feature cache, far longer than collectives do by default.
@@ -173,6 +174,19 @@ def run_sweep(options: argparse.Namespace) -> None:
         temporary.write_text(text, encoding="utf-8")
     plot_sweep(rows, options.out / "sweep.png")
     print(text)
+
+
+def _check_outputs(out: Path, checkpoint: Path) -> None:
+    """Raise `InputError` for a file in the place of the transfer layers that is none of ours, such as the base model's
+    weights, and for the checkpoint in that place.
+    """
+    if checkpoint.resolve() == out.resolve():
+        raise InputError(f"--checkpoint {checkpoint} is --out too; choose another name for one of them")
+    if out.exists():
+        try:
+            load_transfer_layers(out)
+        except InputError as error:
+            raise InputError(f"--out is there and would be replaced, and {error}; choose another name") from error
 
 
 def _device(options: argparse.Namespace) -> str:

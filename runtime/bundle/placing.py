@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -104,6 +105,14 @@ def own_names(engine: Path) -> set[str]:
     except InputError:
         pass
     return found
+
+
+def check_apart(output: Path, engines: Iterable[Path], others: Iterable[Path | None] = ()) -> None:
+    """Raise `InputError` where writing `output` would replace a file of the `engines` that are read, or of `others`."""
+    beside = [engine.with_name(name) for engine in engines for name in own_names(engine)]
+    for file in (*engines, *beside, *others):
+        if file is not None and output.exists() and file.exists() and output.samefile(file):
+            raise InputError(f"{output} is read here, and what is written would replace it; choose another name")
 
 
 def check_replaceable(engine: Path) -> None:

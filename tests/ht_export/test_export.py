@@ -22,6 +22,7 @@ from ht_export.model.checkpoint import load_base_model
 from ht_export.model.transfer import TransferFile, save_transfer_layers
 from runtime import Generator
 from runtime.bundle.engine_file import read_engine_file
+from runtime.bundle.placing import SUFFIXES
 from runtime.errors import InputError
 from runtime.files import sha256_file
 from tests.conftest import random_transfer
@@ -345,7 +346,8 @@ def test_engines_of_one_name_do_not_share_a_folder(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("x" * 250 + ".onnx", r"the file's name has 255 bytes, and \d+ are allowed"),
+        ("x" * 233 + ".onnx", "file's name has 238 bytes, and 237 are allowed, for names beside it have up to 18 more"),
+        ("\udcff.onnx", r"udcff.onnx': the name is not in UTF-8; rename the file or folder"),
         ("a\\b.onnx", "no backslash and no control character"),
         ("a\nb.onnx", "no backslash and no control character"),
     ],
@@ -354,3 +356,18 @@ def test_names_that_no_engine_can_have(tiny_checkpoint: Path, tmp_path: Path, na
     with pytest.raises(InputError, match=message):
         run(tiny_checkpoint, None, tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_longest_name_has_room_for_all_files(tmp_path: Path) -> None:
+    out = tmp_path / ("x" * 232 + ".onnx")
+    staging.check_out(out)
+    with staging.staging_folder(out) as folder:
+        assert len(folder.name) == 255
+        for suffix in SUFFIXES[".onnx"]:
+            (folder / f"{out.stem}{suffix}").touch()
+
+
+@pytest.mark.parametrize("out", [".", "/", "..", "e"])
+def test_a_folder_is_no_engine(out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["smollm2-135m", "--out", out]) == 1
+    assert re.search("is a folder; give the name of a file|must end in", capsys.readouterr().err)

@@ -101,6 +101,7 @@ def check(options: argparse.Namespace) -> int:
     try:
         if options.json:
             check_writable(options.json)
+            _check_apart(options)
         if options.kernel:
             collect(isolated(kernel_part, options.cases, options.seed, seconds=options.limit), report["kernel"])
         else:
@@ -118,6 +119,14 @@ def check(options: argparse.Namespace) -> int:
         return 130
     say("\n".join(table(report)))
     return 1 if report["faults"] or (is_skipped(report["kernel"]) and not report["engines"]) else 0
+
+
+def _check_apart(options: argparse.Namespace) -> None:
+    """Raise `InputError` where the report would replace a file of an engine."""
+    if engines := [engine for engine in (*options.engine, options.reference) if engine]:
+        from runtime.bundle.placing import check_apart
+
+        check_apart(options.json, engines)
 
 
 def _count(text: str) -> int:

@@ -34,6 +34,9 @@ def test_an_engine_agrees_with_itself(tiny_engine: Path, tmp_path: Path, capsys:
         ("--repeats 0", "--repeats must be at least 1, not 0"),
         ("--repeats 1000001", "--repeats must be at most 1000000, not 1000001"),
         ("--json FOLDER", "is a folder; give the name of a file"),
+        ("--json ENGINE", "engine.onnx is read here, and what is written would replace it; choose another name"),
+        ("--json BESIDE", "engine.json is read here, and what is written would replace it; choose another name"),
+        ("--json FOLDER/prompts.jsonl", "prompts.jsonl is read here, and what is written would replace it"),
         ("--repeats 1", "the prompts together have 15 tokens, and perplexity takes more than 32; give more"),
     ],
 )
@@ -43,7 +46,9 @@ def test_a_mistake_is_one_line(
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "A short prompt."}\n')
     command = ["precisions", str(tiny_engine), "--prompts", str(prompts), "--max-new-tokens", "3"]
-    assert main([*command, *more.replace("FOLDER", str(tmp_path)).split()]) == 1
+    for name, path in (("FOLDER", tmp_path), ("ENGINE", tiny_engine), ("BESIDE", tiny_engine.with_suffix(".json"))):
+        more = more.replace(name, str(path))
+    assert main([*command, *more.split()]) == 1
     assert message in capsys.readouterr().err
 
 

@@ -221,6 +221,7 @@ def test_a_plan_without_a_gpu_is_said_not_to_run(
         (["--report", "r.pdf"], r"--report r\.pdf: its name must end in \.md or \.html"),
         (["--report", "PLAIN/r.md"], "cannot write"),
         (["--json", "PLAIN/r.json"], "cannot write"),
+        (["--json", "ENGINE"], r"engine\.json is read here, and what is written would replace it"),
         (["--prompts", "nowhere.jsonl"], "no prompts file at nowhere.jsonl"),
         (["--transfer", "nowhere"], "no transfer layers at nowhere"),
         (["--transfer", "OTHER"], "was made with other transfer layers; give them with --transfer"),
@@ -239,7 +240,7 @@ def test_a_users_mistake_is_one_line(
     other = tmp_path / "other.safetensors"
     base = load_base_model(str(tiny_checkpoint))
     save_transfer_layers(other, random_transfer((3, 1, 3), seed=7), TransferFile(base.identity()))
-    places = {"PLAIN": str(tmp_path / "file"), "OTHER": str(other)}
+    places = {"PLAIN": str(tmp_path / "file"), "OTHER": str(other), "ENGINE": str(tiny_engine.with_suffix(".json"))}
     for name, place in places.items():
         options = [option.replace(name, place) for option in options]
     given = [] if "--transfer" in options else ["--transfer", str(tiny_transfer)]

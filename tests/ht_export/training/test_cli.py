@@ -154,6 +154,14 @@ def test_eval_stores_its_statistics_and_leaves_the_weights(
             ["fit", "MODEL", "--data", "DATA", "--out", "t", "--accumulate", "1000000000000000000"],
             "accumulate must be at most 1000000",
         ),
+        (
+            ["fit", "MODEL", "--data", "DATA", "--out", "MODEL/model.safetensors"],
+            "--out is there and would be replaced, and ",
+        ),
+        (
+            ["fit", "MODEL", "--data", "DATA", "--out", "t", "--checkpoint", "./t"],
+            "--checkpoint t is --out too; choose another name",
+        ),
         (["fit", "MODEL", "--data", "DATA", "--out", "t", "--seed", "-1"], "seed must be at least 0, not -1"),
         (["fit", "MODEL", "--data", "DATA", "--out", "t", "--log", "PROMPTS"], "cannot write"),
         (["fit", "MODEL", "--data", "DATA", "--out", "t", "--checkpoint", "PROMPTS/c"], "cannot write"),
@@ -221,7 +229,10 @@ def test_a_users_mistake_is_one_line(
     places = {"MODEL": tiny_checkpoint, "PROMPTS": prompts_file, "DATA": data_folder, "OUT": tmp_path / "new"}
     places["HELD_OUT"] = held_out_folder
     places["TRANSFER"] = tiny_transfer
-    words = [str(places.get(word, word)).replace("PROMPTS/", f"{prompts_file}/") for word in arguments]
+    words = [
+        str(places.get(word, word)).replace("PROMPTS/", f"{prompts_file}/").replace("MODEL/", f"{tiny_checkpoint}/")
+        for word in arguments
+    ]
     assert cli.main(words) == 1
     captured = capsys.readouterr().err
     assert message in captured

@@ -191,7 +191,23 @@ def test_a_report_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     assert "is a folder; give the name of a file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--engine", "engine.bin"], ["--cases", "0"], ["--limit", "-1"]])
+def test_a_report_in_the_place_of_an_engine(tiny_engine: Path, capsys: pytest.CaptureFixture) -> None:
+    before = tiny_engine.read_bytes()
+    assert check.main(["--no-kernel", "--engine", str(tiny_engine), "--json", str(tiny_engine)]) == 1
+    assert "engine.onnx is read here, and what is written would replace it" in capsys.readouterr().err
+    assert tiny_engine.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--engine", "engine.bin"],
+        ["--cases", "0"],
+        ["--limit", "-1"],
+        ["--limit", "1000001"],
+        ["--prompts", "9" * 5000],
+    ],
+)
 def test_arguments_that_cannot_be(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         check.main(arguments)
