@@ -42,7 +42,7 @@ def known_generator(folder: Path) -> Generator:
     try:
         return Generator(folder / NAME, threads=1, adapt=False)
     finally:
-        runtime.generator.open_engine = original
+        runtime.generator.open_engine = original  # type: ignore[attr-defined]
 
 
 def _logits(text: Text) -> NDArray[np.float32]:
