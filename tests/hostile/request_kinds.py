@@ -16,12 +16,15 @@ from runtime import Generator, InputError, Sampling
 from runtime.bundle.engine_file import EngineFile
 from runtime.chat import ChatTemplate
 from runtime.engines.protocol import Engine
+from runtime.prompts import PromptEncoder
 from tests.hostile.cases import SECRET, Case, FaultError, Kind, Kinds
 from tests.hostile.engine_kinds import ENGINE, NAME, texts_of
 from tests.hostile.messages import STOPS, WAYS, conversations, texts
 from tests.hostile.options import VOCABULARY, WHATS, Processor, requests, samplings
 from tests.hostile.templates import templates
 from tests.runtime.known_engine import KnownEngine, Text
+from tests.runtime.tokenizers import KINDS as TOKENIZERS
+from tests.runtime.tokenizers import tokenizer_of
 
 KINDS = Kinds()
 # A service's patience: shorter than what is usual, so that more templates are tried.
@@ -80,6 +83,25 @@ def _texts(folder: Path) -> Kind:
 
     cases = st.builds(lambda *asked: Case(asked=asked), texts(), WAYS, STOPS)
     return Kind(folder, cases, use, Case(asked=("Hello", {}, [])))
+
+
+@KINDS.add("texts of other tokenizers")
+def _other_tokenizers(folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+
+    def use(case: Case) -> None:
+        name, text, escape, limit = case.asked
+        tokenizer = tokenizer_of(name)
+        encoder = PromptEncoder(tokenizer, None, tokenizer.get_vocab_size())
+        # As many characters as have a token for each thousand may fit, and take memory some hundred times as long.
+        text = text[: 500_000 if limit else 100_000]
+        ids = encoder.encode(text, escape_special_tokens=escape, limit=limit)
+        if not escape and ids != tokenizer.encode(text).ids:
+            raise FaultError("a prompt is not encoded as its tokenizer does")
+
+    asked = (st.sampled_from(sorted(TOKENIZERS)), texts(), st.booleans(), st.sampled_from((None, 1, 256, 10_000)))
+    cases = st.builds(lambda *asked: Case(asked=asked), *asked)
+    return Kind(folder, cases, use, Case(asked=("byte level", "Hello", True, None)))
 
 
 @KINDS.add("conversations")
