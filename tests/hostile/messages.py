@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
@@ -61,14 +62,44 @@ PIECES = (
 )
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """A text or a list in which a part comes again and again: hypothesis keeps what it draws, and so not what it is."""
+
+    before: Any
+    part: Any
+    times: int
+    after: Any
+
+
+@dataclass(frozen=True)
+class Circle:
+    """A message that holds itself."""
+
+
+def written(value: Any) -> Any:
+    """Return what is asked for: `value` with all that stands for something long in it written out."""
+    if isinstance(value, Repeated):
+        return value.before + value.part * value.times + value.after
+    if isinstance(value, Circle):
+        message: dict[str, Any] = {"role": "user", "content": "a"}
+        message["self"] = message
+        return message
+    if isinstance(value, dict):
+        return {key: written(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(written, value))
+    return value
+
+
 @st.composite
-def texts(draw: st.DrawFn) -> str:
-    """A text by somebody hostile."""
+def texts(draw: st.DrawFn) -> Repeated:
+    """A text by somebody hostile, to be `written`."""
     parts = draw(st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=8)), max_size=6))
     # Few of which are long: those that are read whole take long.
     times = draw(st.sampled_from((1,) * 20 + (3, 50, 1000, 70_000, 1_000_000)))
     place = draw(st.integers(0, max(0, len(parts) - 1)))
-    return "".join([*parts[:place], *(part * times for part in parts[place : place + 1]), *parts[place + 1 :]])
+    return Repeated("".join(parts[:place]), "".join(parts[place : place + 1]), times, "".join(parts[place + 1 :]))
 
 
 WAYS = st.fixed_dictionaries({"raw": st.booleans()}, optional={"escape_special_tokens": st.booleans()})
@@ -96,6 +127,7 @@ def _deep(draw: st.DrawFn) -> Any:
 
 @st.composite
 def conversations(draw: st.DrawFn) -> Any:
+    """Messages by somebody hostile, or what is none, to be `written`."""
     roles = st.sampled_from(("user", "assistant", "system", "tool"))
     message = st.fixed_dictionaries({"role": roles, "content": texts()})
     odd = st.fixed_dictionaries(
@@ -105,9 +137,7 @@ def conversations(draw: st.DrawFn) -> Any:
     found: Any = draw(st.lists(st.one_of(message, message, message, odd, VALUES), max_size=4))
     what = draw(st.sampled_from(("list",) * 8 + ("tuple", "circle", "value", "many")))
     if what == "circle":
-        circle: dict[str, Any] = {"role": "user", "content": "a"}
-        circle["self"] = circle
-        return [circle]
+        return [Circle()]
     if what == "many":
-        return [{"role": "user", "content": ""}] * draw(st.sampled_from((1000, 2_000_000)))
+        return Repeated([], [{"role": "user", "content": ""}], draw(st.sampled_from((1000, 2_000_000))), [])
     return {"list": found, "tuple": tuple(found), "value": draw(VALUES)}[what]

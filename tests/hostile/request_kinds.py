@@ -19,7 +19,7 @@ from runtime.engines.protocol import Engine
 from runtime.prompts import PromptEncoder
 from tests.hostile.cases import SECRET, Case, FaultError, Kind, Kinds
 from tests.hostile.engine_kinds import ENGINE, NAME, texts_of
-from tests.hostile.messages import STOPS, WAYS, conversations, texts
+from tests.hostile.messages import STOPS, WAYS, conversations, texts, written
 from tests.hostile.options import VOCABULARY, WHATS, Processor, requests, samplings
 from tests.hostile.templates import templates
 from tests.runtime.known_engine import KnownEngine, Text
@@ -78,7 +78,7 @@ def _texts(folder: Path) -> Kind:
     generator = known_generator(folder)
 
     def use(case: Case) -> None:
-        text, ways, stop = case.asked
+        text, ways, stop = written(case.asked)
         texts_of(generator, text, stop=stop, **ways)
 
     cases = st.builds(lambda *asked: Case(asked=asked), texts(), WAYS, STOPS)
@@ -90,7 +90,7 @@ def _other_tokenizers(folder: Path) -> Kind:
     folder.mkdir(parents=True)
 
     def use(case: Case) -> None:
-        name, text, escape, limit = case.asked
+        name, text, escape, limit = written(case.asked)
         tokenizer = tokenizer_of(name)
         encoder = PromptEncoder(tokenizer, None, tokenizer.get_vocab_size())
         # As many characters as have a token for each thousand may fit, and take memory some hundred times as long.
@@ -109,7 +109,7 @@ def _conversations(folder: Path) -> Kind:
     generator = known_generator(folder)
 
     def use(case: Case) -> None:
-        messages, ways = case.asked
+        messages, ways = written(case.asked)
         texts_of(generator, messages, **ways)
 
     ways = st.fixed_dictionaries({}, optional={"escape_special_tokens": st.booleans()})

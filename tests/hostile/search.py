@@ -46,7 +46,8 @@ SHRINKING_SECONDS = 20.0
 LEAST_CASES = 3
 # What libraries say when they are refused memory, which is not always a `MemoryError`.
 NO_MEMORY = ("bad_alloc", "bad allocation", "can't allocate memory", "cannot allocate memory", "alloc_cpu")
-EXAMPLES = 1000
+# Cases of a round: hypothesis keeps what it has drawn in one.
+EXAMPLES = 300
 
 
 @dataclass
