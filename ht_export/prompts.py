@@ -115,8 +115,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Iterable[str], answer
         ids = list(tokenizer(text, add_special_tokens=template is None).input_ids)
     if not ids:
         raise InputError(
-            f"a conversation of {len(turns)} turns has no token for this model; give other prompts, or a checkpoint with "
-            "another chat template"
+            f"a conversation of {len(turns)} turns has no token for this model; give other prompts, or a checkpoint "
+            "with another chat template"
         )
     return ids
 
