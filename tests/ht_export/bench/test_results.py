@@ -29,7 +29,7 @@ def test_conditions_that_differ_are_told_in_one_short_line(tmp_path: Path, condi
     path = tmp_path / "results.json"
     Results(path, CONDITIONS, JOBS).add(row())
     path.write_text(json.dumps({**json.loads(path.read_text()), "conditions": conditions}))
-    with pytest.raises(InputError, match="holds results under other conditions: .* there and .* now") as raised:
+    with pytest.raises(InputError, match=r"holds results under other conditions: .* there and .* now") as raised:
         Results(path, CONDITIONS, JOBS)
     assert len(str(raised.value)) < 1500
     assert str(raised.value).isprintable()
