@@ -241,6 +241,9 @@ def main() -> None:
     os.environ[SECRET_NAME] = SECRET
     os.environ["TQDM_DISABLE"] = "1"
     faulthandler.enable()
+    # Results go where nothing else does: libraries print what they like.
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         # Nothing that is there already is read, and nothing is left there.
@@ -250,7 +253,7 @@ def main() -> None:
         if arguments.again:
             name, case = pickle.loads(arguments.again.read_bytes())
             ((_, kind),) = kinds_of([name], folder)
-            print(Search(name, kind, cases / "again.case").again(case))
+            print(Search(name, kind, cases / "again.case").again(case), file=out)
             return
         results: list[dict[str, Any]] = []
         kinds = list(kinds_of(arguments.kind or list(GROUPS), folder))
@@ -258,7 +261,7 @@ def main() -> None:
             left = arguments.seconds - (time.monotonic() - started)
             found = Search(name, kind, cases / f"{name}.case").run(left / (len(kinds) - number), arguments.seed)
             results.append(asdict(found))
-    print(json.dumps(results))
+    print(json.dumps(results), file=out)
 
 
 if __name__ == "__main__":
