@@ -53,9 +53,9 @@ def _described(base: BaseModel) -> str:
     beyond = tokens_beyond(backend, vocab_size)
     if odd := {number: token for number, token in beyond.items() if token not in placeholders}:
         raise InputError(
-            f"{base.source}: its tokenizer has token {max(odd)} ({shown(odd[max(odd)])}), and the model's vocabulary has "  # noqa: E501
-            f"{vocab_size} tokens; take the tokenizer that belongs to the model, or give the model rows for all tokens "
-            "(resize_token_embeddings)"
+            f"{base.source}: its tokenizer has token {max(odd)} ({shown(odd[max(odd)])}), and the model's vocabulary "
+            f"has {vocab_size} tokens; take the tokenizer that belongs to the model, or give the model rows for all "
+            "tokens (resize_token_embeddings)"
         )
     if not beyond:
         return backend.to_str(pretty=True)

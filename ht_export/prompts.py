@@ -101,25 +101,36 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Iterable[str], answer
     """Return the ids of a conversation up to where the model speaks: `turns` with an answer after each but the last.
 
     In the model's chat template, which is rendered as the runtime does; without one, the bare texts follow each other.
-    Raises `InputError` when the template cannot be compiled, or does not take the conversation.
+    Raises `InputError` when the template cannot be compiled, or does not take the conversation, and when there is no
+    token in it.
     """
     turns, answers = list(turns), list(answers)
     template = chat_template(tokenizer)
     if template is None:
         parts = [part for pair in zip(turns, answers, strict=False) for part in pair] + turns[len(answers) :]
-        with foreign_code("the model's tokenizer cannot encode a text", "give a checkpoint with another tokenizer"):
-            return list(tokenizer("".join(parts)).input_ids)
+        text = "".join(parts)
+    else:
+        text = _rendered(template, turns, answers)
+    with foreign_code("the model's tokenizer cannot encode a text", "give a checkpoint with another tokenizer"):
+        ids = list(tokenizer(text, add_special_tokens=template is None).input_ids)
+    if not ids:
+        raise InputError(
+            f"a conversation of {len(turns)} turns has no token for this model; give other prompts, or a checkpoint "
+            "with another chat template"
+        )
+    return ids
+
+
+def _rendered(template: ChatTemplate, turns: Sequence[str], answers: Sequence[str]) -> str:
     messages = []
     for index, turn in enumerate(turns):
         messages.append({"role": "user", "content": turn})
         if index < len(answers):
             messages.append({"role": "assistant", "content": answers[index]})
     try:
-        text = template.render(messages)
+        return template.render(messages)
     except InputError as error:
         raise InputError(f"a conversation of {len(turns)} turns: {error}") from error
-    with foreign_code("the model's tokenizer cannot encode a text", "give a checkpoint with another tokenizer"):
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 # By tokenizer: a template has a process, which ends with its tokenizer.

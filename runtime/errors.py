@@ -25,12 +25,13 @@ class InputWarning(UserWarning):
 LONGEST_CAUSE = 300
 
 
-def one_line(cause: object) -> str:
-    """Return the first line of what `cause` says, cut short and so that it can be printed, or its class where it says
-    nothing: it may quote a file, or come from another library.
+def one_line(cause: object, most: int = LONGEST_CAUSE) -> str:
+    """Return the first line of what `cause` says, up to `most` characters of it that can be printed, or its class where
+    it says nothing: it may quote a file, or come from another library.
     """
-    first = next(iter(str(cause).strip().splitlines()), "") or type(cause).__name__
-    return "".join(one if one.isprintable() else "\ufffd" for one in first[:LONGEST_CAUSE])
+    lines = str(cause).strip().splitlines()
+    first = lines[0].strip() if lines else type(cause).__name__
+    return "".join(one if one.isprintable() else "\ufffd" for one in first[:most])
 
 
 _SHORT = Repr()

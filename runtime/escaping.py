@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.chat import Message
 from runtime.chat.conversation import read_conversation
 from runtime.errors import InputError, shown
+from runtime.foreign import failures
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -130,10 +131,8 @@ class ControlTokens:
         """
         from tokenizers import Tokenizer
 
-        try:
+        with failures(self._unfit):
             copy = Tokenizer.from_str(json.dumps(_renamed(json.loads(self._tokenizer.to_str()), self._aliases)))
-        except Exception as error:
-            raise self._unfit(str(error)) from error
         for text, number in self.ids.items():
             if copy.token_to_id(self._aliases[text]) != number or copy.token_to_id(text) is not None:
                 raise self._unfit(f"it cannot do without {shown(text)}")
@@ -141,7 +140,7 @@ class ControlTokens:
 
     def _unfit(self, cause: str) -> InputError:
         return InputError(
-            f"escape_special_tokens cannot be used with this model's tokenizer ({cause[:300]}); leave it out, and keep "
+            f"escape_special_tokens cannot be used with this model's tokenizer ({cause}); leave it out, and keep "
             "control tokens out of messages"
         )
 

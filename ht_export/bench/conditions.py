@@ -15,7 +15,7 @@ from typing import Any
 from ht_export.bench.settings import BenchSettings
 from runtime.bundle.places import engine_file_path
 from runtime.engines.opening import runs_on_cpu
-from runtime.errors import shown
+from runtime.errors import one_line, shown
 from runtime.files import sha256_file
 from runtime.generator import Generator
 from runtime.tree import TreeSizes
@@ -75,9 +75,9 @@ def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
         if one == other or key in OF_ONE_RUN:
             continue
         if isinstance(one, dict) and isinstance(other, dict):
-            found += [f"{key}.{difference}" for difference in differences(one, other)]
+            found += [f"{one_line(key)}.{difference}" for difference in differences(one, other)]
         else:
-            found.append(f"{key} is {shown(other)} there and {shown(one)} now")
+            found.append(f"{one_line(key)} is {shown(other)} there and {shown(one)} now")
     return found
 
 

@@ -12,11 +12,13 @@ from ht_export.bench.measure import Row
 from ht_export.bench.settings import Job
 from ht_export.bench.summary import summarise
 from ht_export.formats import VersionedFormat
-from runtime.errors import InputError
+from runtime.errors import InputError, one_line
 from runtime.files import write_json
 
 FORMAT = "ht-bench"
 FORMAT_VERSION = 1
+# Characters of what differs, where all does.
+MOST_TOLD = 1000
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ class Results:
         then = found.conditions
         if differing := differences(self.conditions, then):
             raise InputError(
-                f"{path} holds results under other conditions: {'; '.join(differing)}; repeat the earlier command to "
-                "continue it, or choose another --json"
+                f"{path} holds results under other conditions: {one_line('; '.join(differing), MOST_TOLD)}; repeat the "
+                "earlier command to continue it, or choose another --json"
             )
         self.rows = found.rows
         asked = [(job.id, job.sampling.seed) for job in self._jobs[: len(self.rows)]]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ht_export.foreign import foreign_code
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.reference import HiddenTransferModel
 from ht_export.model.shipped import UNTRAINED, Untrained, shipped_transfer, transfer_layers
@@ -114,9 +115,12 @@ def _engine_stages(
         return name, lambda: Comparison(name, against, tolerance, skipped=reason)
 
     def graph(name: str, path: Path, *, evaluator: bool = False) -> tuple[str, Callable[[], Comparison]]:
-        return name, lambda: compare_passes(
-            name, against, tolerance, GraphTracer(path, about.dims, reference=evaluator), expected
-        )
+        def compared() -> Comparison:
+            with foreign_code(f"cannot run {path}", "export the engine again"):
+                tracer = GraphTracer(path, about.dims, reference=evaluator)
+                return compare_passes(name, against, tolerance, tracer, expected)
+
+        return name, compared
 
     if about.plan is not None:
         name = f"TensorRT ({about.plan.product} {about.plan.version})"
@@ -126,12 +130,11 @@ def _engine_stages(
             yield name, lambda: Comparison(name, against, tolerance, list(_in_its_own_cache(generator, expected)))
         return
     name = "ONNX reference evaluator"
-    assert about.weights is not None
     if not settings.evaluator:
         yield skipped(name, "--no-evaluator was given")
     elif about.precision in ("int8", "int4"):
         yield skipped(name, "it does not know the operator of quantised weights")
-    elif about.weights.bytes > EVALUATED_WEIGHTS:
+    elif about.weights and about.weights.bytes > EVALUATED_WEIGHTS:
         yield skipped(name, "the model is too large for it")
     else:
         yield graph(name, settings.engine, evaluator=True)

@@ -165,7 +165,8 @@ def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[Ans
     made_by = manifest.base_model
     if made_by["weights_sha256"] != base.weights_sha256:
         raise InputError(
-            f"{folder} was made with other weights ({one_line(made_by['name'])}, {one_line(made_by['weights_sha256'][:12])}) than "  # noqa: E501
+            f"{folder} was made with other weights ({one_line(made_by['name'])}, "
+            f"{one_line(made_by['weights_sha256'][:12])}) than "
             f"{base.source} ({base.weights_sha256[:12]}); make it again with: ht-train data"
         )
     expected = manifest.shards

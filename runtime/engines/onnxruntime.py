@@ -21,6 +21,8 @@ from runtime.engines.protocol import Batch
 from runtime.errors import EngineFileError, InputError, one_line
 from runtime.foreign import failures
 
+# Characters of what ONNX Runtime says: it begins with where in its code that is.
+LONGEST = 1000
 # Names of types in ONNX Runtime, where they are others than NumPy's.
 ORT_TYPES = {"float32": "float"}
 # A provider's name, alone or with its options.
@@ -130,8 +132,8 @@ def open_session(
         )
     except Exception as error:
         raise EngineFileError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {one_line(error)}; update onnxruntime, or "
-            "export the engine again"
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {one_line(error, LONGEST)}; update "
+            "onnxruntime, or export the engine again"
         ) from error
     finally:
         # The session has copied what it keeps.

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from runtime.bundle.engine_file import EngineFile, PlanFile
 from runtime.bundle.reading import KERNELS, EngineFiles
 from runtime.engines.external_weights import GraphFiles
 from runtime.engines.protocol import Engine
 from runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from plugins.binaries import KernelBinaries
 
 
 def runs_on_cpu(about: EngineFile, device: str | None) -> bool:
@@ -52,11 +58,17 @@ def open_engine(files: EngineFiles, about: EngineFile, device: str | None = None
 
 
 def _open_plan(files: EngineFiles, about: EngineFile, plan: PlanFile) -> Engine:
-    from plugins.binaries import KernelBinaries
     from runtime.engines.tensorrt import TensorRTEngine
 
-    try:
-        binaries = KernelBinaries.from_bytes(files.kernels)
-    except ValueError as error:
-        raise KERNELS.unfit(files.path.with_name(plan.kernels.name), error) from error
+    binaries = parse_kernels(files.kernels, files.path.with_name(plan.kernels.name))
     return TensorRTEngine(files.path, about.dims, plan, about.graph.sha256, about.tree, binaries, opened=files.plan)
+
+
+def parse_kernels(content: bytes, where: Path) -> KernelBinaries:
+    """Return the kernels of a plan in `content`, which was read at `where`. Raises `EngineFileError`."""
+    from plugins.binaries import KernelBinaries
+
+    try:
+        return KernelBinaries.from_bytes(content)
+    except ValueError as error:
+        raise KERNELS.unfit(where, error) from error

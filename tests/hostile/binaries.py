@@ -104,7 +104,7 @@ def damaged_safetensors(draw: st.DrawFn, sample: bytes, nested: str | None = Non
 
 @drawn
 def damaged_kernels(draw: st.DrawFn, sample: bytes) -> bytes:
-    """Kernels as `plugins.binaries` has them: an index that is damaged, compressed as it should be, or more than that."""
+    """Kernels of a plan: an index that is damaged, compressed as it should be, or more than there should be."""
     size = struct.calcsize("<4sII")
     magic, version, length = struct.unpack_from("<4sII", sample)
     content = zlib.decompress(sample[size:])

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ class Case:
     """
 
     files: Mapping[str, bytes | None] = field(default_factory=dict)
-    asked: object = None
+    asked: Any = None
     exchanged: bool = False
 
     def put(self, folder: Path) -> None:
@@ -45,17 +46,37 @@ class Case:
 class Kind:
     """A kind of hostile input: what generates `cases`, and `use`, which reads one in production and uses what was read.
 
-    `folder` has valid files, and those of a case when `use` is called with it; `formats` are the names of what is read
-    so. `use` raises `InputError` or nothing; a text and plain decoding of it that differ are a `Fault`, too. `valid` is
-    a case that is no error.
+    `folder` has valid files, and those of a case when `use` is called with it. `use` raises `InputError` or nothing; a
+    text and plain decoding of it that differ are a `FaultError`, too. `valid` is a case that is no error.
     """
 
-    name: str
-    formats: tuple[str, ...]
     folder: Path
     cases: st.SearchStrategy[Case]
     use: Callable[[Case], object]
     valid: Case = Case()
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What makes a kind of hostile input: `formats` are the names of those that are read so, `make` is called with the
+    folder for its valid files.
+    """
+
+    formats: tuple[str, ...]
+    make: Callable[[Path], Kind]
+
+
+class Kinds(dict[str, Maker]):
+    """Kinds of hostile input by name."""
+
+    def add(self, name: str, *formats: str) -> Callable[[Callable[[Path], Kind]], Callable[[Path], Kind]]:
+        """Return a decorator that adds what makes a kind."""
+
+        def added(make: Callable[[Path], Kind]) -> Callable[[Path], Kind]:
+            self[name] = Maker(formats, make)
+            return make
+
+        return added
 
 
 class FaultError(Exception):

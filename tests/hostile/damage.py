@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def drawn(function: Callable[Concatenate[st.DrawFn, P], T]) -> Callable[P, st.SearchStrategy[T]]:
-    """As `hypothesis.strategies.composite`, for arguments so long that to print them takes long, which that one does."""
+    """As `hypothesis.strategies.composite`, which prints the arguments, for such as are too long for that."""
 
     @wraps(function)
     def strategy(*arguments: P.args, **options: P.kwargs) -> st.SearchStrategy[T]:

@@ -27,9 +27,11 @@ from runtime.engines.plans import RuntimeCache
 from runtime.engines.protocol import Engine
 from runtime.tuning import cpu_name
 from tests.hostile.binaries import damaged_kernels, damaged_npy, damaged_protobuf
-from tests.hostile.cases import Case, FaultError, Kind, load_json
+from tests.hostile.cases import Case, FaultError, Kind, Kinds, load_json
 from tests.hostile.damage import damaged, damaged_json, drawn
+from tests.hostile.tokenizer_parts import PARTS
 
+KINDS = Kinds()
 # An engine of an earlier release, that every later one reads.
 ENGINE = Path(__file__).resolve().parents[1] / "fixtures" / "engine-0.1.0"
 NAME, DESCRIPTION = "engine.onnx", "engine.json"
@@ -45,7 +47,7 @@ RECORDS = {
     "correction": TABLES,
 }
 BINS = [{"predicted": 0.1, "observed": 0.05}, {"predicted": 0.5, "observed": 0.6}]
-PROMPTS = ("Hello, tea.", "<|user|></s>  \x00 é\u0301 🫖 \u200d" + "a" * 40 + "1" * 20 + " \n" * 10, "")
+PROMPTS = ("Hello, tea.", "<|user|></s>  \x00 é\u0301 🫖 \u200d" + "a" * 40 + "1" * 20 + " \n" * 10)
 
 
 def texts_of(generator: Generator, *prompts: Any, **options: Any) -> None:
@@ -119,102 +121,34 @@ def _generator(folder: Path) -> Generator:
     return Generator(folder / NAME, threads=1, adapt=False)
 
 
-def _descriptions(name: str, folder: Path) -> Kind:
+@KINDS.add("descriptions of engines", "engine.json", "engine.json header", "engine.json of any release")
+def _descriptions(folder: Path) -> Kind:
     about = _files(folder, template=True)
     records = [about[field] for field in RECORDS]
 
     def use(case: Case) -> None:
         engine = folder / NAME
-        try:
+        # Not taken for an engine of ours, perhaps; it may still be one.
+        with contextlib.suppress(InputError):
             check_replaceable(engine)
-        except InputError:
-            # It would not be taken for an engine of ours, and whether it is one is asked all the same.
-            pass
         texts_of(_generator(folder), "Hello")
 
     cases = st.builds(lambda content: Case({DESCRIPTION: content}), damaged_json(about, records))
-    return Kind(name, ("engine.json", "engine.json header", "engine.json of any release"), folder, cases, use)
+    return Kind(folder, cases, use)
 
 
-# Parts of tokenizers that the sample has not: what a hostile one may put anywhere.
-PARTS: tuple[Any, ...] = (
-    *(
-        {"Regex": pattern}
-        for pattern in ("(a+)+$", "(a|a)*b", "(?<=a*)b", "(", "a{1000}{1000}", "", "\\p{X}", "(?i)\\1", "a*?")
-    ),
-    *(
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in ("", "a", "(a*)*b")
-    ),
-    *(
-        {"type": "Replace", "pattern": {"String": old}, "content": new}
-        for old, new in (("", "x"), ("a", "a" * 9999), ("o", ""))
-    ),
-    {
-        "type": "Sequence",
-        "normalizers": [{"type": "NFD"}, {"type": "Prepend", "prepend": "x" * 99}, {"type": "Lowercase"}],
-    },
-    {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "Whitespace"}]},
-    {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
-    {"type": "Metaspace", "replacement": "x", "prepend_scheme": "always", "split": True},
-    {"type": "ByteFallback"},
-    {"type": "CTC", "pad_token": "", "word_delimiter_token": "", "cleanup": True},
-    {"type": "Strip", "content": "H", "start": 2**63, "stop": 2**63},
-    {"type": "Fuse"},
-    {"type": "BPEDecoder", "suffix": ""},
-    {"type": "WordPiece", "prefix": "", "cleanup": True},
-    {"type": "BPE", "vocab": {"H": 0, "e": 1, "He": 300}, "merges": [["H", "e"]]},
-    {"type": "BPE", "vocab": {"H": 0}, "merges": [["H", "e"]], "dropout": 0.5, "unk_token": "?", "byte_fallback": True},
-    {"type": "WordLevel", "vocab": {"Hello": 2**32 - 1}, "unk_token": "x"},
-    {"type": "WordPiece", "vocab": {}, "unk_token": "", "continuing_subword_prefix": "", "max_input_chars_per_word": 0},
-    {"type": "Unigram", "unk_id": 7, "vocab": [["H", float("-inf")], ["e", float("nan")]], "byte_fallback": False},
-    {"type": "Unigram", "unk_id": 0, "vocab": [["", 0.0], ["<s>", -1e308], ["H", 1e308]]},
-    {"max_length": 0, "stride": 5, "strategy": "LongestFirst", "direction": "Right"},
-    {
-        "strategy": {"Fixed": 2**40},
-        "direction": "Left",
-        "pad_to_multiple_of": 0,
-        "pad_id": 9999,
-        "pad_type_id": 0,
-        "pad_token": "",
-    },
-    {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "z", "type_id": 0}}],
-        "pair": [],
-        "special_tokens": {},
-    },
-    {
-        "id": 263,
-        "content": "",
-        "single_word": True,
-        "lstrip": True,
-        "rstrip": True,
-        "normalized": True,
-        "special": True,
-    },
-    {
-        "id": 5,
-        "content": "a",
-        "single_word": True,
-        "lstrip": True,
-        "rstrip": True,
-        "normalized": True,
-        "special": False,
-    },
-)
-
-
-def _tokenizers(name: str, folder: Path) -> Kind:
+@KINDS.add("tokenizers", "tokenizer.json")
+def _tokenizers(folder: Path) -> Kind:
     about = _files(folder)
     sample = load_json(folder / TOKENIZER)
 
     def use(case: Case) -> None:
         generator = _generator(folder)
         refused: InputError | None = None
-        for prompt in PROMPTS[:2]:
+        for prompt in PROMPTS:
             try:
                 texts_of(generator, prompt, stop=["zz"])
+                texts_of(generator, prompt, escape_special_tokens=True)
             except InputError as error:
                 # Others may have a text, and must not be worse.
                 refused = error
@@ -224,17 +158,19 @@ def _tokenizers(name: str, folder: Path) -> Kind:
 
     content = st.one_of(damaged_json(sample, PARTS), damaged((folder / TOKENIZER).read_bytes()))
     cases = st.builds(lambda content: _recorded(about, {TOKENIZER: content}), content)
-    return Kind(name, ("tokenizer.json",), folder, cases, use)
+    return Kind(folder, cases, use)
 
 
-def _tables(name: str, folder: Path) -> Kind:
+@KINDS.add("tables of corrections", "correction.npy")
+def _tables(folder: Path) -> Kind:
     about = _files(folder)
     content = damaged_npy((folder / TABLES).read_bytes())
     cases = st.builds(lambda content: _recorded(about, {TABLES: content}), content)
-    return Kind(name, ("correction.npy",), folder, cases, lambda case: texts_of(_generator(folder), "Hello"))
+    return Kind(folder, cases, lambda case: texts_of(_generator(folder), "Hello"))
 
 
-def _tunings(name: str, folder: Path) -> Kind:
+@KINDS.add("tunings", "tuning.json", "tuning.json of any release", "file in the place of tuning.json")
+def _tunings(folder: Path) -> Kind:
     about = _files(folder)
     engine = folder / NAME
     described = read_engine_file(engine)
@@ -258,8 +194,7 @@ def _tunings(name: str, folder: Path) -> Kind:
             raise FaultError("a tuning that was written is not read")
 
     cases = st.builds(lambda content: Case({tuning_path(engine).name: content}), damaged_json(sample, [about]))
-    formats = ("tuning.json", "tuning.json of any release", "file in the place of tuning.json")
-    return Kind(name, formats, folder, cases, use)
+    return Kind(folder, cases, use)
 
 
 @drawn
@@ -272,7 +207,8 @@ def _graph_cases(draw: st.DrawFn, about: dict, files: dict[str, bytes]) -> Case:
     return _recorded(about, {what: changed})
 
 
-def _graphs(name: str, folder: Path) -> Kind:
+@KINDS.add("graphs and weights", "graph")
+def _graphs(folder: Path) -> Kind:
     about = _files(folder)
     files = {name: (folder / name).read_bytes() for name in (GRAPH, LOWERED, WEIGHTS)}
 
@@ -282,10 +218,11 @@ def _graphs(name: str, folder: Path) -> Kind:
         for speculate in (True, False):
             generator.generate("Hello", max_new_tokens=4, speculate=speculate)
 
-    return Kind(name, ("graph",), folder, _graph_cases(about, files), use)
+    return Kind(folder, _graph_cases(about, files), use)
 
 
-def _plans(name: str, folder: Path) -> Kind:
+@KINDS.add("plans and their kernels", "kernels.bin")
+def _plans(folder: Path) -> Kind:
     about = _files(folder)
     engine = Generator(folder / NAME, threads=1, adapt=False).engine
     for file in (GRAPH, LOWERED, WEIGHTS):
@@ -340,7 +277,7 @@ def _plans(name: str, folder: Path) -> Kind:
     def use(case: Case) -> None:
         texts_of(Generator(folder / PLAN, adapt=False), "Hello")
 
-    return Kind(name, ("kernels.bin",), folder, st.one_of(of_kernels, of_plans), use)
+    return Kind(folder, st.one_of(of_kernels, of_plans), use)
 
 
 class _Cache:
@@ -361,7 +298,8 @@ class _Config:
         pass
 
 
-def _runtime_caches(name: str, folder: Path) -> Kind:
+@KINDS.add("runtime caches", "runtime cache")
+def _runtime_caches(folder: Path) -> Kind:
     plan_hash = "0" * 64
     place = folder / "hidden-transfer"
     place.mkdir(parents=True)
@@ -383,7 +321,7 @@ def _runtime_caches(name: str, folder: Path) -> Kind:
 
     content = st.one_of(damaged(b"kernels"), st.just(bytes(1 << 20)), st.none())
     cases = st.builds(lambda content: Case({str(file.relative_to(folder)): content}), content)
-    return Kind(name, ("runtime cache",), folder, cases, use)
+    return Kind(folder, cases, use)
 
 
 @drawn
@@ -399,25 +337,12 @@ def _exchanged_cases(draw: st.DrawFn, files: dict[str, bytes]) -> Case:
     return Case({name: content}, exchanged=content != files[name])
 
 
-def _exchanged(name: str, folder: Path) -> Kind:
+@KINDS.add("exchanged files", "chat_template.jinja")
+def _exchanged(folder: Path) -> Kind:
     _files(folder, template=True)
     files = {name: (folder / name).read_bytes() for name in RECORDS.values()}
     return Kind(
-        name,
-        ("chat_template.jinja",),
         folder,
         _exchanged_cases(files),
         lambda case: texts_of(_generator(folder), "Hello"),
     )
-
-
-KINDS = {
-    "descriptions of engines": _descriptions,
-    "tokenizers": _tokenizers,
-    "tables of corrections": _tables,
-    "tunings": _tunings,
-    "graphs and weights": _graphs,
-    "plans and their kernels": _plans,
-    "runtime caches": _runtime_caches,
-    "exchanged files": _exchanged,
-}

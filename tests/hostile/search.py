@@ -46,7 +46,8 @@ SHRINKING_SECONDS = 20.0
 LEAST_CASES = 3
 # What libraries say when they are refused memory, which is not always a `MemoryError`.
 NO_MEMORY = ("bad_alloc", "bad allocation", "can't allocate memory", "cannot allocate memory", "alloc_cpu")
-EXAMPLES = 1000
+# Cases of a round: hypothesis keeps what it has drawn in one.
+EXAMPLES = 300
 
 
 @dataclass
@@ -78,7 +79,8 @@ class _OverError(BaseException):
 class Search:
     """A search of one kind, which keeps the case at hand in the file `at_hand`."""
 
-    def __init__(self, kind: Kind, at_hand: Path) -> None:
+    def __init__(self, name: str, kind: Kind, at_hand: Path) -> None:
+        self._name = name
         self._kind = kind
         self._at_hand = at_hand
         self._valid = valid_files(kind.folder)
@@ -95,7 +97,7 @@ class Search:
                 break
             self._round(number, end)
         found = Found(
-            self._kind.name,
+            self._name,
             sum(self._counts.values()),
             self._counts["accepted"],
             self._counts["refused"],
@@ -150,12 +152,12 @@ class Search:
         try:
             self._kind.use(self._kind.valid)
         except InputError as error:
-            raise AssertionError(f"what is valid of {self._kind.name} is refused") from error
+            raise AssertionError(f"what is valid of {self._name} is refused") from error
         self._put_back(self._kind.valid)
         _limit_memory(MEMORY)
 
     def _keep(self, case: Case) -> None:
-        self._at_hand.write_bytes(pickle.dumps((self._kind.name, case)))
+        self._at_hand.write_bytes(pickle.dumps((self._name, case)))
 
     def _outcome(self, case: Case) -> str:
         """Return "accepted" or "refused". Raises `FaultError`."""
@@ -239,24 +241,27 @@ def main() -> None:
     os.environ[SECRET_NAME] = SECRET
     os.environ["TQDM_DISABLE"] = "1"
     faulthandler.enable()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    # Results go where nothing else does: libraries print what they like.
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         # Nothing that is there already is read, and nothing is left there.
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         cases = arguments.cases or Path(tempfile.mkdtemp(prefix="hostile-cases-"))
         cases.mkdir(parents=True, exist_ok=True)
         if arguments.again:
-            kind_name, case = pickle.loads(arguments.again.read_bytes())
-            (kind,) = kinds_of([kind_name], folder)
-            print(Search(kind, cases / "again.case").again(case))
+            name, case = pickle.loads(arguments.again.read_bytes())
+            ((_, kind),) = kinds_of([name], folder)
+            print(Search(name, kind, cases / "again.case").again(case), file=out)
             return
         results: list[dict[str, Any]] = []
         kinds = list(kinds_of(arguments.kind or list(GROUPS), folder))
-        for number, kind in enumerate(kinds):
+        for number, (name, kind) in enumerate(kinds):
             left = arguments.seconds - (time.monotonic() - started)
-            found = Search(kind, cases / f"{kind.name}.case").run(left / (len(kinds) - number), arguments.seed)
+            found = Search(name, kind, cases / f"{name}.case").run(left / (len(kinds) - number), arguments.seed)
             results.append(asdict(found))
-    print(json.dumps(results))
+    print(json.dumps(results), file=out)
 
 
 if __name__ == "__main__":

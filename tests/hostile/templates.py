@@ -1,4 +1,4 @@
-"""Chat templates by somebody hostile, or clumsy: all that Jinja has, with arguments that are too large or lead astray."""
+"""Chat templates by somebody hostile, or clumsy: all that Jinja has, with arguments that are too large, or astray."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ BLOCKS = (
     "{{% set x = {0} %}}{1}",
     "{{% set x %}}{1}{{% endset %}}{{{{ x * 99999 }}}}",
     "{{% set ns = namespace(a='a') %}}{{% for x in range(99) %}}{{% set ns.a = ns.a ~ ns.a %}}{{% endfor %}}{1}",
-    "{{% set ns = namespace(a=[]) %}}{{% for x in range(9) %}}{{% set ns.a = [ns.a, ns.a] %}}{{% endfor %}}{{{{ ns.a }}}}",
+    "{{% set ns = namespace(a=[]) %}}{{% for x in range(9) %}}{{% set ns.a=[ns.a] * 2 %}}{{% endfor %}}{{{{ ns.a }}}}",
     "{{% set ns.a = {0} %}}{1}",
     "{{% macro m(a, b=1) %}}{1}{{{{ m(a) }}}}{{% endmacro %}}{{{{ m({0}) }}}}",
     "{{% macro m() %}}{1}{{{{ caller() }}}}{{% endmacro %}}{{% call m() %}}{1}{{% endcall %}}",

@@ -34,10 +34,11 @@ from ht_export.training.sweep import SweepSettings, recommendation, sweep, table
 from runtime import InputError, Sampling
 from tests.conftest import CHAT_TEMPLATE, byte_tokenizer, random_transfer, save_checkpoint, tiny_llama
 from tests.hostile.binaries import damaged_safetensors
-from tests.hostile.cases import Case, FaultError, Kind, load_json
+from tests.hostile.cases import Case, FaultError, Kind, Kinds, load_json
 from tests.hostile.damage import damaged, damaged_json, damaged_lines
 from tests.hostile.templates import templates
 
+KINDS = Kinds()
 QUIET = Progress(disable=True)
 DATA = [AnsweredPrompt(str(i), "a", [5 + i, 6, 7], [8, 9, 10 + i, 11, 12]) for i in range(4)]
 
@@ -70,7 +71,18 @@ def _use_model(base: BaseModel) -> None:
         base.model(torch.tensor([ids[:8]]))
 
 
-def _checkpoints(name: str, folder: Path) -> Kind:
+@KINDS.add(
+    "checkpoints",
+    "model configuration",
+    "configuration of generation",
+    "index of weight files",
+    "safetensors file of weights",
+    "tokenizer of a checkpoint",
+    "JSON file of a checkpoint",
+    "text file of a checkpoint",
+    "vocabulary file of a checkpoint",
+)
+def _checkpoints(folder: Path) -> Kind:
     base_model(folder)
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     shards = [name for name in files if name.endswith(".safetensors")]
@@ -99,12 +111,7 @@ def _checkpoints(name: str, folder: Path) -> Kind:
         one = draw(st.sampled_from(documents)) if what == "document" else what
         return Case({one: draw(damaged_json(json.loads(files[one]), more))})
 
-    formats = (
-        *("model configuration", "configuration of generation", "index of weight files", "safetensors file of weights"),
-        *("tokenizer of a checkpoint", "JSON file of a checkpoint", "text file of a checkpoint"),
-        "vocabulary file of a checkpoint",
-    )
-    return Kind(name, formats, folder, cases(), lambda case: _use_model(load_base_model(str(folder))))
+    return Kind(folder, cases(), lambda case: _use_model(load_base_model(str(folder))))
 
 
 def write_gguf(path: Path) -> list[int]:
@@ -165,15 +172,17 @@ def write_gguf(path: Path) -> list[int]:
     return [place for place in places if place < path.stat().st_size]
 
 
-def _ggufs(name: str, folder: Path) -> Kind:
+@KINDS.add("GGUF files", "GGUF file")
+def _ggufs(folder: Path) -> Kind:
     folder.mkdir(parents=True)
     path = folder / "model.gguf"
     places = write_gguf(path)
     cases = st.builds(lambda content: Case({path.name: content}), damaged(path.read_bytes(), places))
-    return Kind(name, ("GGUF file",), folder, cases, lambda case: _use_model(load_base_model(str(path))))
+    return Kind(folder, cases, lambda case: _use_model(load_base_model(str(path))))
 
 
-def _transfer_layers(name: str, folder: Path) -> Kind:
+@KINDS.add("transfer layers", "description of transfer layers", "safetensors file of transfer layers")
+def _transfer_layers(folder: Path) -> Kind:
     folder.mkdir(parents=True)
     path = folder / "transfer.safetensors"
     base = _base(folder)
@@ -190,11 +199,11 @@ def _transfer_layers(name: str, folder: Path) -> Kind:
 
     content = damaged_safetensors(path.read_bytes(), "hidden_transfer")
     cases = st.builds(lambda content: Case({path.name: content}), content)
-    formats = ("description of transfer layers", "safetensors file of transfer layers")
-    return Kind(name, formats, folder, cases, use)
+    return Kind(folder, cases, use)
 
 
-def _prompts(name: str, folder: Path) -> Kind:
+@KINDS.add("prompts", "prompt")
+def _prompts(folder: Path) -> Kind:
     folder.mkdir(parents=True)
     path = folder / "prompts.jsonl"
     values = [
@@ -212,10 +221,11 @@ def _prompts(name: str, folder: Path) -> Kind:
                 encode_chat(base.tokenizer, conversation.turns, ["Yes"] * (len(conversation.turns) - 1))
 
     cases = st.builds(lambda content: Case({path.name: content}), damaged_lines(values))
-    return Kind(name, ("prompt",), folder, cases, use)
+    return Kind(folder, cases, use)
 
 
-def _data(name: str, folder: Path) -> Kind:
+@KINDS.add("data of training", "manifest of data", "answered prompt")
+def _data(folder: Path) -> Kind:
     folder.mkdir(parents=True)
     base = _base(folder)
     shard = "shard-0-00000.jsonl"
@@ -240,10 +250,11 @@ def _data(name: str, folder: Path) -> Kind:
         st.builds(lambda content: Case({MANIFEST: content}), damaged_json(manifest)),
         st.builds(lambda content: Case({shard: content}), st.one_of(damaged_lines(values), st.none())),
     )
-    return Kind(name, ("manifest of data", "answered prompt"), folder, cases, use)
+    return Kind(folder, cases, use)
 
 
-def _features(name: str, folder: Path) -> Kind:
+@KINDS.add("features", "description of features", "file of features")
+def _features(folder: Path) -> Kind:
     folder.mkdir(parents=True)
     base = _base(folder)
 
@@ -258,7 +269,7 @@ def _features(name: str, folder: Path) -> Kind:
         st.builds(lambda content: Case({"features.json": content}), damaged_json(description)),
         st.builds(lambda content: Case({file: content}), damaged_safetensors((folder / file).read_bytes())),
     )
-    return Kind(name, ("description of features", "file of features"), folder, cases, use)
+    return Kind(folder, cases, use)
 
 
 FIT = FitSettings(
@@ -266,7 +277,8 @@ FIT = FitSettings(
 )
 
 
-def _fits(name: str, folder: Path) -> Kind:
+@KINDS.add("fits", "whole checkpoint of ht-train fit", "safetensors file of ht-train fit")
+def _fits(folder: Path) -> Kind:
     folder.mkdir(parents=True)
     base = _base(folder)
     path = folder / "fit.safetensors"
@@ -279,11 +291,11 @@ def _fits(name: str, folder: Path) -> Kind:
     use(Case(), steps=2)
     content = damaged_safetensors(path.read_bytes(), "fit")
     cases = st.builds(lambda content: Case({path.name: content}), content)
-    formats = ("whole checkpoint of ht-train fit", "safetensors file of ht-train fit")
-    return Kind(name, formats, folder, cases, use)
+    return Kind(folder, cases, use)
 
 
-def _sweeps(name: str, folder: Path) -> Kind:
+@KINDS.add("sweeps", "file of sweep results")
+def _sweeps(folder: Path) -> Kind:
     folder.mkdir(parents=True)
     base = _base(folder)
     settings = SweepSettings(((1, 1), (2, 3)), steps=2, rungs=2)
@@ -305,10 +317,11 @@ def _sweeps(name: str, folder: Path) -> Kind:
         path.unlink()
     sample = load_json(folder / "sweep.json")
     cases = st.builds(lambda content: Case({"sweep.json": content}), damaged_json(sample))
-    return Kind(name, ("file of sweep results",), folder, cases, use)
+    return Kind(folder, cases, use)
 
 
-def _results(name: str, folder: Path) -> Kind:
+@KINDS.add("results of measuring", "file of results of ht-bench run")
+def _results(folder: Path) -> Kind:
     folder.mkdir(parents=True)
     path = folder / "results.json"
     runs = Runs([5, 5], [3, 3], [10.0, 11.0], [20.0, 21.0], [0.1, 0.1], [1, 2], True, None)
@@ -326,7 +339,7 @@ def _results(name: str, folder: Path) -> Kind:
             found.add(row)
 
     cases = st.builds(lambda content: Case({path.name: content}), damaged_json(load_json(path)))
-    return Kind(name, ("file of results of ht-bench run",), folder, cases, use)
+    return Kind(folder, cases, use)
 
 
 class _Config:
@@ -339,7 +352,8 @@ class _Config:
         return True
 
 
-def _builds(name: str, folder: Path) -> Kind:
+@KINDS.add("builds of plans", "request for a build", "result of a build", "event of a build", "timing cache")
+def _builds(folder: Path) -> Kind:
     folder.mkdir(parents=True)
     request = worker.BuildRequest(
         "tensorrt-rtx", "a.onnx", "a.plan", "result.json", [(8, 0)], [{"x": [[1], [2], [3]]}], None, 3, "timing"
@@ -367,19 +381,4 @@ def _builds(name: str, folder: Path) -> Kind:
         st.builds(with_file("timing"), damaged(b"timings")),
         *(st.builds(with_file(file), damaged_json(load_json(folder / file))) for file in values),
     )
-    formats = ("request for a build", "result of a build", "event of a build", "timing cache")
-    return Kind(name, formats, folder, cases, use)
-
-
-KINDS = {
-    "checkpoints": _checkpoints,
-    "GGUF files": _ggufs,
-    "transfer layers": _transfer_layers,
-    "prompts": _prompts,
-    "data of training": _data,
-    "features": _features,
-    "fits": _fits,
-    "sweeps": _sweeps,
-    "results of measuring": _results,
-    "builds of plans": _builds,
-}
+    return Kind(folder, cases, use)

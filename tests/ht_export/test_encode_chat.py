@@ -96,3 +96,11 @@ def test_a_hostile_template_is_one_error(template: str, message: str) -> None:
     tokenizer.chat_template = template
     with pytest.raises(InputError, match=message):
         encode_chat(tokenizer, ["a", "b"], ["c"])
+
+
+@pytest.mark.parametrize("template", ["\n", "{% if false %}a{% endif %}"])
+def test_a_conversation_without_a_token_is_refused(template: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match="a conversation of 2 turns has no token for this model; give other prompts"):
+        encode_chat(tokenizer, ["a", "b"], ["c"])

@@ -273,3 +273,19 @@ def test_spaces_that_a_template_trims_and_a_tokenizer_joins_fit(templates: dict[
     assert len(encoder.encode(" " * 500_000 + "fox", limit=64)) < 64
     with pytest.raises(PromptTooLongError):
         encoder.encode("fox" + " " * 500_000 + "dog", limit=64)
+
+
+def test_a_tokenizer_that_cannot_be_copied_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """What libraries in Rust raise."""
+
+    tokenizer = tokenizer_of("byte level")
+
+    class Panics:
+        @staticmethod
+        def from_str(_: str) -> Tokenizer:
+            raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    monkeypatch.setattr("tokenizers.Tokenizer", Panics)
+    with pytest.raises(InputError, match=r"escape_special_tokens cannot be used .* \(called `Option::unwrap"):
+        PromptEncoder(tokenizer, None, VOCABULARY).encode("<|im_end|>", escape_special_tokens=True)

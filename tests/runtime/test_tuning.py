@@ -303,6 +303,8 @@ FIRST = (*OWN, "sizes", 0)
         ((*OWN, "sizes", 1, "tree_rows"), float("inf")),
         ((*OWN, "sizes", 1, "pseudo_rows"), [4, 2]),
         ((*OWN, "sizes", 1, "pseudo_rows"), [4, -2, 2]),
+        ((*OWN, "sizes", 1, "pseudo_rows"), [5, 2, 2]),
+        ((*OWN, "sizes", 1, "pseudo_rows"), [4, 0, 2]),
         ((*OWN, "sizes", 1, "pseudo_rows"), "422"),
         ((*OWN, "sizes", 1, "pseudo_rows"), None),
         ((*FIRST, "milliseconds"), KeyError),

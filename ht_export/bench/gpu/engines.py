@@ -22,6 +22,8 @@ from ht_export.bench.gpu.passes import TOLERANCE, compare_outputs, compare_shape
 from ht_export.example_prompts import HELD_OUT_TOPICS, QUESTIONS
 from runtime import GenerationResult, Generator, InputError, TreeSizes
 from runtime.bundle.engine_file import EngineFile, Limits, read_engine_file
+from runtime.bundle.reading import KERNELS
+from runtime.engines.opening import parse_kernels
 from runtime.engines.protocol import Batch, Engine
 from runtime.rows import lay_out, prompt_rows
 from runtime.tree import chain
@@ -81,10 +83,10 @@ def open_engine(path: Path, about: EngineFile, use_graphs: bool) -> Engine:
         from runtime.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 
         return OnnxRuntimeCudaEngine(path, about.dims, about.tree, about.prompt_chunk, about.max_context)
-    from plugins.binaries import KernelBinaries
     from runtime.engines.tensorrt import TensorRTEngine
 
-    kernels = KernelBinaries.from_bytes((path.parent / about.plan.kernels.name).read_bytes())
+    where, content = about.plan.kernels.read(path, KERNELS)
+    kernels = parse_kernels(content, where)
     usual = TreeSizes.plain(about.dims.num_steps)
     return TensorRTEngine(path, about.dims, about.plan, about.graph.sha256, usual, kernels, use_graphs=use_graphs)
 

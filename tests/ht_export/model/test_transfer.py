@@ -54,9 +54,14 @@ def test_untrained_layers_are_the_identity() -> None:
 def test_another_models_layers_are_refused_with_both_names(tiny_checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     save_transfer_layers(path, random_transfer((1,)), TransferFile(IDENTITY))
+    other = tmp_path / "other.safetensors"
+    save_transfer_layers(other, random_transfer((1,)), TransferFile({**IDENTITY, "architecture": "x" * 10**6}))
     base = load_base_model(str(tiny_checkpoint))
     with pytest.raises(InputError, match=rf"for another model: weights_sha256 is '0+' there \(tiny\).*{base.name}"):
         load_transfer_layers(path, base.identity())
+    with pytest.raises(InputError, match=r"architecture is 'xxx.*xxx' there") as raised:
+        load_transfer_layers(other, base.identity())
+    assert len(str(raised.value)) < 1000
     with pytest.raises(InputError, match="hidden_size is 32 there"):
         load_transfer_layers(path, {**base.identity(), "hidden_size": 64})
 

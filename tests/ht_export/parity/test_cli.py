@@ -257,3 +257,22 @@ def test_an_engine_of_another_model(tiny_engine: Path, tmp_path: Path, capsys: p
     save_transfer_layers(transfer, random_transfer((1,)), TransferFile(load_base_model(str(other)).identity()))
     assert main([str(other), str(tiny_engine), "--transfer", str(transfer)]) == 1
     assert "has other weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"no graph", b""])
+def test_a_graph_that_cannot_be_read_is_one_line(
+    tiny_checkpoint: Path,
+    tiny_transfer: Path,
+    tiny_engine: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes,
+) -> None:
+    shutil.copytree(tiny_engine.parent, tmp_path / "engine")
+    engine = tmp_path / "engine" / tiny_engine.name
+    # Not the graph that the generator runs.
+    engine.write_bytes(content or b"\x08\x0a")
+    replace(read_engine_file(engine), graph=FileRecord.of(engine)).write(engine_file_path(engine))
+    assert main([str(tiny_checkpoint), str(engine), "--transfer", str(tiny_transfer)]) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("ht-parity: error: "))
+    assert re.search(r"cannot run .*engine\.onnx: .*; export the engine again", line)

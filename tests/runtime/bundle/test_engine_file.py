@@ -188,6 +188,9 @@ def nested(levels: int) -> str:
         ("tree", {"tree_rows": 4, "pseudo_rows": [1, 1, -1]}),
         ("tree", {"tree_rows": 4, "pseudo_rows": [1] * 100_000}),
         ("tree", {"tree_rows": 4, "pseudo_rows": "111"}),
+        # Which no request could be answered with.
+        ("tree", {"tree_rows": 4, "pseudo_rows": [5, 1, 1]}),
+        ("tree", {"tree_rows": 4, "pseudo_rows": [4, 0, 1]}),
         ("prompt_chunk", 0),
         ("prompt_chunk", 10**9),
         ("prompt_chunk", None),
@@ -239,6 +242,8 @@ def nested(levels: int) -> str:
             for value in (0, -1, 10**9, 10**30, True, "8", None)
         ),
         ("plan", {**PLAN, "limits": {**PLAN["limits"], "max_rows": 30_000}}),  # type: ignore[dict-item]
+        # Fewer than the engine's own.
+        ("plan", {**PLAN, "limits": {**PLAN["limits"], "max_rows": 5}}),  # type: ignore[dict-item]
     ],
     ids=lambda value: repr(value)[:40],
 )

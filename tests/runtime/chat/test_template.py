@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from runtime.chat import ChatTemplate
+from runtime.chat.conversation import read_conversation
 from runtime.chat.worker import make_environment, render
 from runtime.errors import EngineFileError, InputError, PromptTooLongError
 from tests.conftest import CHAT_TEMPLATE, byte_tokenizer
@@ -325,3 +326,14 @@ def test_a_conversation_beyond_what_goes_to_another_process(shown: ChatTemplate)
 def test_the_longest_conversation_of_the_widest_characters_is_rendered() -> None:
     content = "🙂" * ((1 << 24) - 100)
     assert ChatTemplate("{{ messages[0].content }}", {}).render([{"role": "user", "content": content}]) == content
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[10**5000], 10**5000, ["a" * 10**6], "a" * 10**6, [{10**5000: 1, "role": "user", "content": ""}]],
+    ids=map(str, range(5)),
+)
+def test_an_error_repeats_little_of_a_conversation(messages: Any) -> None:
+    with pytest.raises(InputError) as raised:
+        read_conversation(messages)
+    assert len(str(raised.value)) < 500

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ht_export.bench import cli
-from ht_export.bench.gpu import cases, check, passes, timing
+from ht_export.bench.gpu import cases, check, engines, passes, timing
 from ht_export.bench.gpu import parts as gpu_parts
 from ht_export.bench.gpu.kernel import check_kernel
 from plugins.launch import Scores
@@ -23,6 +23,7 @@ from runtime.bundle.places import engine_file_path
 from runtime.engines.buffers import DeviceResult
 from runtime.engines.protocol import Batch
 from runtime.engines.tensorrt import TensorRTEngine
+from runtime.errors import InputError
 from tests.ht_export.bench.gpu import parts
 from tests.runtime.engines import test_onnxruntime_cuda, test_tensorrt
 
@@ -350,3 +351,10 @@ def test_torch_is_timed_at_the_same_work(heads: tuple[int, int]) -> None:
     for way, work in timing.torch_ways(inputs, 0.25).items():
         found = work().reshape(expected.shape).double()
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=lambda text, way=way: f"{way}: {text}")
+
+
+def test_kernels_that_are_exchanged_are_one_error(plan: Path) -> None:
+    about = read_engine_file(plan)
+    plan.with_name("engine.kernels.bin").write_bytes(b"others")
+    with pytest.raises(InputError, match=r"engine\.kernels\.bin is not the file that engine\.json describes"):
+        engines.open_engine(plan, about, True)
