@@ -18,14 +18,13 @@ from typing import ClassVar, Generic, TypeVar
 
 import msgspec
 
-from runtime.errors import InputError, one_line
+from runtime.errors import InputError, one_line, shown
 
 T = TypeVar("T")
 K = TypeVar("K")
 # Levels of values within values in a part whose form is free: far more than any file has, and far fewer than what walks
 # through it bears.
 MOST_LEVELS = 64
-LONGEST_VALUE = 60
 # Bytes of a malformed text that its error shows before the first one that cannot be, and from it on.
 SHOWN_BEFORE = 30
 SHOWN_FROM = 10
@@ -145,12 +144,7 @@ def _with_value(error: Exception, found: Callable[[], object]) -> str:
         return message
     if isinstance(value, dict | list | tuple):
         return message
-    try:
-        shown = repr(value)
-    except ValueError:
-        # Python writes no whole number of more than some thousand digits.
-        shown = "a number of thousands of digits"
-    return f"{message}, which is {shown[:LONGEST_VALUE]}{'...' if len(shown) > LONGEST_VALUE else ''}"
+    return f"{message}, which is {shown(value)}"
 
 
 def _at(value: object, path: str) -> object:

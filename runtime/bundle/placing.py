@@ -11,6 +11,7 @@ Files are renamed, never written in place: who has one open keeps what it has.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -21,8 +22,7 @@ from typing import Literal
 
 from runtime.bundle.engine_file import FORMAT
 from runtime.bundle.places import engine_file_path, placing_folder
-from runtime.bundle.tuning_file import FORMAT as TUNING_FORMAT
-from runtime.bundle.tuning_file import tuning_path
+from runtime.bundle.tuning_file import holds_tunings, tuning_path
 from runtime.errors import EngineFileError, InputError
 from runtime.formats import JsonFormat
 
@@ -69,21 +69,10 @@ class NamedFiles:
         return {file.name for file in (*files, self.plan and self.plan.kernels) if file}
 
 
-@dataclass(frozen=True)
-class AnyTuning:
-    """A file of tunings of any release."""
-
-    format: Literal["hidden-transfer-tuning"]
-
-
 assert FORMAT in NamedFiles.__annotations__["format"]
-assert TUNING_FORMAT in AnyTuning.__annotations__["format"]
 ANOTHER_NAME = "move it away, or choose another name"
 NAMED_FILES = JsonFormat(
     "engine.json of any release", most_bytes=16 << 20, remedy=ANOTHER_NAME, error=EngineFileError, kind=NamedFiles
-)
-ANY_TUNING = JsonFormat(
-    "tuning.json of any release", most_bytes=16 << 20, remedy=ANOTHER_NAME, error=EngineFileError, kind=AnyTuning
 )
 
 
@@ -99,11 +88,9 @@ def own_names(engine: Path) -> set[str]:
         found.add(description.name)
     except InputError:
         return set()
-    try:
-        ANY_TUNING.read(tunings)
-        found.add(tunings.name)
-    except InputError:
-        pass
+    with contextlib.suppress(InputError):
+        if holds_tunings(tunings):
+            found.add(tunings.name)
     return found
 
 

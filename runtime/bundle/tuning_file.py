@@ -149,19 +149,26 @@ def read_tuning(engine: Path, engine_sha256: str, device: str, dims: GraphDims) 
     return None
 
 
-def check_place_of_tunings(engine: Path) -> None:
-    """Raise `InputError` when the file in the place of the tunings of `engine` is of another format."""
-    path = tuning_path(engine)
-    if not path.is_file():
-        return
+def holds_tunings(path: Path) -> bool | None:
+    """Return whether what is in the file at `path` says that it is tunings, of any release; None where the file is
+    damaged and says nothing. Raises `EngineFileError` for one that cannot be read.
+    """
     content = ANYTHING.content(path)
     try:
         found = ANYTHING.decode(content, path)
     except InputError:
-        # Damaged, and so of no use to anybody.
-        return
-    ours = isinstance(found, dict) and found.get("format") == FORMAT
-    if isinstance(found, dict | list) and found and not ours:
+        return None
+    if not isinstance(found, dict | list) or not found:
+        return None
+    return isinstance(found, dict) and found.get("format") == FORMAT
+
+
+def check_place_of_tunings(engine: Path) -> None:
+    """Raise `InputError` when the file in the place of the tunings of `engine` is of another format. A damaged one is
+    of no use to anybody.
+    """
+    path = tuning_path(engine)
+    if path.is_file() and holds_tunings(path) is False:
         raise InputError(
             f"{path} holds something other than tunings, which would be written there; move it, or give the engine "
             "another name"

@@ -83,7 +83,11 @@ def running(path: Path) -> AbstractContextManager[None]:
     """Raise `EngineFileError` for whatever ONNX Runtime raises in the block, where it runs the graph at `path`: one
     that can be loaded may still not fit its inputs, or those of some texts.
     """
-    return failures(lambda cause: EngineFileError(f"ONNX Runtime cannot run {path}: {cause}; export the engine again"))
+    return failures(
+        lambda cause: EngineFileError(
+            f"ONNX Runtime cannot run {path}: {cause}; free memory if that is what it lacks, or export the engine again"
+        )
+    )
 
 
 def use_little_memory(options: Any) -> list[str]:
@@ -117,7 +121,8 @@ def open_session(
             "ONNX Runtime is not installed; install it with: pip install 'hidden-transfer[cpu]'"
         ) from error
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    # Fatal errors alone: all others are raised.
+    options.log_severity_level = 4
     if threads is not None:
         options.intra_op_num_threads = whole("threads", threads, 1, MOST_THREADS)
     disabled = use_little_memory(options) if small else None
@@ -129,6 +134,8 @@ def open_session(
             options,
             providers=list(providers),
             disabled_optimizers=disabled,
+            # It would try again on the CPU, and print that.
+            enable_fallback=0,
         )
     except Exception as error:
         raise EngineFileError(

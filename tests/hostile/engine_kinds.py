@@ -169,7 +169,7 @@ def _tables(folder: Path) -> Kind:
     return Kind(folder, cases, lambda case: texts_of(_generator(folder), "Hello"))
 
 
-@KINDS.add("tunings", "tuning.json", "tuning.json of any release", "file in the place of tuning.json")
+@KINDS.add("tunings", "tuning.json", "file in the place of tuning.json")
 def _tunings(folder: Path) -> Kind:
     about = _files(folder)
     engine = folder / NAME
