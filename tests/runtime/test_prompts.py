@@ -37,6 +37,7 @@ plain_texts = (
     st.lists(st.sampled_from(WORDS) | st.text(max_size=3), max_size=8)
     .map("".join)
     .filter(lambda text: text.isprintable() or "\n" in text)
+    .filter(lambda text: not any(token.content in text for token in ADDED))
 )
 texts = st.lists(st.sampled_from([*WORDS, *SPELLED]), max_size=8).map("".join)
 
