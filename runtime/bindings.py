@@ -136,6 +136,11 @@ class GraphDims:
         """The steps, 0-based, in the order of their rows; see `join_order`."""
         return join_order(self.transfer_layers)
 
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of the keys and values of one row, of all layers."""
+        return 2 * self.num_layers * self.key_value_heads * self.head_dim * BYTES[self.dtype]
+
     def inputs(self) -> list[Binding]:
         """Return the graph's inputs, in order."""
         cache: tuple[Dim, ...] = ("B", self.key_value_heads, "S", self.head_dim)

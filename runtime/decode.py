@@ -54,12 +54,13 @@ def never(token: int) -> bool:
 
 
 @dataclass
-class Request:
+class DecodingState:
     """One text on its way: what was asked for, and how far it is.
 
-    The prompt is run in chunks of `chunk` tokens. `join_order` is that of the graph's draft steps. The answer ends with
-    the first token that `ends` is true of, or after `max_new_tokens`. `tokens` are those chosen so far, and
-    `committed` counts the rows that an engine keeps for it.
+    The prompt is run in chunks of `chunk` tokens, which may change between them, from the first token that is not
+    `committed` on: the rows that an engine keeps for it, at the beginning those of a prompt that began alike.
+    `join_order` is that of the graph's draft steps. The answer ends with the first token that `ends` is true of, or
+    after `max_new_tokens`. `tokens` are those chosen so far.
     """
 
     prompt: Sequence[int]
@@ -93,7 +94,7 @@ class Accepted:
 Decoding = Generator[Rows | Accepted, Outputs, None]
 
 
-def decode(request: Request) -> Decoding:
+def decode(request: DecodingState) -> Decoding:
     """Decode `request` to its end. Its tokens are those of plain decoding: each is chosen from the base model's logits
     after all tokens before it.
     """
@@ -118,7 +119,7 @@ def decode(request: Request) -> Decoding:
         yield Accepted(accepted)
 
 
-def verify(tree: Tree, outputs: Outputs, request: Request) -> list[int]:
+def verify(tree: Tree, outputs: Outputs, request: DecodingState) -> list[int]:
     """Walk the tree by the base model's own choice at each node, one choice for each accepted node.
 
     Returns the accepted nodes, the root first. The token chosen at the last of them is the next certain one: the answer
@@ -154,13 +155,13 @@ def drafts_of(node: int, outputs: Outputs, join_order: Sequence[int]) -> list[Dr
     return drafts
 
 
-def process_prompt(request: Request) -> Generator[Rows | Accepted, Outputs, list[DraftStep]]:
+def process_prompt(request: DecodingState) -> Generator[Rows | Accepted, Outputs, list[DraftStep]]:
     """Run the prompt in chunks, and choose the token after it. Returns the drafts of what follows that."""
-    drafter, prompt, chunk = request.drafter, request.prompt, request.chunk
+    drafter, prompt = request.drafter, request.prompt
     drafts: list[DraftStep] = []
-    for start in range(0, len(prompt), chunk):
-        tokens = prompt[start : start + chunk]
-        ends_prompt = start + chunk >= len(prompt)
+    while (start := request.committed) < len(prompt):
+        tokens = prompt[start : start + request.chunk]
+        ends_prompt = start + len(tokens) == len(prompt)
         outputs = yield prompt_rows(
             tokens,
             request.join_order,

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from runtime.decode import Accepted, Request, decode
+from runtime.decode import Accepted, DecodingState, decode
 from runtime.engines.protocol import Batch, Engine, Slot
 from runtime.rows import Outputs, Phase, Rows
 
 
-def run(engine: Engine, requests: Sequence[Request]) -> Iterator[None]:
+def run(engine: Engine, requests: Sequence[DecodingState]) -> Iterator[None]:
     """Run `requests` to their end, all of them one step further before any takes the next; yield after each step.
 
-    What a step made certain is in `Request.tokens`. A step is one pass for each phase that requests are in, or several
+    What a step made certain is in `DecodingState.tokens`. A step is one pass for each phase that requests are in, or several
     where an engine takes fewer of them at once. Requests wait in order until the engine has a slot for them.
     """
     waiting = deque(requests)
@@ -36,7 +36,7 @@ class _Running:
 
     rows: Rows
 
-    def __init__(self, request: Request, slot: Slot) -> None:
+    def __init__(self, request: DecodingState, slot: Slot) -> None:
         self.request = request
         self.slot = slot
         self._decoding = decode(request)

@@ -17,7 +17,7 @@ import numpy as np
 
 from runtime.bundle.engine_file import EngineFile
 from runtime.bundle.tuning_file import Tuning, read_tuning, write_tuning
-from runtime.decode import Request, drafts_of, verify
+from runtime.decode import DecodingState, drafts_of, verify
 from runtime.drafting.best_first import likely_ends
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.drafts import DraftStep
@@ -161,7 +161,7 @@ class _Steps:
         drafter = self._drafters[sizes]
         drafted = self._drafted if sizes.tree_rows > 1 else []
         join_order = self._engine.dims.join_order
-        request = Request([0], drafter, FILL_CHUNK, join_order)
+        request = DecodingState([0], drafter, FILL_CHUNK, join_order)
         start = time.perf_counter()
         drafter.accept([0])
         tree, ends = drafter.propose(0, drafted, self.length)

@@ -115,7 +115,7 @@ def decode(
 ) -> Tuning:
     """Answer `texts` with adaptive sizes; return `tuning` with what they came to, and without sizes hardly used."""
     from runtime import driver
-    from runtime.decode import Request
+    from runtime.decode import DecodingState
     from runtime.drafting.sizing import AdaptiveSizes, Menu
 
     chosen: Counter[TreeSizes] = Counter()
@@ -126,7 +126,7 @@ def decode(
             sizing = AdaptiveSizes(tuning.menu, tuning.rate, tuning.draft_value)
             drafter = generator.new_drafter(_Counted(sizing, chosen))
             engine = generator.about
-            request = Request(
+            request = DecodingState(
                 ids,
                 drafter,
                 engine.prompt_chunk,

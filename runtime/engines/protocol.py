@@ -12,7 +12,7 @@ from runtime.rows import Outputs, Phase, Rows
 
 class Slot(Protocol):
     """A place in an engine's cache: the keys and values of one request's accepted rows, `length` of them, wherever the
-    engine keeps them. It is free again when nothing refers to it.
+    engine keeps them.
     """
 
     @property
@@ -62,21 +62,36 @@ class Result(Protocol):
 class Engine(Protocol):
     """Runs the graph of `dims` for up to `max_batch` requests at once, of up to `max_slots` that are under way.
 
-    `gpu_name` is None on the CPU. Slots and results are of the engine's own kinds; those of another are refused by an
+    Where it `packs` a batch its time is that of all rows together; otherwise all requests of a batch are brought to the
+    sizes of the largest. A committed row takes `row_bytes` bytes of memory. `gpu_name` is None on the CPU. Slots and results are of the engine's own kinds; those of another are refused by an
     assertion, as types that are tied to an engine would tie all that holds one to it too.
     """
 
     dims: GraphDims
     max_batch: int
     max_slots: int
+    packs: bool
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of the keys and values of one row."""
+        ...
 
     @property
     def gpu_name(self) -> str | None:
         """The GPU that passes run on."""
         ...
 
-    def new_slot(self) -> Slot:
-        """Return an empty slot of this engine's cache."""
+    def new_slot(self, most: int) -> Slot:
+        """Return an empty slot of this engine's cache, for up to `most` rows, those of a pass among them."""
+        ...
+
+    def copy(self, source: Slot, target: Slot, rows: int) -> None:
+        """Commit the first `rows` rows of the slot `source` to the empty slot `target`."""
+        ...
+
+    def release(self, slot: Slot) -> None:
+        """Free the memory of `slot`, which is used no more."""
         ...
 
     def run(self, batch: Batch) -> Result:
@@ -87,7 +102,8 @@ class Engine(Protocol):
         ...
 
     def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
-        """Append the keys and values of the `accepted` tree rows of each request, in that order, to its slot.
+        """Append the keys and values of the `accepted` tree rows of each request, in that order, to its slot; of a
+        request that failed there are none.
 
         `result` is that of the engine's last pass, and is committed once.
         """

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from runtime import bindings, driver
 from runtime.bindings import GraphDims
-from runtime.decode import Request
+from runtime.decode import DecodingState
 from runtime.drafting.drafter import Drafter
 from runtime.engines.host_cache import HostCacheEngine, HostResult, cache_of
 from runtime.engines.layout import stack
@@ -71,8 +71,8 @@ class KnownEngine(HostCacheEngine):
 def steps(
     engine: Engine, prompt: Sequence[int], drafter: Drafter, chunk: int = 8, **options: Any
 ) -> Iterator[list[int]]:
-    """Yield the tokens that each step makes certain after `prompt`; `options` are those of `Request`."""
-    request = Request(prompt, drafter, chunk, engine.dims.join_order, **options)
+    """Yield the tokens that each step makes certain after `prompt`; `options` are those of `DecodingState`."""
+    request = DecodingState(prompt, drafter, chunk, engine.dims.join_order, **options)
     count = 0
     for _ in driver.run(engine, [request]):
         if certain := request.tokens[count:]:

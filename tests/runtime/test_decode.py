@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.bindings import GraphDims
-from runtime.decode import Accepted, Request, decode, verify
+from runtime.decode import Accepted, DecodingState, decode, verify
 from runtime.drafting.correction import TokenCorrection
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.ngrams import Ngrams
@@ -119,12 +119,12 @@ def test_phases_are_said_and_never_follow_from_shapes() -> None:
     assert [len(batch.rows[0].position_ids) for batch in engine.batches] == [4, 1, 1, 1]
 
 
-def outputs_of(tree: Tree, logits: np.ndarray, request: Request) -> HostOutputs:
+def outputs_of(tree: Tree, logits: np.ndarray, request: DecodingState) -> HostOutputs:
     return HostOutputs(lay_out(tree, (), (), 0, wanted=request.choose.wanted), logits, logits[:0])
 
 
-def request_for(drafter: Drafter, prompt: Sequence[int] = (1,), **options: object) -> Request:
-    return Request(prompt, drafter, 8, DIMS.join_order, **options)  # type: ignore[arg-type]
+def request_for(drafter: Drafter, prompt: Sequence[int] = (1,), **options: object) -> DecodingState:
+    return DecodingState(prompt, drafter, 8, DIMS.join_order, **options)  # type: ignore[arg-type]
 
 
 def test_the_drawn_tree_is_verified_down_to_the_first_choice_that_no_child_holds() -> None:

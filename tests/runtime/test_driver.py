@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from runtime import Generator, driver
 from runtime.bundle.engine_file import read_engine_file
-from runtime.decode import Request
+from runtime.decode import DecodingState
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import FixedSizes
@@ -80,13 +80,13 @@ def test_any_requests_together_have_the_tokens_and_steps_that_each_has_alone(
     # Transfer layers in any order, so that padding is laid out in another order than the steps'.
     dims = replace(DIMS, num_layers=3, transfer_layers=tuple(layers))
 
-    def requests() -> list[Request]:
+    def requests() -> list[DecodingState]:
         return [
-            Request(prompt, drafter_of(sizes, ngrams), 8, dims.join_order, max_new_tokens=count)
+            DecodingState(prompt, drafter_of(sizes, ngrams), 8, dims.join_order, max_new_tokens=count)
             for prompt, sizes, count, ngrams in asked
         ]
 
-    def steps(engine: KnownEngine, requests: list[Request]) -> list[list[int]]:
+    def steps(engine: KnownEngine, requests: list[DecodingState]) -> list[list[int]]:
         """Run the requests; return how many tokens each had after each of its steps."""
         lengths: list[list[int]] = [[] for _ in requests]
         for _ in driver.run(engine, requests):
@@ -145,7 +145,7 @@ def test_a_real_graph_with_a_batch_dimension_gives_each_request_the_tokens_it_ha
         sampler = Sampler(sampling, ids, dims.vocab_size, about.stop_tokens)
         drafter = generator.new_drafter(FixedSizes(one), sampling.temperature, sampler.noise)
         requests.append(
-            Request(ids, drafter, about.prompt_chunk, dims.join_order, sampler, 30, about.stop_tokens.__contains__)
+            DecodingState(ids, drafter, about.prompt_chunk, dims.join_order, sampler, 30, about.stop_tokens.__contains__)
         )
     batches = 0
     for _ in driver.run(portable, requests):

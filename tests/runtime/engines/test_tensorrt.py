@@ -17,7 +17,7 @@ from plugins.binaries import COMMIT, Kernel, KernelBinaries
 from runtime import EngineFileError, Generator, InputError, TreeSizes, driver
 from runtime.bundle.engine_file import EngineFile, FileRecord, Limits, PlanFile, read_engine_file
 from runtime.bundle.places import engine_file_path
-from runtime.decode import Request
+from runtime.decode import DecodingState
 from runtime.drafting.sizing import FixedSizes
 from runtime.engines import device_cache, tensorrt
 from runtime.engines.tensorrt import TensorRTEngine
@@ -165,7 +165,7 @@ def test_several_requests_take_turns_in_the_one_cache_that_there_is(plan: Path, 
     for text in texts:
         drafter = generator.new_drafter(FixedSizes(about.tree))
         ids = generator.encode(text)
-        requests.append(Request(ids, drafter, about.prompt_chunk, about.dims.join_order, max_new_tokens=20))
+        requests.append(DecodingState(ids, drafter, about.prompt_chunk, about.dims.join_order, max_new_tokens=20))
     for _ in driver.run(generator.engine, requests):
         assert sum(bool(request.tokens) and not request.ended for request in requests) <= 1
     expected = Generator(tiny_engine, threads=1, adapt=False)
