@@ -1,7 +1,7 @@
 """Set up everything and run the checks: formatting, lint, types and all tests, in as many processes as there are cores.
 
 python3 scripts/test.py [pytest arguments, such as --long for the long tests too, or -n 0 for a single process]
-python3 scripts/test.py --hostile 30m    generates hostile input for that long, where a usual run does for 30 seconds
+python3 scripts/test.py --hostile 30m    generates hostile input for that long, where a usual run does for 15 seconds
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import argparse
 import gc
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -61,7 +62,7 @@ FIRST = (
     "test_packages.py",
 )
 # How long hostile input is generated in every run, in all.
-HOSTILE_SECONDS = 30.0
+HOSTILE_SECONDS = 15.0
 
 
 def duration(text: str) -> float:
@@ -80,7 +81,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=duration,
         default=HOSTILE_SECONDS,
         metavar="DURATION",
-        help="how long hostile input is generated: 90s, 30m, 2h (default: 30s)",
+        help="how long hostile input is generated: 90s, 30m, 2h (default: 15s)",
     )
 
 
@@ -103,6 +104,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip_gpu)
     items.sort(key=lambda item: next((i for i, name in enumerate(FIRST) if item.path.as_posix().endswith(name)), 99))
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C interrupt: a shell that starts this in the background has it ignored, by all that is started too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
