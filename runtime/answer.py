@@ -28,9 +28,9 @@ class GenerationResult:
     `steps` counts the engine passes that made tokens certain, the prompt's last one included, so that
     `tokens_per_step` is tokens / steps and 1.0 for plain decoding. `time_to_first_token_s` is from the time that the
     request was made, also while it waited for others. `decode_tokens_per_second` leaves the prompt and the first token
-    out; it is 0.0 when there was no second token. `accepted[n]` counts the steps that accepted n drafted tokens and so yielded n + 1: all but the prompt's, and
-    the last one, which the answer's end cut short. `seed` is the one that sampling used, None for greedy decoding.
-    `log_probabilities` has an entry for each token, if asked for.
+    out; it is 0.0 when there was no second token. `accepted[n]` counts the steps that accepted n drafted tokens and so
+    yielded n + 1: all but the prompt's, and the last one, which the answer's end cut short. `seed` is the one that
+    sampling used, None for greedy decoding. `log_probabilities` has an entry for each token, if asked for.
     """
 
     text: str
@@ -66,7 +66,8 @@ class GenerationChunk:
 class Answer:
     """The part of a request's answer that has come: call `step` after each step that made tokens certain.
 
-    `ends` is for `DecodingState.ends`: text decides where an answer ends, by its `stop` strings as well as by `stop_tokens`.
+    `ends` is for `DecodingState.ends`: text decides where an answer ends, by its `stop` strings as well as by
+    `stop_tokens`.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stop_tokens: Iterable[int], sampler: Sampler) -> None:

@@ -19,6 +19,8 @@ LOGIT_ROWS = "logit_rows"
 CACHE_LENGTH = "cache_length"
 LOGITS = "logits"
 DRAFT_LOGITS = "draft_logits"
+# A lowered graph says so where it takes any number of requests; those of earlier releases take one.
+REQUESTS, ANY = "requests", "any"
 
 Dim = int | str
 # Types of weights, keys and values.

@@ -155,11 +155,14 @@ class Generator:
         service.submit(job)
         return Request(delivery, _canceller(service, job))
 
+    # A string is a sequence of strings too, and one prompt.
     @overload
-    def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> GenerationResult: ...
+    def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> GenerationResult: ...  # type: ignore[overload-overlap]
 
     @overload
-    def generate(self, prompt: Prompt, *, n: int, **options: Unpack[RequestOptions]) -> list[GenerationResult]: ...
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: Prompt, *, n: int, **options: Unpack[RequestOptions]
+    ) -> list[GenerationResult]: ...
 
     @overload
     def generate(self, prompt: Prompts, **options: Unpack[RequestOptions]) -> list[GenerationResult]: ...
@@ -182,7 +185,9 @@ class Generator:
         sampling = options.pop("sampling", None)
         samplings = sampling_of_answers(sampling, count)
         asked: list[tuple[Prompt, RequestOptions]] = [
-            (one, {**options, "sampling": each}) for one in ([prompt] if several is None else several) for each in samplings
+            (one, {**options, "sampling": each})
+            for one in ([prompt] if several is None else several)
+            for each in samplings
         ]
         results = self._all(asked)
         if n is not None:

@@ -215,5 +215,7 @@ def prompts_of(given: object) -> list[Prompt] | None:
     for index, one in enumerate(given):
         if isinstance(one, bool) or not isinstance(one, (str, list, tuple, Tokens)):
             hint = "; wrap token ids in runtime.Tokens([...])" if isinstance(one, int) else ""
-            raise InputError(f"prompt {index} of the list is {shown(one)}, and must be a string, a list of messages or Tokens{hint}")
+            raise InputError(
+                f"prompt {index} of the list is {shown(one)}, and must be a string, a list of messages or Tokens{hint}"
+            )
     return list(given)

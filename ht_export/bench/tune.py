@@ -114,9 +114,10 @@ def decode(
     generator: Generator, tuning: Tuning, texts: Sequence[Sequence[int]], max_new_tokens: int, quiet: bool
 ) -> Tuning:
     """Answer `texts` with adaptive sizes; return `tuning` with what they came to, and without sizes hardly used."""
-    from runtime import driver
     from runtime.decode import DecodingState
     from runtime.drafting.sizing import AdaptiveSizes, Menu
+    from runtime.scheduling.job import Job
+    from runtime.scheduling.scheduler import MANY, Limits, run
 
     chosen: Counter[TreeSizes] = Counter()
     rates, values = [], []
@@ -134,7 +135,7 @@ def decode(
                 max_new_tokens=min(max_new_tokens, engine.max_context - len(ids)),
                 ends=engine.stop_tokens.__contains__,
             )
-            for _ in driver.run(generator.engine, [request]):
+            for _ in run(generator.engine, [Job(request, MANY)], Limits(prompt_chunk=engine.prompt_chunk)):
                 # Chunks of the prompt before its last make no token certain.
                 steps += bool(request.tokens)
             tokens += len(request.tokens)

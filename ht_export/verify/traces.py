@@ -87,7 +87,7 @@ class GraphTracer:
         """See `Tracer.run`."""
         layers = self.dims.num_layers
         batch = Batch.of([rows], [cache])
-        feed = graph_inputs(stack(batch, self.dims.join_order), batch)
+        feed = graph_inputs(stack(batch.rows, batch.lengths, self.dims.join_order), batch)
         for binding in self.dims.inputs():
             if binding.dtype == self.dims.dtype:
                 feed[binding.name] = self._cache_input(feed[binding.name], len(rows.position_ids))

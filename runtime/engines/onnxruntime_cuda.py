@@ -14,7 +14,7 @@ from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import Limits
 from runtime.engines.buffers import DeviceResult, PassBuffers
 from runtime.engines.cuda import Cuda
-from runtime.engines.device_cache import CacheMemory, DeviceCache, cache_of
+from runtime.engines.device_cache import CacheMemory, DeviceCache, DeviceCacheEngine, cache_of
 from runtime.engines.external_weights import GraphFiles
 from runtime.engines.layout import stack
 from runtime.engines.onnxruntime import Provider, open_session, path_of, running
@@ -30,7 +30,7 @@ BFLOAT16 = 16
 MAX_ROWS = 64
 
 
-class OnnxRuntimeCudaEngine:
+class OnnxRuntimeCudaEngine(DeviceCacheEngine):
     """An ONNX Runtime session on the first NVIDIA GPU. `tree` are the engine's usual sizes, `chunk` the prompt tokens
     of a pass. Raises `InputError` where there is no GPU, or no ONNX Runtime that can use it.
     """
@@ -61,22 +61,12 @@ class OnnxRuntimeCudaEngine:
         self._freshness = Freshness()
         self._cache_memory = CacheMemory(self._cuda, dims, self._limits.capacity)
 
-    @property
-    def gpu_name(self) -> str:
-        """The GPU that passes run on."""
-        return self._cuda.name
-
-    def new_slot(self) -> DeviceCache:
-        """See `Engine.new_slot`. Only the newest one may be used: all share one memory."""
-        self._cuda.use()
-        return DeviceCache(self._cache_memory)
-
     def run(self, batch: Batch) -> DeviceResult:
         """See `Engine.run`. Raises `InputError` for more rows than there are buffers for."""
         self._cuda.use()
         (slot,) = batch.slots
         cache = cache_of(slot)
-        laid_out = stack(batch, self.dims.join_order)
+        laid_out = stack(batch.rows, batch.lengths, self.dims.join_order)
         sizes = laid_out.sizes
         most = self._limits.chunk if batch.phase is Phase.PROMPT else self._limits.max_rows
         if (rows := max(sizes.tree_rows, *sizes.pseudo_rows)) > most:

@@ -21,6 +21,15 @@ class Slot(Protocol):
         ...
 
 
+class Kept(Protocol):
+    """Copies of `length` committed rows, that are in no slot."""
+
+    @property
+    def length(self) -> int:
+        """The number of rows."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
     """One pass over B requests in the same phase: the `rows` [B] that they want, and the `slots` [B] they are in."""
@@ -36,6 +45,11 @@ class Batch:
     def __post_init__(self) -> None:
         assert len(self.rows) == len(self.slots) > 0, "each request is in one slot"
         assert len({rows.phase for rows in self.rows}) == 1, "a pass is in one phase"
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The number of committed rows of each request."""
+        return tuple(slot.length for slot in self.slots)
 
     @property
     def phase(self) -> Phase:
@@ -63,8 +77,9 @@ class Engine(Protocol):
     """Runs the graph of `dims` for up to `max_batch` requests at once, of up to `max_slots` that are under way.
 
     Where it `packs` a batch its time is that of all rows together; otherwise all requests of a batch are brought to the
-    sizes of the largest. A committed row takes `row_bytes` bytes of memory. `gpu_name` is None on the CPU. Slots and results are of the engine's own kinds; those of another are refused by an
-    assertion, as types that are tied to an engine would tie all that holds one to it too.
+    sizes of the largest. A committed row takes `row_bytes` bytes of memory. `gpu_name` is None on the CPU. Slots and
+    results are of the engine's own kinds; those of another are refused by an assertion, as types that are tied to an
+    engine would tie all that holds one to it too.
     """
 
     dims: GraphDims
@@ -82,12 +97,16 @@ class Engine(Protocol):
         """The GPU that passes run on."""
         ...
 
-    def new_slot(self, most: int) -> Slot:
-        """Return an empty slot of this engine's cache, for up to `most` rows, those of a pass among them."""
+    def new_slot(self) -> Slot:
+        """Return an empty slot of this engine's cache."""
         ...
 
-    def copy(self, source: Slot, target: Slot, rows: int) -> None:
-        """Commit the first `rows` rows of the slot `source` to the empty slot `target`."""
+    def keep(self, slot: Slot, rows: int) -> Kept:
+        """Return copies of the first `rows` committed rows of `slot`. They are free when nothing refers to them."""
+        ...
+
+    def copy(self, source: Slot | Kept, target: Slot, rows: int) -> None:
+        """Commit the first `rows` rows of `source`, a slot or kept rows, to the empty slot `target`."""
         ...
 
     def release(self, slot: Slot) -> None:

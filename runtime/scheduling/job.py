@@ -43,10 +43,10 @@ class Nobody:
 class Job:
     """One request: `state` is how far its text is. Of higher `priority` first; among equals the earlier `arrival`.
 
-    `deadline` is a time of `time.monotonic`. `most_rows` bounds the rows of its cache, those of a pass among them.
-    It was `submitted` at a time of that clock too. While it runs it is in a `slot`, and `rows` are those that it wants next, None before it was asked; taken out of its
-    slot it keeps them, and the rows before them are computed again. `cached` counts the tokens of the prompt whose rows
-    were there already.
+    `submitted` and `deadline` are times of `time.monotonic`. `most_rows` bounds the rows of its cache, those of a pass
+    among them. While it runs it is in a `slot`, and `rows` are those that it wants next, None before it was asked;
+    taken out of its slot it keeps them, and the rows before them are computed again. `cached` counts the tokens of the
+    prompt whose rows were there already.
     """
 
     state: DecodingState

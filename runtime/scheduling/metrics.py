@@ -88,6 +88,4 @@ class Metrics:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data: numbers, and for each distribution its bounds, counts and sum."""
-        return {
-            name: value.to_dict() if isinstance(value, Histogram) else value for name, value in vars(self).items()
-        }
+        return {name: value.to_dict() if isinstance(value, Histogram) else value for name, value in vars(self).items()}

@@ -69,13 +69,6 @@ class CachePool:
             self.most_reserved = max(self.most_reserved, self._reserved)
         return True
 
-    def trim(self, slot: HasLength) -> None:
-        """Keep reserved for `slot` only what it has committed."""
-        account = self._accounts[id(slot)]
-        kept = min(account.reserved, in_blocks(slot.length))
-        self._reserved -= account.reserved - kept
-        account.reserved = kept
-
     def close(self, slot: HasLength) -> None:
         """Free what is reserved for `slot`, which is used no more."""
         self._reserved -= self._accounts.pop(id(slot)).reserved

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
-from runtime.engines.protocol import Slot
+from runtime.engines.protocol import Kept
 
 # Rows that are worth copying: fewer are computed as soon.
 SHORTEST = 16
@@ -21,11 +21,11 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The rows of `tokens`, one for each, in `slot`."""
+class Prefix:
+    """The kept `rows` of `tokens`, one for each."""
 
     tokens: tuple[int, ...]
-    slot: Slot
+    rows: Kept
 
 
 class Prefixes:
@@ -36,24 +36,24 @@ class Prefixes:
     """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[int, Kept] = OrderedDict()
+        self._kept: OrderedDict[int, Prefix] = OrderedDict()
         self._by_beginning: dict[int, dict[int, None]] = {}
         self._number = 0
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __iter__(self) -> Iterator[Kept]:
+    def __iter__(self) -> Iterator[Prefix]:
         return iter(self._kept.values())
 
-    def add(self, kept: Kept) -> None:
+    def add(self, kept: Prefix) -> None:
         """Keep these rows."""
         self._number += 1
         self._kept[self._number] = kept
         for beginning in _beginnings(kept.tokens):
             self._by_beginning.setdefault(beginning, {})[self._number] = None
 
-    def longest(self, tokens: Sequence[int]) -> tuple[Kept | None, int]:
+    def longest(self, tokens: Sequence[int]) -> tuple[Prefix | None, int]:
         """Return the kept rows that share the longest beginning with `tokens`, and its length; (None, 0) where none
         share `SHORTEST` tokens.
         """
@@ -63,7 +63,7 @@ class Prefixes:
             if not found:
                 break
             numbers = found
-        best: Kept | None = None
+        best: Prefix | None = None
         length = SHORTEST - 1
         for number in islice(reversed(numbers), LOOKED_AT):
             # Beginnings are told apart by a hash: what they say is looked at.
@@ -74,11 +74,11 @@ class Prefixes:
                 break
         return best, length if best else 0
 
-    def use(self, kept: Kept) -> None:
+    def use(self, kept: Prefix) -> None:
         """Take note that `kept` was of use: it is dropped after all others."""
         self._kept.move_to_end(self._number_of(kept))
 
-    def covered_by(self, tokens: Sequence[int]) -> list[Kept]:
+    def covered_by(self, tokens: Sequence[int]) -> list[Prefix]:
         """Remove and return those whose tokens `tokens` begin with: they are of no more use than the longer one."""
         found: dict[int, None] = {}
         for length, beginning in enumerate(_beginnings(tokens), start=1):
@@ -89,14 +89,14 @@ class Prefixes:
                     found[number] = None
         return [self._remove(number) for number in found]
 
-    def oldest(self) -> Kept | None:
+    def oldest(self) -> Prefix | None:
         """Remove and return what has not been used for the longest time."""
         return self._remove(next(iter(self._kept))) if self._kept else None
 
-    def _number_of(self, kept: Kept) -> int:
+    def _number_of(self, kept: Prefix) -> int:
         return next(number for number, one in reversed(self._kept.items()) if one is kept)
 
-    def _remove(self, number: int) -> Kept:
+    def _remove(self, number: int) -> Prefix:
         kept = self._kept.pop(number)
         for beginning in _beginnings(kept.tokens):
             numbers = self._by_beginning[beginning]

@@ -11,14 +11,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from runtime.engines.protocol import Batch, Engine, Slot
+from runtime.engines.protocol import Batch, Engine, Kept, Slot
 from runtime.errors import DeadlineError, EngineError, ServiceError, one_line
 from runtime.rows import Rows
 from runtime.scheduling.job import Job
 from runtime.scheduling.metrics import Metrics
 from runtime.scheduling.pace import Pace
-from runtime.scheduling.pool import CachePool
-from runtime.scheduling.prefixes import SHORTEST, Kept, Prefixes, common
+from runtime.scheduling.pool import CachePool, in_blocks
+from runtime.scheduling.prefixes import SHORTEST, Prefix, Prefixes, common
 
 # Seconds of waiting that are worth as much as one step of priority: so that nobody waits for ever.
 AGING_SECONDS = 30.0
@@ -104,8 +104,8 @@ class Scheduler:
     def check(self) -> None:
         """Raise `AssertionError` unless the pool accounts for every slot in use, and for no other."""
         running = [job.slot for job in self.running if job.slot is not None]
-        self.pool.check([*running, *(kept.slot for kept in self.prefixes)])
-        assert self._kept_rows == sum(kept.slot.length for kept in self.prefixes), "the rows of kept prefixes"
+        self.pool.check([*running, *(kept.rows for kept in self.prefixes)])
+        assert self._kept_rows == sum(kept.rows.length for kept in self.prefixes), "the rows of kept prefixes"
 
     def fail(self, error: EngineError) -> None:
         """End all jobs by `error`, and take no more."""
@@ -161,7 +161,7 @@ class Scheduler:
         return job.priority + (now - job.submitted) / AGING_SECONDS
 
     def _start(self, job: Job) -> None:
-        slot = self.engine.new_slot(job.most_rows)
+        slot = self.engine.new_slot()
         self.pool.open(slot)
         tokens = job.tokens
         # The last token's pass makes the first drafts: a prompt is never all there.
@@ -176,12 +176,12 @@ class Scheduler:
         self.running.append(job)
         self.metrics.most_running = max(self.metrics.most_running, len(self.running))
 
-    def _longest_prefix(self, tokens: Sequence[int]) -> tuple[Slot | None, int]:
-        """Return the slot that shares the longest beginning with `tokens`, kept or in use, and its length."""
+    def _longest_prefix(self, tokens: Sequence[int]) -> tuple[Slot | Kept | None, int]:
+        """Return the rows that share the longest beginning with `tokens`, kept or in use, and its length."""
         if not self.limits.prefix_rows:
             return None, 0
         kept, length = self.prefixes.longest(tokens)
-        slot = kept.slot if kept else None
+        found: Slot | Kept | None = kept.rows if kept else None
         if kept:
             self.prefixes.use(kept)
         for job in self.running:
@@ -189,8 +189,8 @@ class Scheduler:
             if job.slot.length > length:
                 shared = min(common(job.tokens, tokens), job.slot.length)
                 if shared >= SHORTEST and shared > length:
-                    slot, length = job.slot, shared
-        return slot, length
+                    found, length = job.slot, shared
+        return found, length
 
     def _waits_for_prefix(self, job: Job, there: int) -> bool:
         """Return whether a running request is about to compute a longer beginning of the job's prompt than the tokens
@@ -222,7 +222,8 @@ class Scheduler:
     def _run_prompts(self, *, beside: bool) -> None:
         """Run one pass of prompts that are under way, the oldest first, `beside` others that decode."""
         most = self._pace.prompt_rows(self._limit) if beside else self._limit
-        left, group = most, []
+        left = most
+        group: list[tuple[Job, int]] = []
         for job in sorted((job for job in self.running if not job.decodes), key=lambda job: job.arrival):
             if left < 1 or len(group) == self.engine.max_batch or (group and not self.engine.packs):
                 break
@@ -274,8 +275,8 @@ class Scheduler:
         except Exception as error:
             raise _EngineFailedError from error
         self.metrics.passed(batch, accepted)
-        for job, error in failures:
-            self._fail(job, error)
+        for job, failure in failures:
+            self._fail(job, failure)
         for job, first in grown:
             if first:
                 self.metrics.first_token_seconds.add(time.monotonic() - job.submitted)
@@ -320,9 +321,9 @@ class Scheduler:
             freed = True
         return freed
 
-    def _drop(self, kept: Kept) -> None:
-        self._kept_rows -= kept.slot.length
-        self._release(kept.slot)
+    def _drop(self, kept: Prefix) -> None:
+        self._kept_rows -= kept.rows.length
+        self.pool.close(kept.rows)
 
     def _preempt(self, job: Job) -> None:
         """Take `job` out of its slot: it waits in front of those that came after it, and computes its rows again."""
@@ -337,16 +338,23 @@ class Scheduler:
         self.running.remove(job)
         slot = job.leave()
         tokens = tuple(job.tokens[: slot.length])
-        if not self.limits.prefix_rows or len(tokens) < SHORTEST or len(tokens) > self.limits.prefix_rows:
-            self._release(slot)
-            return
+        if SHORTEST <= len(tokens) <= self.limits.prefix_rows:
+            self._keep(tokens, slot)
+        self._release(slot)
+
+    def _keep(self, tokens: tuple[int, ...], slot: Slot) -> None:
+        """Keep the rows of `tokens`, which `slot` has, where there is memory for both."""
         for kept in self.prefixes.covered_by(tokens):
             self._drop(kept)
-        self.pool.trim(slot)
-        self.prefixes.add(Kept(tokens, slot))
-        self._kept_rows += slot.length
-        while self._kept_rows > self.limits.prefix_rows and (oldest := self.prefixes.oldest()) is not None:
-            self._drop(oldest)
+        rows = len(tokens)
+        while self._kept_rows + rows > self.limits.prefix_rows or self.pool.free < in_blocks(rows):
+            if not self._forget(1):
+                return
+        copies = self.engine.keep(slot, rows)
+        self.pool.open(copies)
+        self.pool.reserve(copies, rows)
+        self.prefixes.add(Prefix(tokens, copies))
+        self._kept_rows += rows
 
     def _release(self, slot: Slot) -> None:
         self.pool.close(slot)

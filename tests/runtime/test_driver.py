@@ -145,7 +145,9 @@ def test_a_real_graph_with_a_batch_dimension_gives_each_request_the_tokens_it_ha
         sampler = Sampler(sampling, ids, dims.vocab_size, about.stop_tokens)
         drafter = generator.new_drafter(FixedSizes(one), sampling.temperature, sampler.noise)
         requests.append(
-            DecodingState(ids, drafter, about.prompt_chunk, dims.join_order, sampler, 30, about.stop_tokens.__contains__)
+            DecodingState(
+                ids, drafter, about.prompt_chunk, dims.join_order, sampler, 30, about.stop_tokens.__contains__
+            )
         )
     batches = 0
     for _ in driver.run(portable, requests):
