@@ -243,7 +243,8 @@ class Scheduler:
                 continue
             try:
                 rows = job.propose(chunk)
-            except Exception as error:
+            except BaseException as error:
+                # Whatever a user's own part of it raises is this request's alone.
                 self._fail(job, error)
                 continue
             if self._reserve(job, len(rows.position_ids)):
@@ -258,13 +259,13 @@ class Scheduler:
         except Exception as error:
             raise _EngineFailedError from error
         accepted: list[Sequence[int]] = []
-        failures: list[tuple[Job, Exception]] = []
+        failures: list[tuple[Job, BaseException]] = []
         grown: list[tuple[Job, bool]] = []
         for index, (job, rows, _) in enumerate(ready):
             before = len(job.state.tokens)
             try:
                 accepted.append(job.accept(rows, result.outputs(index)))
-            except Exception as error:
+            except BaseException as error:
                 accepted.append(())
                 failures.append((job, error))
                 continue
@@ -288,7 +289,7 @@ class Scheduler:
     def _tell(self, job: Job) -> None:
         try:
             job.listener.stepped(job)
-        except Exception as error:
+        except BaseException as error:
             self._fail(job, error)
             return
         if job.state.ended:

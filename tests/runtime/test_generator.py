@@ -193,7 +193,7 @@ def test_a_request_within_a_request_is_refused_and_leaves_the_generator_usable(g
         generator.generate("Another", max_new_tokens=3)
         return logits
 
-    with pytest.raises(InputError, match="at work for another thread, or calls itself"):
+    with pytest.raises(InputError, match="a processor cannot call the generator that calls it"):
         generator.generate("Hello", max_new_tokens=5, sampling=Sampling(processors=[ask]))
     expected = generator.generate("Hello", max_new_tokens=20, speculate=False)
     assert generator.generate("Hello", max_new_tokens=20).tokens == expected.tokens
