@@ -97,6 +97,8 @@ class OnnxRuntimeCudaEngine(DeviceCacheEngine):
         self._cuda.use()
         for slot, rows in zip(result.batch.slots, accepted, strict=True):
             cache = cache_of(slot)
+            if not rows:
+                continue
             cache.reserve(len(rows))
             self._copy(cache, result.sizes, rows)
             cache.length += len(rows)

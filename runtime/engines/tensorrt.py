@@ -116,6 +116,8 @@ class TensorRTEngine(DeviceCacheEngine):
         self._cuda.use()
         for slot, rows in zip(result.batch.slots, accepted, strict=True):
             cache = cache_of(slot)
+            if not rows:
+                continue
             cache.reserve(len(rows))
             table = self._buffers.commit_table(cache, rows, result.sizes)
             heads = self.dims.key_value_heads

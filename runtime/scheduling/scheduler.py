@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from runtime.engines.protocol import Batch, Engine, Kept, Slot
-from runtime.errors import DeadlineError, EngineError, ServiceError, one_line
+from runtime.errors import DeadlineError, EngineError, InputError, ServiceError, one_line
 from runtime.rows import Rows
 from runtime.scheduling.job import Job
 from runtime.scheduling.metrics import Metrics
@@ -256,6 +256,11 @@ class Scheduler:
         batch = Batch.of([rows for _, rows, _ in ready], [slot for _, _, slot in ready])
         try:
             result = self.engine.run(batch)
+        except InputError as error:
+            # The pass does not fit the engine, which itself goes on.
+            for job, _, _ in ready:
+                self._fail(job, error)
+            return 0
         except Exception as error:
             raise _EngineFailedError from error
         accepted: list[Sequence[int]] = []
