@@ -16,9 +16,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import psutil
+from msgspec import Meta
 
 from ht_export.tensorrt.products import Capability, Product, find_product
 from plugins.tensorrt_plugin import register
@@ -62,13 +63,17 @@ class BuildResult:
     warnings: list[str] | None = None
 
 
+# What a library counts with.
+Steps = Annotated[int, Meta(ge=-(1 << 31), le=(1 << 31) - 1)]
+
+
 @dataclass(frozen=True)
 class BuildEvent:
     """A phase of the build, the steps of it that are done, and all that there are; 0 where it counts none."""
 
     phase: str
-    step: int
-    steps: int
+    step: Steps
+    steps: Steps
 
 
 REQUESTS = JsonFormat("request for a build", 1 << 24, "build the plan again", kind=BuildRequest)

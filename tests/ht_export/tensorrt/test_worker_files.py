@@ -84,6 +84,12 @@ def test_a_worker_that_dies_while_it_tells_something_is_an_error_with_its_cause(
     assert told == [("a", 1, 2)]
 
 
+@pytest.mark.parametrize("step", [1 << 31, -(1 << 64)])
+def test_steps_that_nobody_counts_are_no_event(step: int) -> None:
+    with pytest.raises(InputError, match=r"not a valid event of a build .*`\$\.step`"):
+        worker.EVENTS.decode(f'{{"phase": "a", "step": {step}, "steps": 2}}', "what the build told")
+
+
 @pytest.mark.parametrize("result", ['{"seconds": "1"}', "[", "[" * 5000, '{"engine_layers": [1]}'])
 def test_a_result_that_is_not_whole_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, result: str) -> None:
     (tmp_path / "result.json").write_text(result)
