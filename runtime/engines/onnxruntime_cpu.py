@@ -146,7 +146,7 @@ class OnnxRuntimeCpuEngine:
             binding.bind_output(output.name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
         with running(self._path):
             self._session.run_with_iobinding(binding)
-        logits = self._logits[:rows].reshape(count, laid_out.logit_count, -1)
+        logits = self._logits[:rows].reshape(count, laid_out.logit_count, self.dims.vocab_size)
         draft_logits = self._drafts[: count * drafts].reshape(count, drafts, self.dims.vocab_size)
         return InPlaceResult(batch, laid_out, places, logits, draft_logits, self._cache, number, self._freshness)
 
