@@ -166,7 +166,11 @@ class DenseCache:
             self._forget(one)
         else:
             kept = here[..., : mine.length, :].copy()
+            if theirs.length < mine.length:
+                self._forget(one)
             here[..., : theirs.length, :] = there[..., : theirs.length, :]
+            if mine.length < theirs.length:
+                self._forget(other)
             there[..., : mine.length, :] = kept
             theirs.index = one
         mine.index = other
@@ -202,13 +206,18 @@ class DenseCache:
             return
         size = self.arrays[0, 0, 0].nbytes
         place = self.arrays.strides[2]
+        data = np.frombuffer(self._memory, dtype=np.uint8)
         for layer in range(2 * self._dims.num_layers):
             start = layer * self.arrays.strides[1] + index * place
-            # Whole pages alone: those at the edges belong to neighbours too.
-            first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-            length = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
-            if length > 0:
-                self._memory.madvise(mmap.MADV_DONTNEED, first, length)
+            end = start + size
+            # Whole pages alone are given back: those at the edges belong to neighbours too.
+            first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+            if first >= last:
+                data[start:end] = 0
+                continue
+            data[start:first] = 0
+            data[last:end] = 0
+            self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 # Pages are counted when they are written. Python names the flag from 3.12 on.
