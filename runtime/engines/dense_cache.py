@@ -106,8 +106,11 @@ class DenseCache:
             target = max(needed, self.capacity + self.capacity // 4)
             self._resize(self.arrays.shape[2], -(-target // BLOCK) * BLOCK)
 
-    def commit(self, slot: DenseSlot, rows: Sequence[int]) -> None:
-        """Accept `rows` of the pass before, in that order, which it has left behind the committed ones."""
+    def commit(self, slot: DenseSlot, rows: Sequence[int], written: int) -> None:
+        """Accept `rows` of the `written` ones that the pass before has left behind the committed ones, in that order.
+
+        Those that stay behind are made finite: attention may read them, with a weight of zero.
+        """
         start = slot.length
         moved = [(place, row) for place, row in enumerate(rows) if place != row]
         if moved:
@@ -115,6 +118,10 @@ class DenseCache:
             arrays = self.of(slot)
             arrays[..., places, :] = arrays[..., sources, :]
         slot.place.length = start + len(rows)
+        behind = self.of(slot)[..., slot.length : start + written, :]
+        # What overflows in a layer does so in all after it.
+        if not np.isfinite(behind[:, -1]).all():
+            behind[:] = 0
 
     def of(self, slot: DenseSlot) -> NDArray:
         """Return the keys and values [2, L, Hkv, S, D] of `slot`, to read and to write."""

@@ -154,8 +154,9 @@ class OnnxRuntimeCpuEngine:
         """See `Engine.commit`."""
         assert isinstance(result, InPlaceResult), "a result of another engine"
         self._freshness.commit(result.number)
+        sizes = result.laid_out.sizes
         for slot, rows in zip(result.batch.slots, accepted, strict=True):
-            self._cache.commit(slot_of(slot), rows)
+            self._cache.commit(slot_of(slot), rows, sizes.tree_rows + sum(sizes.pseudo_rows))
 
     def _filled(self, batch: Batch, slots: Sequence[DenseSlot], first: int, count: int) -> tuple[list[Rows], list[int]]:
         """Return the rows of `count` places from `first` on, and how many are committed in each. What lies between the

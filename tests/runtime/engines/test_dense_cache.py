@@ -36,8 +36,8 @@ Row = NDArray[np.float32]
 def row_of(number: int) -> Row:
     """Return a row's keys and values [2, L, Hkv, D], none of them zero, and no others' for another number."""
     count = 2 * DIMS.num_layers * DIMS.key_value_heads * DIMS.head_dim
-    values = np.arange(count, dtype=np.float32).reshape(2, DIMS.num_layers, DIMS.key_value_heads, DIMS.head_dim)
-    return values / count + number + 1
+    values = np.linspace(number + 1, number + 1.9, count, dtype=np.float32)
+    return values.reshape(2, DIMS.num_layers, DIMS.key_value_heads, DIMS.head_dim)
 
 
 def write(cache: DenseCache, slot: DenseSlot, rows: list[Row]) -> None:
@@ -50,7 +50,7 @@ def write(cache: DenseCache, slot: DenseSlot, rows: list[Row]) -> None:
 def append(cache: DenseCache, slot: DenseSlot, rows: list[Row]) -> None:
     """Write rows and commit all."""
     write(cache, slot, rows)
-    cache.commit(slot, range(len(rows)))
+    cache.commit(slot, range(len(rows)), len(rows))
 
 
 def contents(cache: DenseCache, slot: DenseSlot) -> list[Row]:
@@ -116,7 +116,7 @@ class AnyUse(RuleBasedStateMachine):
         for index, rows in written.items():
             slot, expected = self.requests[index]
             accepted = sorted(data.draw(st.sets(st.integers(0, len(rows) - 1))))
-            self.cache.commit(slot, accepted)
+            self.cache.commit(slot, accepted, len(rows))
             expected.extend(rows[row] for row in accepted)
 
     @precondition(lambda self: self.requests)
@@ -146,7 +146,9 @@ class AnyUse(RuleBasedStateMachine):
     def copy(self, data: st.DataObject) -> None:
         # By number, or what was drawn would be referred to for longer.
         number = data.draw(st.integers(0, len(self.kept) + len(self.requests) - 1))
-        source, expected = [*self.kept, *self.requests][number]
+        there: list[tuple[DenseSlot | KeptRows, list[Row]]] = [*self.kept, *self.requests]
+        source, expected = there[number]
+        del there
         rows = data.draw(st.integers(0, source.length))
         target = self.cache.new_slot()
         self.cache.copy(source, target, rows)
@@ -284,6 +286,19 @@ def test_arranging_moves_the_last_ones_into_the_gaps() -> None:
         assert_holds(cache, slots[number], [row_of(number)] * (number + 1))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rows_that_overflowed_do_not_stay_behind(value: float) -> None:
+    cache = DenseCache(DIMS)
+    slot = cache.new_slot()
+    append(cache, slot, [row_of(0)])
+    overflowed = row_of(3)
+    overflowed[:, 1:] = value
+    write(cache, slot, [row_of(1), row_of(2), overflowed])
+    cache.commit(slot, [1], 3)
+    assert_holds(cache, slot, [row_of(0), row_of(2)])
+    assert np.isfinite(cache.arrays).all()
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
@@ -300,7 +315,7 @@ def test_memory_is_taken_as_it_is_used_and_given_back_on_release() -> None:
     half = 1 << 13
     for slot in slots[:4]:
         cache.of(slot)[..., :half, :] = 1.0
-        cache.commit(slot, range(half))
+        cache.commit(slot, range(half), half)
     written = 4 * half * WHOLE_PAGES.row_bytes
     assert 0.9 * written < resident_bytes() - before < 1.1 * written + (1 << 22)
     # What moves leaves nothing behind.

@@ -136,7 +136,7 @@ def test_after_any_accepted_paths_of_any_requests_each_has_the_cache_that_it_has
             for index, ((_, copied), one) in enumerate(zip(chosen, rows, strict=True)):
                 expected = run_one(portable, one, copied)
                 outputs, alone = found.outputs(index), expected.outputs(0)
-                np.testing.assert_allclose(outputs.logits, alone.logits, atol=2e-4, strict=True)
+                np.testing.assert_allclose(np.array(outputs.logits), np.array(alone.logits), atol=2e-4, strict=True)
                 assert len(outputs.draft_logits) == len(alone.draft_logits) == sum(one.counts)
                 for row in range(sum(one.counts)):
                     np.testing.assert_allclose(outputs.draft_logits[row], alone.draft_logits[row], atol=2e-4)
@@ -170,17 +170,35 @@ def test_a_request_goes_on_from_rows_that_were_kept_or_are_anothers(
     np.testing.assert_allclose(follow(from_kept), expected, atol=1e-5)
 
 
-def test_requests_that_failed_commit_nothing(engine: OnnxRuntimeCpuEngine, portable: OnnxRuntimeEngine) -> None:
-    """Of a batch each on its own, in every engine that takes several."""
-    for one in (engine, portable):
-        slots = [one.new_slot() for _ in range(3)]
-        rows = [rows_of([5, 6], 0, one.dims) for _ in slots]
-        one.commit(one.run(Batch.of(rows, slots)), [(), range(2), ()])
-        assert [slot.length for slot in slots] == [0, 2, 0]
-        expected = run_one(one, rows_of([9], 0, one.dims), one.new_slot()).outputs(0).logits[0].copy()
-        for slot in (slots[0], slots[2]):
-            found = run_one(one, rows_of([9], 0, one.dims), slot).outputs(0).logits[0]
-            np.testing.assert_allclose(found, expected, atol=1e-5)
+def test_drafts_that_overflowed_do_not_spoil_the_passes_after_them(engine: OnnxRuntimeCpuEngine) -> None:
+    """Attention over the trees of several requests reads what lies behind the valid rows, and 0 times inf is none."""
+    expected = engine.new_slot(), engine.new_slot()
+    overflowed = engine.new_slot(), engine.new_slot()
+    logits = []
+    for slots in (expected, overflowed):
+        rows = [rows_of([5, 6, 7, 8], 0, engine.dims)] * 2
+        result = engine.run(Batch.of(rows, slots))
+        if slots is overflowed:
+            result.cache.of(slots[0])[..., 2:4, :] = np.inf
+        engine.commit(result, [[0], [0, 1]])
+        rows = [rows_of([9, 10], slot.length, engine.dims) for slot in slots]
+        logits.append(engine.run(Batch.of(rows, slots)).logits.copy())
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("lowered", [True, False])
+def test_requests_that_failed_commit_nothing(
+    engine: OnnxRuntimeCpuEngine, portable: OnnxRuntimeEngine, lowered: bool
+) -> None:
+    one: Engine = engine if lowered else portable
+    slots = [one.new_slot() for _ in range(3)]
+    rows = [rows_of([5, 6], 0, one.dims) for _ in slots]
+    one.commit(one.run(Batch.of(rows, slots)), [(), range(2), ()])
+    assert [slot.length for slot in slots] == [0, 2, 0]
+    expected = one.run(Batch.of([rows_of([9], 0, one.dims)], [one.new_slot()])).outputs(0).logits[0].copy()
+    for slot in (slots[0], slots[2]):
+        found = one.run(Batch.of([rows_of([9], 0, one.dims)], [slot])).outputs(0).logits[0]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
