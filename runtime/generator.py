@@ -100,7 +100,8 @@ class Generator:
                 path, self.engine, self.about, name, self.new_drafter, on_cpu=on_cpu
             )
         limits = Limits(max_batch, cache_rows, prefix_rows, self.about.prompt_chunk, stall / 1000)
-        self._service = Service(Scheduler(self.engine, limits), max_queue)
+        menus = self.tuning.batches if self.tuning else ()
+        self._service = Service(Scheduler(self.engine, limits, batch_menus=menus), max_queue)
         # Also at the interpreter's end, for programs that never close it.
         self._close = weakref.finalize(self, self._service.close)
 

@@ -191,7 +191,8 @@ def _check_sampling(sampling: object, max_new_tokens: int) -> None:
 
 def sampling_of_answers(sampling: Sampling | None, count: int) -> list[Sampling | None]:
     """Return the sampling of each of `count` answers to one prompt: with a seed given, that and those after it."""
-    if sampling is None or sampling.seed is None:
+    if not isinstance(sampling, Sampling) or sampling.seed is None:
+        # What is no sampling is refused with the rest of the request.
         return [sampling] * count
     return [replace(sampling, seed=(sampling.seed + index) % (1 << 64)) for index in range(count)]
 

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from runtime.answer import Answer, GenerationChunk, GenerationResult
 from runtime.errors import CancelledError
@@ -129,6 +129,9 @@ class Request:
         self._cancel = weakref.finalize(self, cancel)
         # At the interpreter's end all requests end.
         self._cancel.atexit = False
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Request cannot be pickled or copied: it is one answer under way, in this process")
 
     def __iter__(self) -> Iterator[GenerationChunk]:
         return self

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from runtime.decode import Accepted, Decoding, DecodingState, decode
+from runtime.drafting.drafter import Offer
 from runtime.engines.protocol import Slot
 from runtime.rows import Outputs, Phase, Rows, prompt_rows
 from runtime.sampling.choice import ArgMax
+from runtime.tree import TreeSizes
 
 _arrivals = itertools.count()
 
@@ -44,9 +46,9 @@ class Job:
     """One request: `state` is how far its text is. Of higher `priority` first; among equals the earlier `arrival`.
 
     `submitted` and `deadline` are times of `time.monotonic`. `most_rows` bounds the rows of its cache, those of a pass
-    among them. While it runs it is in a `slot`, and `rows` are those that it wants next, None before it was asked;
-    taken out of its slot it keeps them, and the rows before them are computed again. `cached` counts the tokens of the
-    prompt whose rows were there already.
+    among them. While it runs it is in a `slot`, and `rows` are those that it wants next, or there is an `offer` to be
+    cut to sizes; taken out of its slot it keeps them, and the rows before them are computed again. `cached` counts the
+    tokens of the prompt whose rows were there already.
     """
 
     state: DecodingState
@@ -58,9 +60,11 @@ class Job:
     submitted: float = field(default_factory=time.monotonic)
     slot: Slot | None = None
     rows: Rows | None = None
+    offer: Offer | None = None
     cached: int = 0
     preemptions: int = 0
     _decoding: Decoding | None = None
+    _replayed: Rows | None = None
 
     @property
     def started(self) -> bool:
@@ -101,25 +105,44 @@ class Job:
         assert slot is not None
         return slot
 
-    def propose(self, chunk: int) -> Rows:
-        """Return the rows that it wants next: of its prompt, or of what it must replay, up to `chunk` tokens."""
+    def prepare(self, chunk: int) -> None:
+        """Have either `rows` to run next, up to `chunk` of its prompt or of what it must replay, or an `offer`."""
         assert self.slot is not None and self._decoding is not None
         state = self.state
         if self.replays:
             start = self.slot.length
             tokens = self.tokens[start : min(start + chunk, state.committed)]
-            return prompt_rows(tokens, state.join_order, start, wanted=ArgMax())
-        if self.rows is None:
+            self._replayed = prompt_rows(tokens, state.join_order, start, wanted=ArgMax())
+        elif self.rows is None and self.offer is None:
             assert state.committed == self.slot.length, "request and engine agree on what is committed"
             state.chunk = chunk
-            rows = next(self._decoding)
-            assert isinstance(rows, Rows), "what was accepted is followed by the next rows"
+            found = next(self._decoding)
+            if isinstance(found, Offer):
+                self.offer = found
+            else:
+                assert isinstance(found, Rows), "what was accepted is followed by the next rows"
+                self.rows = found
+
+    def lay_out(self, sizes: TreeSizes | None = None) -> Rows:
+        """Return the rows to run next; where there is an offer, those of `sizes`, or of its own with None."""
+        if self.replays:
+            assert self._replayed is not None
+            return self._replayed
+        if self.offer is not None:
+            offer, self.offer = self.offer, None
+            assert self._decoding is not None
+            if sizes is None:
+                sizes = self.state.drafter.sizing.choose(offer.tree, offer.length, offer.drafted)
+            rows = self._decoding.send(sizes)
+            assert isinstance(rows, Rows), "sizes are answered with rows"
             self.rows = rows
+        assert self.rows is not None
         return self.rows
 
     def accept(self, rows: Rows, outputs: Outputs) -> Sequence[int]:
         """Hand over the outputs of `rows`, which were run; return those that became certain."""
-        if rows is not self.rows:
+        if rows is self._replayed:
+            self._replayed = None
             assert rows.phase is Phase.PROMPT, "what is replayed is run as a prompt is"
             return range(len(rows.input_ids))
         assert self._decoding is not None

@@ -7,10 +7,12 @@ thread and knows of no other.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from runtime.drafting.sizing import BatchMenu
 from runtime.engines.protocol import Batch, Engine, Kept, Slot
 from runtime.errors import DeadlineError, EngineError, InputError, ServiceError, one_line
 from runtime.rows import Rows
@@ -19,6 +21,7 @@ from runtime.scheduling.metrics import Metrics
 from runtime.scheduling.pace import Pace
 from runtime.scheduling.pool import CachePool, in_blocks
 from runtime.scheduling.prefixes import SHORTEST, Prefix, Prefixes, common
+from runtime.scheduling.shared_sizes import SharedSizes
 
 # Seconds of waiting that are worth as much as one step of priority: so that nobody waits for ever.
 AGING_SECONDS = 30.0
@@ -44,14 +47,20 @@ class Limits:
 
 @dataclass
 class Scheduler:
-    """Runs jobs on `engine` within `limits`. With `checked` every step ends with a check of all that is accounted."""
+    """Runs jobs on `engine` within `limits`. With `checked` every step ends with a check of all that is accounted.
+
+    `batch_menus` have the time of passes of several requests: by them the sizes of trees are chosen for all together.
+    Without them each request chooses as if it were alone.
+    """
 
     engine: Engine
     limits: Limits = field(default_factory=Limits)
     metrics: Metrics = field(default_factory=Metrics)
     checked: bool = False
+    batch_menus: Sequence[BatchMenu] = ()
 
     def __post_init__(self) -> None:
+        self._shared = SharedSizes(self.batch_menus)
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.pool = CachePool(self.limits.cache_rows)
@@ -91,9 +100,11 @@ class Scheduler:
         decoding = [job for job in self.running if job.decodes]
         try:
             self._run_prompts(beside=bool(decoding))
+            begun = time.perf_counter()
             for group in self._groups(decoding):
-                begun = time.perf_counter()
+                self._shared.prepare(group)
                 self._pass([(job, self._limit) for job in group])
+            if decoding:
                 self._pace.decoded(time.perf_counter() - begun)
         except _EngineFailedError as error:
             self._fail_all(error)
@@ -237,19 +248,25 @@ class Scheduler:
 
     def _pass(self, group: Iterable[tuple[Job, int]]) -> int:
         """Run one pass of the jobs of `group`, each with the chunk of its prompt; return how many tree rows it had."""
-        proposed: list[tuple[Job, Rows]] = []
+        jobs: list[Job] = []
         for job, chunk in group:
-            if job.slot is None:
-                continue
-            try:
-                rows = job.propose(chunk)
-            except Exception as error:
-                self._fail(job, error)
-                continue
-            if self._reserve(job, len(rows.position_ids)):
-                proposed.append((job, rows))
+            with self._alone(job):
+                job.prepare(chunk)
+                jobs.append(job)
+        sizes = self._shared.choose(jobs)
+        wanted: list[tuple[Job, Rows]] = []
+        for job in jobs:
+            with self._alone(job):
+                wanted.append((job, job.lay_out(sizes.get(job))))
+        # Where requests are brought to one size, each is written as many rows as the largest.
+        most = max((len(rows.position_ids) for _, rows in wanted), default=0)
+        reserved = [
+            (job, rows)
+            for job, rows in wanted
+            if job.slot is not None and self._reserve(job, len(rows.position_ids) if self.engine.packs else most)
+        ]
         # Making room for one may have taken another out of its slot.
-        ready = [(job, rows, job.slot) for job, rows in proposed if job.slot is not None]
+        ready = [(job, rows, job.slot) for job, rows in reserved if job.slot is not None]
         if not ready:
             return 0
         batch = Batch.of([rows for _, rows, _ in ready], [slot for _, _, slot in ready])
@@ -263,27 +280,29 @@ class Scheduler:
         except Exception as error:
             raise _EngineFailedError from error
         accepted: list[Sequence[int]] = []
-        failures: list[tuple[Job, Exception]] = []
-        grown: list[tuple[Job, bool]] = []
+        failures: list[tuple[Job, BaseException]] = []
+        grown: list[tuple[Job, int]] = []
         for index, (job, rows, _) in enumerate(ready):
             before = len(job.state.tokens)
             try:
                 accepted.append(job.accept(rows, result.outputs(index)))
-            except Exception as error:
+            except BaseException as error:
+                # It ends when the others' rows are committed.
                 accepted.append(())
                 failures.append((job, error))
                 continue
             if len(job.state.tokens) > before:
-                grown.append((job, not before))
+                grown.append((job, before))
         try:
             self.engine.commit(result, accepted)
         except Exception as error:
             raise _EngineFailedError from error
         self.metrics.passed(batch, accepted)
+        self._shared.learn([len(job.state.tokens) - before for job, before in grown])
         for job, failure in failures:
             self._fail(job, failure)
-        for job, first in grown:
-            if first:
+        for job, before in grown:
+            if not before:
                 self.metrics.first_token_seconds.add(time.monotonic() - job.submitted)
             if job.state.ended:
                 self._retire(job)
@@ -291,13 +310,10 @@ class Scheduler:
         return sum(len(rows.input_ids) for _, rows, _ in ready)
 
     def _tell(self, job: Job) -> None:
-        try:
+        with self._alone(job):
             job.listener.stepped(job)
-        except Exception as error:
-            self._fail(job, error)
-            return
-        if job.state.ended:
-            self.metrics.finished(job)
+            if job.state.ended:
+                self.metrics.finished(job)
 
     # Memory.
 
@@ -366,6 +382,14 @@ class Scheduler:
         self.engine.release(slot)
 
     # What goes wrong.
+
+    @contextlib.contextmanager
+    def _alone(self, job: Job) -> Iterator[None]:
+        """End `job` alone by whatever is raised in the block: a part of it is the user's own."""
+        try:
+            yield
+        except BaseException as error:
+            self._fail(job, error)
 
     def _fail(self, job: Job, error: BaseException) -> None:
         """End `job` by `error`: its alone."""

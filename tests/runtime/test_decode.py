@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from runtime.bindings import GraphDims
 from runtime.decode import Accepted, DecodingState, decode, verify
 from runtime.drafting.correction import TokenCorrection
-from runtime.drafting.drafter import Drafter
+from runtime.drafting.drafter import Drafter, Offer
 from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import FixedSizes
 from runtime.drafting.source import DraftSource
@@ -206,4 +206,10 @@ def test_the_loop_runs_nothing_itself_and_says_what_is_to_be_committed() -> None
     assert isinstance(accepted, Accepted)
     assert list(accepted.rows) == [0, 1, 2]
     assert (request.committed, request.tokens) == (3, plain([1, 2, 3], 1))
-    assert isinstance(next(decoding), Rows)
+    offer = next(decoding)
+    assert isinstance(offer, Offer)
+    assert (offer.length, offer.drafted) == (3, True)
+    # It is cut to whatever sizes it is sent.
+    rows = decoding.send(TreeSizes(2, (1, 0, 0)))
+    assert isinstance(rows, Rows)
+    assert (len(rows.input_ids), rows.counts) == (2, (1, 0, 0))
