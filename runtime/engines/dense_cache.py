@@ -106,8 +106,11 @@ class DenseCache:
             target = max(needed, self.capacity + self.capacity // 4)
             self._resize(self.arrays.shape[2], -(-target // BLOCK) * BLOCK)
 
-    def commit(self, slot: DenseSlot, rows: Sequence[int]) -> None:
-        """Accept `rows` of the pass before, in that order, which it has left behind the committed ones."""
+    def commit(self, slot: DenseSlot, rows: Sequence[int], written: int) -> None:
+        """Accept `rows` of the `written` ones that the pass before has left behind the committed ones, in that order.
+
+        Those that stay behind are made finite: attention may read them, with a weight of zero.
+        """
         start = slot.length
         moved = [(place, row) for place, row in enumerate(rows) if place != row]
         if moved:
@@ -115,6 +118,10 @@ class DenseCache:
             arrays = self.of(slot)
             arrays[..., places, :] = arrays[..., sources, :]
         slot.place.length = start + len(rows)
+        behind = self.of(slot)[..., slot.length : start + written, :]
+        # What overflows in a layer does so in all after it.
+        if not np.isfinite(behind[:, -1]).all():
+            behind[:] = 0
 
     def of(self, slot: DenseSlot) -> NDArray:
         """Return the keys and values [2, L, Hkv, S, D] of `slot`, to read and to write."""
@@ -166,7 +173,11 @@ class DenseCache:
             self._forget(one)
         else:
             kept = here[..., : mine.length, :].copy()
+            if theirs.length < mine.length:
+                self._forget(one)
             here[..., : theirs.length, :] = there[..., : theirs.length, :]
+            if mine.length < theirs.length:
+                self._forget(other)
             there[..., : mine.length, :] = kept
             theirs.index = one
         mine.index = other
@@ -202,13 +213,18 @@ class DenseCache:
             return
         size = self.arrays[0, 0, 0].nbytes
         place = self.arrays.strides[2]
+        data = np.frombuffer(self._memory, dtype=np.uint8)
         for layer in range(2 * self._dims.num_layers):
             start = layer * self.arrays.strides[1] + index * place
-            # Whole pages alone: those at the edges belong to neighbours too.
-            first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-            length = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
-            if length > 0:
-                self._memory.madvise(mmap.MADV_DONTNEED, first, length)
+            end = start + size
+            # Whole pages alone are given back: those at the edges belong to neighbours too.
+            first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+            if first >= last:
+                data[start:end] = 0
+                continue
+            data[start:first] = 0
+            data[last:end] = 0
+            self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 # Pages are counted when they are written. Python names the flag from 3.12 on.

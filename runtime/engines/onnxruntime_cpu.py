@@ -146,7 +146,7 @@ class OnnxRuntimeCpuEngine:
             binding.bind_output(output.name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
         with running(self._path):
             self._session.run_with_iobinding(binding)
-        logits = self._logits[:rows].reshape(count, laid_out.logit_count, -1)
+        logits = self._logits[:rows].reshape(count, laid_out.logit_count, self.dims.vocab_size)
         draft_logits = self._drafts[: count * drafts].reshape(count, drafts, self.dims.vocab_size)
         return InPlaceResult(batch, laid_out, places, logits, draft_logits, self._cache, number, self._freshness)
 
@@ -154,8 +154,9 @@ class OnnxRuntimeCpuEngine:
         """See `Engine.commit`."""
         assert isinstance(result, InPlaceResult), "a result of another engine"
         self._freshness.commit(result.number)
+        sizes = result.laid_out.sizes
         for slot, rows in zip(result.batch.slots, accepted, strict=True):
-            self._cache.commit(slot_of(slot), rows)
+            self._cache.commit(slot_of(slot), rows, sizes.tree_rows + sum(sizes.pseudo_rows))
 
     def _filled(self, batch: Batch, slots: Sequence[DenseSlot], first: int, count: int) -> tuple[list[Rows], list[int]]:
         """Return the rows of `count` places from `first` on, and how many are committed in each. What lies between the
