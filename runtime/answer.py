@@ -54,13 +54,14 @@ class GenerationResult:
 @dataclass(frozen=True)
 class GenerationChunk:
     """A part of an answer: text that is final, and the tokens of one engine pass, with their log-probabilities if
-    asked for. The last one carries the result.
+    asked for; they became certain `seconds` after the request was made. The last one carries the result.
     """
 
     text: str
     tokens: list[int] = field(default_factory=list)
     result: GenerationResult | None = None
     log_probabilities: list[TokenLogProbability] | None = None
+    seconds: float = 0.0
 
 
 class Answer:
@@ -109,7 +110,8 @@ class Answer:
         self._released.clear()
         part = scores and scores[self._count :]
         self._count += len(certain)
-        return GenerationChunk(text, certain, self._result(state, cached) if state.ended else None, part)
+        result = self._result(state, cached) if state.ended else None
+        return GenerationChunk(text, certain, result, part, time.perf_counter() - self._made)
 
     def _result(self, state: DecodingState, cached: int) -> GenerationResult:
         tokens, steps, decoding = state.tokens, self._steps, self._last - self._first

@@ -73,7 +73,9 @@ def tune(options: argparse.Namespace) -> int:
         if number is not None and name != "--repeats" and not options.prompts:
             raise InputError(f"{name} is for --prompts; add it, or leave {name} out")
     prompts = evenly(read_conversations(options.prompts), options.count or COUNT) if options.prompts else []
-    generator = Generator(options.engine, device=options.device, threads=options.threads, adapt=False)
+    generator = Generator(
+        options.engine, device=options.device, threads=options.threads, adapt=False, prefix_cache_bytes=0
+    )
     check_writable(tuning_path(options.engine))
     check_place_of_tunings(options.engine)
     texts = [_encoded(generator, prompt) for prompt in prompts]
