@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from runtime.bindings import GraphDims
 from runtime.engines.protocol import Slot
 
-# The rows of a slot grow by blocks of so many, so that no request's step is held up often.
-BLOCK = 256
+# The rows of a slot grow by blocks of so many: passes of several trees read all that there is room for.
+BLOCK = 64
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from ht_export.bench.load.arrivals import Arrivals
@@ -101,9 +102,7 @@ def run(
 def _answered(job: int, chunks: Sequence[Any]) -> Answered:
     tokens = [token for chunk in chunks for token in chunk.tokens]
     times = [(chunk.seconds, len(chunk.tokens)) for chunk in chunks if chunk.tokens]
-    between = [
-        (end - start) / count for (start, _), (end, count) in zip(times, times[1:], strict=False) for _ in range(count)
-    ]
+    between = [(end - start) / count for (start, _), (end, count) in pairwise(times) for _ in range(count)]
     return Answered(job, tokens, times[0][0], between, chunks[-1].result.accepted)
 
 
