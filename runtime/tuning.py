@@ -35,7 +35,10 @@ from runtime.tree import TreeSizes, chain
 QUICK_SECONDS = 4.0
 QUICK_CONTEXTS = (128, 1024)
 QUICK_REPEATS = 4
+# Requests of a pass; and seconds that measuring them may take, more or less.
 QUICK_COUNTS = (2, 4, 8)
+BATCHES = (2, 4, 8, 16)
+QUICK_BATCH_SECONDS = 6.0
 # Rows of a pass that fills the cache.
 FILL_CHUNK = 64
 # The quantile of the repeats that counts: what disturbs a pass makes it longer only.
@@ -256,23 +259,25 @@ def quick(
 
 
 def batch_sizes(default: TreeSizes) -> tuple[TreeSizes, ...]:
-    """Return the sizes worth measuring for several requests, plain decoding first: few, as small trees alone pay."""
-    most = default.tree_rows
-    return tuple(one for one in menu_sizes(default) if one.tree_rows in {1, 2, most // 2, most} or one == default)
+    """Return the sizes worth measuring for several requests, plain decoding first: few, as small trees alone pay, and
+    for them the first draft steps.
+    """
+    steps = len(default.pseudo_rows)
+    found = [TreeSizes.plain(steps)]
+    for rows in sorted({2, default.tree_rows // 2, default.tree_rows}):
+        most = [min(rows, own) for own in default.pseudo_rows]
+        variants = [[0] * steps, [min(1, most[0])], most[:1], most[:2], most]
+        found += [TreeSizes(rows, tuple([*counts, *[0] * steps][:steps])) for counts in variants if rows > 1]
+    return tuple(dict.fromkeys(found))
 
 
 def quick_batches(
     engine: Engine, default: TreeSizes, contexts: Sequence[int], new_drafter: NewDrafter
 ) -> list[BatchMenu]:
     """Measure passes of several requests for at most some seconds."""
-    sizes = [TreeSizes.plain(len(default.pseudo_rows)), default]
-    half = default.tree_rows // 2
-    if half > 1:
-        sizes.append(TreeSizes(half, tuple(min(half, rows) for rows in default.pseudo_rows)))
-        sizes.append(TreeSizes(half, tuple(min(1, rows) for rows in default.pseudo_rows)))
-    unique = list(dict.fromkeys(sizes))
+    sizes = batch_sizes(default)
     return measure_batches(
-        engine, unique, contexts, QUICK_COUNTS, QUICK_REPEATS, QUICK_SECONDS, new_drafter=new_drafter
+        engine, sizes, contexts, QUICK_COUNTS, QUICK_REPEATS, QUICK_BATCH_SECONDS, new_drafter=new_drafter
     )
 
 

@@ -133,6 +133,11 @@ class Menu:
         pseudo_rows = np.minimum(self._pseudo_rows, len(tree))
         return covered[top_of[:, None], pseudo_rows] @ self._step_values
 
+    @property
+    def draft_steps(self) -> int:
+        """The number of draft steps that some size has pseudo rows for."""
+        return max(sizes.draft_steps for sizes in self.sizes)
+
     @cached_property
     def tree_rows(self) -> IntArray:
         """T of each size [N]."""
@@ -215,7 +220,7 @@ class AdaptiveSizes:
     @property
     def draft_steps(self) -> int:
         """See `Sizing.draft_steps`."""
-        return max(sizes.draft_steps for sizes in self.menu.sizes)
+        return self.menu.draft_steps
 
     def choose(self, tree: Tree, context: int, drafted: bool) -> TreeSizes:
         """See `Sizing.choose`."""

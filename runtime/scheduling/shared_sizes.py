@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime.arrays import FloatArray
 from runtime.drafting.drafter import Offer
 from runtime.drafting.sizing import (
     DRAFT_VALUE_STEP,
@@ -30,6 +31,9 @@ from runtime.drafting.sizing import (
 from runtime.scheduling.job import Job
 from runtime.tree import TreeSizes
 
+# Of the drafts of each depth, about the most that are accepted where transfer layers are at their best.
+BEST = 0.75
+
 
 @dataclass
 class _State:
@@ -46,6 +50,12 @@ class _State:
     def rate(self) -> float:
         """Tokens of a request in the time of a plain pass, lately."""
         return self.tokens / self.time
+
+
+def _most_tokens(menu: Menu) -> FloatArray:
+    """Return [N]: about the most tokens that a step of each size brings where transfer layers are at their best."""
+    depths = np.minimum(menu.tree_rows - 1, menu.draft_steps)
+    return 1 + np.array([sum(BEST**depth for depth in range(1, int(most) + 1)) for most in depths])
 
 
 class SharedSizes:
@@ -124,9 +134,15 @@ class SharedSizes:
         affordable = risk * (time - 1.0) <= state.credit
         best = int(np.argmax(np.where(affordable, worth, -np.inf)))
         state.idle = state.idle + 1 if best == 0 else 0
-        if state.idle > state.pause and (affordable & menu.drafts).any():
-            best = int(np.argmax(np.where(affordable & menu.drafts, worth, -np.inf)))
-            state.idle = 0
+        if state.idle > state.pause:
+            # Other sources are looked at every time. Drafts cost a pass: they are tried where they can pay at all.
+            tried = affordable & menu.drafts & bool((_most_tokens(menu) > time).any())
+            if tried.any():
+                best = int(np.argmax(np.where(tried, worth, -np.inf)))
+                state.idle = 0
+            else:
+                state.pause = min(2 * state.pause, LONGEST_PAUSE)
+                state.idle = 1
         return best, promised[:, best].tolist(), float(time[best])
 
     def _menu(self, requests: int) -> BatchMenu | None:
