@@ -67,7 +67,7 @@ def test_every_text_under_load_is_the_text_alone(
         (["--trace", "missing.jsonl"], "no trace at missing.jsonl"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["--seed", "-1"], "--seed must be at least 0"),
-        (["--json", "missing/load.json"], "missing"),
+        (["--json", "/dev/null/load.json"], "/dev/null"),
     ],
 )
 def test_a_mistake_is_one_line(
