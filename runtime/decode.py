@@ -146,6 +146,8 @@ def drafts_of(node: int, outputs: Outputs, join_order: Sequence[int]) -> list[Dr
     They end before the first step that it has no row of, or whose logits overflowed.
     """
     pseudo_parents = outputs.rows.pseudo_parents
+    if not any(map(len, pseudo_parents)):
+        return []
     first_row = {}
     row = 0
     for step in join_order:

@@ -134,7 +134,14 @@ def transformers_trace(base: Any, ids: Sequence[int]) -> Trace:
 
 def attention_outputs(model: onnx.ModelProto) -> list[str]:
     """Return the names of the outputs of the graph's attention nodes, layer by layer."""
-    return [node.output[0] for node in model.graph.node if node.domain == DOMAIN or node.op_type == LOWERED_ATTENTION]
+    return [node.output[0] for node in model.graph.node if node.domain == DOMAIN or _is_lowered_attention(node)]
+
+
+def _is_lowered_attention(node: onnx.NodeProto) -> bool:
+    """Return whether `node` is attention of a lowered graph, or chooses between kinds of it."""
+    branches = [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
+    inside = [one.op_type for branch in branches for one in branch.node]
+    return LOWERED_ATTENTION in (node.op_type, *inside)
 
 
 Compute = Callable[[list[str], dict[str, NDArray]], list[Any]]

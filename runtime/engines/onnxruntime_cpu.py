@@ -91,6 +91,7 @@ class OnnxRuntimeCpuEngine:
         # Graphs of earlier releases are for one.
         about = self._session.get_modelmeta().custom_metadata_map
         self.max_batch = MAX_BATCH if about.get(bindings.REQUESTS) == bindings.ANY else 1
+        self._logit_outputs = dims.outputs()[:2]
         self._path = path_of(graph)
         self._cache = DenseCache(dims)
         self._bound: OrderedDict[tuple[int, int], Any] = OrderedDict()
@@ -141,7 +142,7 @@ class OnnxRuntimeCpuEngine:
         self._logits = _room_for(self._logits, rows)
         self._drafts = _room_for(self._drafts, count * drafts)
         sizes = laid_out.dims(self._cache.capacity)
-        for output, buffer in zip(self.dims.outputs()[:2], (self._logits, self._drafts), strict=True):
+        for output, buffer in zip(self._logit_outputs, (self._logits, self._drafts), strict=True):
             shape = output.sizes(sizes)
             binding.bind_output(output.name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
         with running(self._path):

@@ -52,9 +52,9 @@ class CachePool:
     def __len__(self) -> int:
         return len(self._accounts)
 
-    def open(self, slot: HasLength) -> None:
+    def admit(self, slot: HasLength) -> None:
         """Begin to account for `slot`, which has no rows yet."""
-        assert id(slot) not in self._accounts, "a slot is opened once"
+        assert id(slot) not in self._accounts, "a slot is admitted once"
         self._accounts[id(slot)] = Account(slot)
 
     def reserve(self, slot: HasLength, rows: int) -> bool:

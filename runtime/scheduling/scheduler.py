@@ -173,7 +173,7 @@ class Scheduler:
 
     def _start(self, job: Job) -> None:
         slot = self.engine.new_slot()
-        self.pool.open(slot)
+        self.pool.admit(slot)
         tokens = job.tokens
         # The last token's pass makes the first drafts: a prompt is never all there.
         most = job.state.committed or len(tokens) - 1
@@ -372,7 +372,7 @@ class Scheduler:
             if not self._forget(1):
                 return
         copies = self.engine.keep(slot, rows)
-        self.pool.open(copies)
+        self.pool.admit(copies)
         self.pool.reserve(copies, rows)
         self.prefixes.add(Prefix(tokens, copies))
         self._kept_rows += rows

@@ -252,7 +252,9 @@ def test_a_request_ends_when_it_is_cancelled_closed_or_dropped(generator: Genera
         list(request)
 
 
-def test_a_task_that_is_cancelled_ends_its_request(generator: Generator) -> None:
+def test_a_task_that_is_cancelled_ends_its_request(small: Callable[..., Generator]) -> None:
+    generator = small()
+
     async def left() -> None:
         before = generator.metrics()["cancelled"]
         task = asyncio.create_task(generator.agenerate("Hello", max_new_tokens=200))
