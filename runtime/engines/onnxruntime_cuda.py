@@ -31,8 +31,8 @@ MAX_ROWS = 64
 
 
 class OnnxRuntimeCudaEngine(DeviceCacheEngine):
-    """An ONNX Runtime session on the first NVIDIA GPU. `tree` are the engine's usual sizes, `chunk` the prompt tokens
-    of a pass. Raises `InputError` where there is no GPU, or no ONNX Runtime that can use it.
+    """An ONNX Runtime session on NVIDIA GPU number `gpu`. `tree` are the engine's usual sizes, `chunk` the prompt
+    tokens of a pass. Raises `InputError` where there is no GPU, or no ONNX Runtime that can use it.
     """
 
     # The device whose memory the graph's inputs and outputs are in, as ONNX Runtime calls it.
@@ -41,15 +41,23 @@ class OnnxRuntimeCudaEngine(DeviceCacheEngine):
     max_slots = 1
 
     def __init__(
-        self, graph: Path | GraphFiles, dims: GraphDims, tree: TreeSizes, chunk: int, max_context: int
+        self,
+        graph: Path | GraphFiles,
+        dims: GraphDims,
+        tree: TreeSizes,
+        chunk: int,
+        max_context: int,
+        *,
+        gpu: int = 0,
     ) -> None:
         self.dims = dims
         self._path = path_of(graph)
         self._limits = Limits(1, max_context, max(MAX_ROWS, tree.tree_rows), chunk)
         provider = _provider()
-        self._cuda = Cuda()
+        self._gpu = gpu
+        self._cuda = Cuda(gpu)
         # All work on one stream, in order. TF32 would round what is multiplied to 10 bits.
-        options = {"user_compute_stream": str(self._cuda.stream), "use_tf32": "0"}
+        options = {"device_id": str(gpu), "user_compute_stream": str(self._cuda.stream), "use_tf32": "0"}
         providers: list[Provider] = [(provider, options), "CPUExecutionProvider"]
         self._session = open_session(graph, dims.inputs(), dims.outputs(), providers)
         if self._session.get_providers()[0] != provider:
@@ -78,10 +86,10 @@ class OnnxRuntimeCudaEngine(DeviceCacheEngine):
         addresses = self._buffers.addresses(cache)
         binding = self._session.io_binding()
         for value in self.dims.inputs():
-            where = (self.device, 0, _element(value.dtype), value.sizes(values), addresses[value.name])
+            where = (self.device, self._gpu, _element(value.dtype), value.sizes(values), addresses[value.name])
             binding.bind_input(value.name, *where)
         for value in self.dims.outputs():
-            where = (self.device, 0, _element(value.dtype), value.sizes(values), addresses[value.name])
+            where = (self.device, self._gpu, _element(value.dtype), value.sizes(values), addresses[value.name])
             binding.bind_output(value.name, *where)
         with running(self._path):
             self._session.run_with_iobinding(binding)

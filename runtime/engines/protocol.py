@@ -124,7 +124,8 @@ class Engine(Protocol):
         """Append the keys and values of the `accepted` tree rows of each request, in that order, to its slot; of a
         request that failed there are none.
 
-        `result` is that of the engine's last pass, and is committed once.
+        `result` is that of the engine's last pass, and is committed once, before anything is done with slots: the
+        rows of a pass may not be where they were when one is made, copied to or released.
         """
         ...
 

@@ -55,12 +55,13 @@ class TensorRTEngine(DeviceCacheEngine):
         *,
         use_graphs: bool = True,
         opened: BufferedReader | None = None,
+        gpu: int = 0,
     ) -> None:
         self.dims = dims
         self._limits = about.limits
         self._usual = usual
         self._trt = import_product(about)
-        self._cuda = Cuda()
+        self._cuda = Cuda(gpu)
         check_device(path, about, self._cuda)
         self._log = make_logger(self._trt)
         if about.attention == "plugin":

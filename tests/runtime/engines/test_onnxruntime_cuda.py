@@ -115,10 +115,17 @@ def onnxruntime_on_cpu(path: Path) -> Any:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
+def test_a_gpu_that_is_not_there(engine: Path) -> None:
+    with pytest.raises(InputError, match="there is no GPU 1; this machine has 1"):
+        Generator(engine, device="cuda:1")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "tpu"}, "device must be cpu or cuda, not tpu"),
+        ({"device": "tpu"}, "device must be cpu, cuda or a GPU's number such as cuda:1, not 'tpu'"),
+        ({"device": "cuda:-1"}, "device must be cpu, cuda or a GPU's number such as cuda:1, not 'cuda:-1'"),
+        ({"device": 1}, "device must be cpu, cuda or a GPU's number such as cuda:1, not 1"),
         ({"device": "cuda", "threads": 2}, "threads is for engines on the CPU"),
     ],
 )
