@@ -41,7 +41,7 @@ def engine(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
         def __init__(self, graph: GraphFiles, inputs: Any, outputs: Any, providers: list[Any]) -> None:
             ((name, options), _) = providers
-            assert (name, options) == (PROVIDER, {"user_compute_stream": "7", "use_tf32": "0"})
+            assert (name, options) == (PROVIDER, {"device_id": "0", "user_compute_stream": "7", "use_tf32": "0"})
             self._session = opened(graph, inputs, outputs, ["CPUExecutionProvider"])
 
         def get_providers(self) -> list[str]:
