@@ -277,8 +277,11 @@ def _canceller(service: Service, job: Any) -> Callable[[], None]:
 def _rows(engine: Engine, about: EngineFile, cache_bytes: int | None, prefix_bytes: int | None) -> tuple[int, int]:
     """Return the rows of the cache, and of kept prefixes. Raises `InputError` where they are too few for anything."""
     row = engine.row_bytes
-    if cache_bytes is None:
+    if cache_bytes is None and engine.gpu_name is None:
         cache_bytes = default_cache_bytes(row * about.max_context)
+    elif cache_bytes is None:
+        # The engine has memory for its slots already; on top come a few kept prefixes.
+        cache_bytes = row * about.max_context * (engine.max_slots + 1)
     rows = cache_bytes // row
     least = about.tree.tree_rows * (1 + about.dims.num_steps) + 2
     if rows < least:

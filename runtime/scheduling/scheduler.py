@@ -371,7 +371,11 @@ class Scheduler:
         while self._kept_rows + rows > self.limits.prefix_rows or self.pool.free < in_blocks(rows):
             if not self._forget(1):
                 return
-        copies = self.engine.keep(slot, rows)
+        try:
+            copies = self.engine.keep(slot, rows)
+        except (InputError, MemoryError):
+            # There is less memory than was thought: what would have been of use is computed again.
+            return
         self.pool.admit(copies)
         self.pool.reserve(copies, rows)
         self.prefixes.add(Prefix(tokens, copies))

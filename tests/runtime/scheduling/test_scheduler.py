@@ -18,10 +18,11 @@ from runtime.drafting.drafter import Drafter
 from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import FixedSizes
 from runtime.drafting.transfer_drafts import TransferDrafts
+from runtime.engines.host_cache import KeyValueCache
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine
-from runtime.engines.protocol import Engine
-from runtime.errors import DeadlineError, EngineError
+from runtime.engines.protocol import Engine, Slot
+from runtime.errors import DeadlineError, EngineError, InputError
 from runtime.rows import Phase
 from runtime.sampling import Sampling
 from runtime.sampling.choice import Choice
@@ -383,6 +384,24 @@ def test_kept_rows_make_way_the_least_recently_used_first() -> None:
     assert ask(3).cached == 0
     assert ask(1).cached == 49
     assert ask(2).cached == 0
+
+
+def test_rows_that_there_is_no_memory_to_keep_are_computed_again() -> None:
+    class Full(KnownEngine):
+        def keep(self, slot: Slot, rows: int) -> KeyValueCache:
+            raise InputError("the GPU has too little memory")
+
+    known = known_engine([True])
+    scheduler = Scheduler(
+        Full(known.dims, known.logits, known.draft_logits), Limits(cache_rows=256, prefix_rows=128), checked=True
+    )
+    for _ in range(2):
+        job = Job(request_for(drafter_of(PLAIN), [1] * 50, max_new_tokens=2), 64, listener=Told())
+        scheduler.add(job)
+        while not scheduler.idle:
+            scheduler.step()
+        assert job.state.tokens == plain([1] * 50, 2)
+        assert job.cached == 0
 
 
 class Breaking(KnownEngine):
