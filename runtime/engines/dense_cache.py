@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,14 +31,18 @@ class Place:
 
 
 class DenseSlot:
-    """A request's place in a cache, wherever that is moved to. See `Slot`. It is free when it is released, and when
-    nothing refers to it.
+    """A request's place in a cache, wherever that is moved to. See `Slot`. It is free when it is released; also when
+    nothing refers to it any more, and then from the next time on that the cache is used.
     """
 
-    def __init__(self, place: Place, free: Callable[[Place], None]) -> None:
+    def __init__(self, place: Place, dropped: deque[Place]) -> None:
         self.place = place
-        self.release = weakref.finalize(self, free, place)
-        self.release.atexit = False
+        self._drop = weakref.finalize(self, dropped.append, place)
+        self._drop.atexit = False
+
+    def drop(self) -> None:
+        """Say that it is used no more, as its end does."""
+        self._drop()
 
     @property
     def length(self) -> int:
@@ -67,6 +72,8 @@ class DenseCache:
         self._dims = dims
         # Those in use, by index; None for those that are free.
         self._places: list[Place | None] = []
+        # Places whose slots are used no more. A slot may end in any thread, and whatever the cache is doing.
+        self._dropped: deque[Place] = deque()
         self.arrays, self._memory = self._allocate(0, 0)
 
     @property
@@ -77,10 +84,12 @@ class DenseCache:
     @property
     def in_use(self) -> int:
         """The number of slots in use."""
+        self._reap()
         return sum(place is not None for place in self._places)
 
     def new_slot(self) -> DenseSlot:
         """Return an empty slot, the first that is free."""
+        self._reap()
         index = next((index for index, place in enumerate(self._places) if place is None), len(self._places))
         if index == len(self._places):
             self._places.append(None)
@@ -88,12 +97,20 @@ class DenseCache:
             # One is what most programs need.
             self._resize(max(index + 1, 2 * self.arrays.shape[2]) if index else 1, self.capacity)
         place = self._places[index] = Place(index)
-        return DenseSlot(place, self._free)
+        return DenseSlot(place, self._dropped)
 
-    def _free(self, place: Place) -> None:
-        self._places[place.index] = None
-        self._forget(place.index)
-        self._trim()
+    def release(self, slot: DenseSlot) -> None:
+        """Free `slot`, which is used no more, and its memory."""
+        slot.drop()
+        self._reap()
+
+    def _reap(self) -> None:
+        """Free the places whose slots are used no more."""
+        while self._dropped:
+            place = self._dropped.popleft()
+            self._places[place.index] = None
+            self._forget(place.index)
+            self._trim()
 
     def _trim(self) -> None:
         while self._places and self._places[-1] is None:
@@ -101,6 +118,7 @@ class DenseCache:
 
     def reserve(self, length: int, rows: int) -> None:
         """Have room for `rows` more rows behind `length` ones. S grows by a quarter at least."""
+        self._reap()
         needed = length + rows
         if needed > self.capacity:
             target = max(needed, self.capacity + self.capacity // 4)

@@ -119,7 +119,7 @@ class OnnxRuntimeCpuEngine:
 
     def release(self, slot: Slot) -> None:
         """See `Engine.release`."""
-        slot_of(slot).release()
+        self._cache.release(slot_of(slot))
 
     def run(self, batch: Batch) -> InPlaceResult:
         """See `Engine.run`. New keys and values are in the cache alone."""

@@ -159,8 +159,8 @@ class AnyUse(RuleBasedStateMachine):
     def release(self, data: st.DataObject, dropped: bool) -> None:
         slot, _ = self.requests.pop(data.draw(st.integers(0, len(self.requests) - 1)))
         if not dropped:
-            slot.release()
-            slot.release()
+            self.cache.release(slot)
+            self.cache.release(slot)
         del slot
 
     @precondition(lambda self: self.requests)
@@ -236,7 +236,7 @@ def test_one_request_has_room_for_one() -> None:
         slot = cache.new_slot()
         append(cache, slot, [row_of(1)])
         assert (slot.place.index, cache.arrays.shape[2]) == (0, 1)
-        slot.release()
+        cache.release(slot)
 
 
 def test_a_slot_is_free_when_nothing_refers_to_it_and_is_used_again() -> None:
@@ -257,7 +257,7 @@ def test_a_cache_does_not_keep_its_slots_nor_does_memory_outlive_both() -> None:
     append(cache, slot, [row_of(1)])
     memory = weakref.ref(cache.arrays)
     del cache
-    slot.release()
+    slot.drop()
     del slot
     gc.collect()
     assert memory() is None
@@ -278,7 +278,7 @@ def test_arranging_moves_the_last_ones_into_the_gaps() -> None:
         assert_holds(cache, slot, [row_of(number)] * (number + 1))
     # Into free places too, which move to the end and go.
     for index in (0, 2, 5, 6):
-        slots[index].release()
+        cache.release(slots[index])
     first, count = cache.arrange([slots[7], slots[4]], 0)
     assert {slots[7].place.index, slots[4].place.index} == {first, first + 1}
     assert count == 2
@@ -327,11 +327,11 @@ def test_memory_is_taken_as_it_is_used_and_given_back_on_release() -> None:
     assert resident_bytes(cache) - before == written
     # What moves leaves nothing behind.
     cache.arrange([slots[3], slots[15]], 0)
-    slots[9].release()
+    cache.release(slots[9])
     cache.arrange([slots[0], slots[15]], 0)
     assert resident_bytes(cache) - before == written
     for slot in slots:
-        slot.release()
+        cache.release(slot)
     assert resident_bytes(cache) == before
     again = cache.new_slot()
     assert not cache.of(again)[..., : 2 * half, :].any()
@@ -345,3 +345,25 @@ def test_more_memory_than_there_can_be_is_an_error_that_says_how_much() -> None:
     # As it was.
     assert cache.capacity == 0
     assert cache.new_slot().length == 0
+
+
+def test_slots_that_end_while_a_slot_is_made_harm_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector of garbage may end a slot at any allocation."""
+    cache = DenseCache(DIMS)
+    ending = [cache.new_slot() for _ in range(3)]
+    place = module.Place
+
+    def ends_others(index: int) -> object:
+        ending.clear()
+        gc.collect()
+        return place(index)
+
+    monkeypatch.setattr(module, "Place", ends_others)
+    slot = cache.new_slot()
+    monkeypatch.undo()
+    append(cache, slot, [row_of(1), row_of(2)])
+    assert cache.in_use == 1
+    other = cache.new_slot()
+    append(cache, other, [row_of(3)])
+    assert_holds(cache, slot, [row_of(1), row_of(2)])
+    assert_holds(cache, other, [row_of(3)])
