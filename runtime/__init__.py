@@ -7,12 +7,31 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from runtime.answer import GenerationChunk, GenerationResult
-    from runtime.errors import EngineFileError, InputError, InputWarning, PromptTooLongError
+    from runtime.errors import (
+        BusyError,
+        CancelledError,
+        ClosedError,
+        DeadlineError,
+        EngineError,
+        EngineFileError,
+        InputError,
+        InputWarning,
+        PromptTooLongError,
+        ServiceError,
+    )
     from runtime.generator import Generator
+    from runtime.preparation import RequestOptions
+    from runtime.prompts import Tokens
+    from runtime.request import Request
     from runtime.sampling import LogitsProcessor, Sampling, TokenLogProbability
     from runtime.tree import TreeSizes
 
 __all__ = [
+    "BusyError",
+    "CancelledError",
+    "ClosedError",
+    "DeadlineError",
+    "EngineError",
     "EngineFileError",
     "GenerationChunk",
     "GenerationResult",
@@ -21,8 +40,12 @@ __all__ = [
     "InputWarning",
     "LogitsProcessor",
     "PromptTooLongError",
+    "Request",
+    "RequestOptions",
     "Sampling",
+    "ServiceError",
     "TokenLogProbability",
+    "Tokens",
     "TreeSizes",
 ]
 
@@ -31,10 +54,19 @@ __all__ = [
 _MODULES = {
     "GenerationChunk": "answer",
     "GenerationResult": "answer",
+    "BusyError": "errors",
+    "CancelledError": "errors",
+    "ClosedError": "errors",
+    "DeadlineError": "errors",
+    "EngineError": "errors",
     "EngineFileError": "errors",
     "InputError": "errors",
     "InputWarning": "errors",
     "PromptTooLongError": "errors",
+    "ServiceError": "errors",
+    "Request": "request",
+    "RequestOptions": "preparation",
+    "Tokens": "prompts",
     "Generator": "generator",
     "LogitsProcessor": "sampling",
     "Sampling": "sampling",

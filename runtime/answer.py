@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from runtime.decode import Request
+from runtime.decode import DecodingState
 from runtime.sampling import TokenLogProbability
 from runtime.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "deadline"]
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,20 @@ class GenerationResult:
     """An answer and how it came about.
 
     `tokens` are the new token ids, an end-of-text token included; `text` leaves special tokens out and ends before a
-    stop string. `finish_reason` is "stop" (end of text, or a stop string) or "length" (token or context limit).
+    stop string. `finish_reason` is "stop" (end of text, or a stop string), "length" (token or context limit) or
+    "deadline". `cached_prompt_tokens` of the prompt were there already, from a prompt that began alike.
     `steps` counts the engine passes that made tokens certain, the prompt's last one included, so that
-    `tokens_per_step` is tokens / steps and 1.0 for plain decoding. `decode_tokens_per_second` leaves the prompt and
-    the first token out, and the time that the taker of a stream keeps each chunk; it is 0.0 when there was no second
-    token. `accepted[n]` counts the steps that accepted n drafted tokens and so yielded n + 1: all but the prompt's, and
-    the last one, which the answer's end cut short. `seed` is the one that sampling used, None for greedy decoding.
-    `log_probabilities` has an entry for each token, if asked for.
+    `tokens_per_step` is tokens / steps and 1.0 for plain decoding. `time_to_first_token_s` is from the time that the
+    request was made, also while it waited for others. `decode_tokens_per_second` leaves the prompt and the first token
+    out; it is 0.0 when there was no second token. `accepted[n]` counts the steps that accepted n drafted tokens and so
+    yielded n + 1: all but the prompt's, and the last one, which the answer's end cut short. `seed` is the one that
+    sampling used, None for greedy decoding. `log_probabilities` has an entry for each token, if asked for.
     """
 
     text: str
     tokens: list[int]
     prompt_tokens: int
+    cached_prompt_tokens: int
     finish_reason: FinishReason
     steps: int
     tokens_per_step: float
@@ -51,19 +54,21 @@ class GenerationResult:
 @dataclass(frozen=True)
 class GenerationChunk:
     """A part of an answer: text that is final, and the tokens of one engine pass, with their log-probabilities if
-    asked for. The last one carries the result.
+    asked for; they became certain `seconds` after the request was made. The last one carries the result.
     """
 
     text: str
     tokens: list[int] = field(default_factory=list)
     result: GenerationResult | None = None
     log_probabilities: list[TokenLogProbability] | None = None
+    seconds: float = 0.0
 
 
 class Answer:
     """The part of a request's answer that has come: call `step` after each step that made tokens certain.
 
-    `ends` is for `Request.ends`: text decides where an answer ends, by its `stop` strings as well as by `stop_tokens`.
+    `ends` is for `DecodingState.ends`: text decides where an answer ends, by its `stop` strings as well as by
+    `stop_tokens`.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stop_tokens: Iterable[int], sampler: Sampler) -> None:
@@ -75,8 +80,10 @@ class Answer:
         self._released: list[str] = []
         self._count = 0
         self._stopped = False
-        # Seconds of each step, the prompt with the first one.
-        self._seconds: list[float] = []
+        # Times of `time.perf_counter`: the beginning, the first token and the last.
+        self._made = time.perf_counter()
+        self._first = self._last = self._made
+        self._steps = 0
         self._accepted: Counter[int] = Counter()
 
     def ends(self, token: int) -> bool:
@@ -85,31 +92,40 @@ class Answer:
         self._stopped = self._text.stopped or token in self._stop_tokens
         return self._stopped
 
-    def step(self, request: Request, seconds: float) -> GenerationChunk:
-        """Return the chunk of a step that took so long; the last one carries the result."""
-        certain, scores = request.tokens[self._count :], self._sampler.log_probabilities
-        if self._count and not request.ended:
-            self._accepted[len(certain) - 1] += 1
-        self._seconds.append(seconds)
-        if request.ended:
+    def step(self, state: DecodingState, cached: int = 0) -> GenerationChunk:
+        """Return the chunk of the tokens that became certain since the last one; the last one carries the result.
+        `cached` counts the tokens of the prompt that were there already.
+        """
+        certain, scores = state.tokens[self._count :], self._sampler.log_probabilities
+        if certain:
+            self._last = time.perf_counter()
+            if not self._count:
+                self._first = self._last
+            elif not state.ended:
+                self._accepted[len(certain) - 1] += 1
+            self._steps += 1
+        if state.ended:
             self._released.append(self._text.finish())
         text = "".join(self._released)
         self._released.clear()
         part = scores and scores[self._count :]
         self._count += len(certain)
-        return GenerationChunk(text, certain, self._result(request) if request.ended else None, part)
+        result = self._result(state, cached) if state.ended else None
+        return GenerationChunk(text, certain, result, part, time.perf_counter() - self._made)
 
-    def _result(self, request: Request) -> GenerationResult:
-        tokens, steps, decoding = request.tokens, len(self._seconds), sum(self._seconds[1:])
+    def _result(self, state: DecodingState, cached: int) -> GenerationResult:
+        tokens, steps, decoding = state.tokens, self._steps, self._last - self._first
+        limited = len(tokens) >= state.max_new_tokens
         return GenerationResult(
             text=self._text.text,
             tokens=tokens,
-            prompt_tokens=len(request.prompt),
-            finish_reason="stop" if self._stopped else "length",
+            prompt_tokens=len(state.prompt),
+            cached_prompt_tokens=cached,
+            finish_reason="stop" if self._stopped else "length" if limited else "deadline",
             steps=steps,
-            tokens_per_step=len(tokens) / steps,
+            tokens_per_step=len(tokens) / steps if steps else 0.0,
             decode_tokens_per_second=(len(tokens) - 1) / decoding if decoding else 0.0,
-            time_to_first_token_s=self._seconds[0],
+            time_to_first_token_s=self._first - self._made,
             accepted=tuple(self._accepted[n] for n in range(max(self._accepted, default=-1) + 1)),
             seed=self._sampler.seed,
             log_probabilities=self._sampler.log_probabilities,

@@ -19,6 +19,8 @@ LOGIT_ROWS = "logit_rows"
 CACHE_LENGTH = "cache_length"
 LOGITS = "logits"
 DRAFT_LOGITS = "draft_logits"
+# A lowered graph says so where it takes any number of requests; those of earlier releases take one.
+REQUESTS, ANY = "requests", "any"
 
 Dim = int | str
 # Types of weights, keys and values.
@@ -135,6 +137,11 @@ class GraphDims:
     def join_order(self) -> tuple[int, ...]:
         """The steps, 0-based, in the order of their rows; see `join_order`."""
         return join_order(self.transfer_layers)
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of the keys and values of one row, of all layers."""
+        return 2 * self.num_layers * self.key_value_heads * self.head_dim * BYTES[self.dtype]
 
     def inputs(self) -> list[Binding]:
         """Return the graph's inputs, in order."""

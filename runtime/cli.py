@@ -40,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may repeat")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="where an .onnx engine runs (default: cpu; a .plan runs on the GPU)"
+        "--device",
+        help="where an .onnx engine runs: cpu, cuda, cuda:1 (default: cpu; a .plan runs on the GPU)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all physical cores)")
     _add_sampling(parser)

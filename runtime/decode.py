@@ -1,8 +1,9 @@
 """The draft-and-verify loop (arXiv 2404.12022): one pass verifies a tree of candidates and drafts the next.
 
-The loop decides and never runs. `decode` yields the rows that a request wants in the next pass and is sent what came of
-them; then it yields the rows that were accepted, to be committed. Whatever runs passes, for one request or for many,
-drives it: see `runtime.driver`.
+The loop decides and never runs. `decode` yields the largest tree that a request may verify, and is sent the sizes to
+cut it to; it yields the rows that it wants in the next pass and is sent what came of them; then it yields the rows that
+were accepted, to be committed. Whatever runs passes, for one request or for many,
+drives it: see `runtime.scheduling`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Protocol
 
 import numpy as np
 
-from runtime.drafting.drafter import Drafter
+from runtime.drafting.drafter import Drafter, Offer
 from runtime.drafting.drafts import DraftStep
 from runtime.rows import Outputs, Rows, lay_out, prompt_rows
 from runtime.sampling.choice import ArgMax, Choice, Chosen, Wanted
-from runtime.tree import Tree
+from runtime.tree import Tree, TreeSizes
 
 # Called once for each token chosen, in order; returns whether the answer ends with it.
 Ends = Callable[[int], bool]
@@ -54,12 +55,13 @@ def never(token: int) -> bool:
 
 
 @dataclass
-class Request:
+class DecodingState:
     """One text on its way: what was asked for, and how far it is.
 
-    The prompt is run in chunks of `chunk` tokens. `join_order` is that of the graph's draft steps. The answer ends with
-    the first token that `ends` is true of, or after `max_new_tokens`. `tokens` are those chosen so far, and
-    `committed` counts the rows that an engine keeps for it.
+    The prompt is run in chunks of `chunk` tokens, which may change between them, from the first token that is not
+    `committed` on: the rows that an engine keeps for it, at the beginning those of a prompt that began alike.
+    `join_order` is that of the graph's draft steps. The answer ends with the first token that `ends` is true of, or
+    after `max_new_tokens`. `tokens` are those chosen so far.
     """
 
     prompt: Sequence[int]
@@ -88,12 +90,14 @@ class Accepted:
     rows: Sequence[int]
 
 
-# Yields `Rows` and is sent their `Outputs`, then yields `Accepted` and is sent nothing. It need not be resumed once the
-# request has ended.
-Decoding = Generator[Rows | Accepted, Outputs, None]
+# Yields an `Offer` and is sent `TreeSizes`, but for chunks of the prompt; yields `Rows` and is sent their `Outputs`;
+# then yields `Accepted` and is sent nothing. It need not be resumed once the request has ended.
+Yielded = Offer | Rows | Accepted
+Sent = TreeSizes | Outputs | None
+Decoding = Generator[Yielded, Sent, None]
 
 
-def decode(request: Request) -> Decoding:
+def decode(request: DecodingState) -> Decoding:
     """Decode `request` to its end. Its tokens are those of plain decoding: each is chosen from the base model's logits
     after all tokens before it.
     """
@@ -101,7 +105,10 @@ def decode(request: Request) -> Decoding:
     drafts = yield from process_prompt(request)
     drafter.begin([*request.prompt, *request.tokens])
     while not request.ended:
-        tree, pseudo_parents = drafter.propose(request.tokens[-1], drafts, request.committed)
+        offer = drafter.offer(request.tokens[-1], drafts, request.committed)
+        sizes = yield offer
+        assert isinstance(sizes, TreeSizes), "an offer is answered with sizes"
+        tree, pseudo_parents = drafter.cut(offer, sizes)
         rows = lay_out(
             tree,
             pseudo_parents,
@@ -110,7 +117,7 @@ def decode(request: Request) -> Decoding:
             wanted=request.choose.wanted,
             shortlist=drafter.shortlist,
         )
-        outputs = yield rows
+        outputs = yield from run(rows)
         accepted = verify(tree, outputs, request)
         drafts = drafts_of(accepted[-1], outputs, request.join_order)
         request.committed += len(accepted)
@@ -118,7 +125,7 @@ def decode(request: Request) -> Decoding:
         yield Accepted(accepted)
 
 
-def verify(tree: Tree, outputs: Outputs, request: Request) -> list[int]:
+def verify(tree: Tree, outputs: Outputs, request: DecodingState) -> list[int]:
     """Walk the tree by the base model's own choice at each node, one choice for each accepted node.
 
     Returns the accepted nodes, the root first. The token chosen at the last of them is the next certain one: the answer
@@ -139,6 +146,8 @@ def drafts_of(node: int, outputs: Outputs, join_order: Sequence[int]) -> list[Dr
     They end before the first step that it has no row of, or whose logits overflowed.
     """
     pseudo_parents = outputs.rows.pseudo_parents
+    if not any(map(len, pseudo_parents)):
+        return []
     first_row = {}
     row = 0
     for step in join_order:
@@ -154,14 +163,21 @@ def drafts_of(node: int, outputs: Outputs, join_order: Sequence[int]) -> list[Dr
     return drafts
 
 
-def process_prompt(request: Request) -> Generator[Rows | Accepted, Outputs, list[DraftStep]]:
+def run(rows: Rows) -> Generator[Yielded, Sent, Outputs]:
+    """Have `rows` run; return what came of them."""
+    outputs = yield rows
+    assert outputs is not None and not isinstance(outputs, TreeSizes), "rows are answered with their outputs"
+    return outputs
+
+
+def process_prompt(request: DecodingState) -> Generator[Yielded, Sent, list[DraftStep]]:
     """Run the prompt in chunks, and choose the token after it. Returns the drafts of what follows that."""
-    drafter, prompt, chunk = request.drafter, request.prompt, request.chunk
+    drafter, prompt = request.drafter, request.prompt
     drafts: list[DraftStep] = []
-    for start in range(0, len(prompt), chunk):
-        tokens = prompt[start : start + chunk]
-        ends_prompt = start + chunk >= len(prompt)
-        outputs = yield prompt_rows(
+    while (start := request.committed) < len(prompt):
+        tokens = prompt[start : start + request.chunk]
+        ends_prompt = start + len(tokens) == len(prompt)
+        rows = prompt_rows(
             tokens,
             request.join_order,
             start,
@@ -169,6 +185,7 @@ def process_prompt(request: Request) -> Generator[Rows | Accepted, Outputs, list
             wanted=request.choose.wanted,
             shortlist=drafter.shortlist,
         )
+        outputs = yield from run(rows)
         if ends_prompt:
             request.take(outputs.chosen(0))
             drafts = drafts_of(len(tokens) - 1, outputs, request.join_order)

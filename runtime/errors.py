@@ -17,6 +17,39 @@ class PromptTooLongError(InputError):
     """The prompt leaves no room for a single new token within the engine's context limit."""
 
 
+class ServiceError(RuntimeError):
+    """A request that fits was not answered: the message says why. Another time, or elsewhere, it may be."""
+
+
+class BusyError(ServiceError):
+    """The queue is full: `waiting` requests of at most `max_queue` wait for `running` ones."""
+
+    def __init__(self, waiting: int, running: int, max_queue: int) -> None:
+        super().__init__(
+            f"the queue is full: {waiting} requests wait for {running} that run, and max_queue is {max_queue}; try "
+            "again later"
+        )
+        self.waiting = waiting
+        self.running = running
+        self.max_queue = max_queue
+
+
+class DeadlineError(ServiceError):
+    """The deadline of a request passed before it ran."""
+
+
+class CancelledError(ServiceError):
+    """The request was cancelled."""
+
+
+class ClosedError(ServiceError):
+    """The generator was closed, or takes no more requests."""
+
+
+class EngineError(ServiceError):
+    """The engine failed while it ran: nothing that was under way can go on, and no more is taken."""
+
+
 class InputWarning(UserWarning):
     """Something given by the user works, and likely not as it was meant. Command lines show it as one line."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from runtime.errors import InputError, one_line
+from runtime.errors import EngineError, InputError, one_line
 
 
 @contextlib.contextmanager
-def failures(error: Callable[[str], InputError]) -> Iterator[None]:
+def failures(error: Callable[[str], InputError | EngineError]) -> Iterator[None]:
     """Raise the `error` of the cause for whatever is raised in the block, but an `InputError`.
 
     So it is for panics of libraries in Rust, which are no `Exception`; an interrupt, or an exit, goes through.

@@ -2,49 +2,63 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import threading
-import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, Self, Unpack, overload
 
-from runtime import driver, tokenizer
-from runtime.answer import Answer, GenerationChunk, GenerationResult
+from runtime import tokenizer
+from runtime.answer import GenerationChunk, GenerationResult
 from runtime.bundle.engine_file import EngineFile
 from runtime.bundle.reading import read_bundle
 from runtime.bundle.tuning_file import Tuning
-from runtime.checks import check_threads, whole
-from runtime.decode import Request
+from runtime.checks import check_threads, number, whole
 from runtime.drafting.drafter import Drafter
-from runtime.drafting.ngrams import Ngrams
-from runtime.drafting.sizing import AdaptiveSizes, FixedSizes, Sizing
-from runtime.drafting.source import DraftSource
-from runtime.drafting.transfer_drafts import TransferDrafts
+from runtime.drafting.sizing import Sizing
 from runtime.engines.opening import open_engine, runs_on_cpu
 from runtime.engines.protocol import Engine
-from runtime.errors import InputError, PromptTooLongError, shown
+from runtime.errors import BusyError, InputError
 from runtime.files import check_readable
-from runtime.prompts import Prompt, PromptEncoder
-from runtime.sampling import Sampling
+from runtime.memory import default_cache_bytes
+from runtime.preparation import MOST_ANSWERS, Preparation, RequestOptions, prompts_of, sampling_of_answers
+from runtime.prompts import Prompt, Prompts, Tokens
+from runtime.request import Request
 from runtime.sampling.noise import Noise
-from runtime.sampling.sampler import Sampler
-from runtime.tree import MOST_ROWS, TreeSizes
+from runtime.scheduling.scheduler import Limits, Scheduler
+from runtime.service import Service
 from runtime.tuning import device_name, load_or_measure
+
+MOST_BATCH = 1 << 10
+MOST_QUEUE = 1 << 20
+LONGEST_STALL_MS = 60_000.0
+MAX_BATCH = 16
+MAX_QUEUE = 1024
+MAX_STALL_MS = 200.0
+# New tokens of each request when warming up.
+WARM_TOKENS = 4
 
 
 class Generator:
-    """Decoding on an exported engine. One generator serves one request at a time; another thread that asks meanwhile
-    gets an `InputError`.
+    """Decoding on an exported engine, for any number of threads and tasks at once: requests share its passes, and each
+    has the text that it has alone.
 
     Raises `EngineFileError` when the engine's files are missing, damaged or of another version, and `InputError` for
-    an engine that cannot run here. `device` "cpu" or "cuda" is where an ONNX engine runs, None on the CPU; plans run on
-    the GPU always. `threads` is for the CPU; `InputWarning` tells of more than this process has cores. With `adapt` the
-    sizes of trees are those that pay on this device and for this text. On a CPU the times of steps are measured the
-    first time, which takes some seconds, and kept beside the engine; on a GPU `ht-bench tune` does so. Without them, or
-    without `adapt`, sizes are the engine's own. `verify_weights=False` skips hashing the weights when loading (their
-    size is always checked). With `escape_special_tokens` the text of a prompt never becomes special tokens, as
-    `<|im_end|>` in a message otherwise does; each request may say it anew.
+    an engine that cannot run here. `device` "cpu", "cuda" or "cuda:1" is where an ONNX engine runs, None on the CPU;
+    plans run on a GPU always. `threads` is for the CPU; `InputWarning` tells of more than this process has cores. With
+    `adapt` the sizes of trees are those that pay on this device and for this text. On a CPU the times of steps are
+    measured the first time, which takes some seconds, and kept beside the engine; on a GPU `ht-bench tune` does so.
+    Without them, or without `adapt`, sizes are the engine's own. `verify_weights=False` skips hashing the weights when
+    loading (their size is always checked). With `escape_special_tokens` the text of a prompt never becomes special
+    tokens, as `<|im_end|>` in a message otherwise does; each request may say it anew.
+
+    Up to `max_batch` requests run at once, and up to `max_queue` wait. Keys and values of all of them take up to
+    `cache_bytes` of memory (None for a quarter of what is free, a part of which the engine may not use), of which those
+    of prompts that have ended may keep `prefix_cache_bytes` (None for a quarter of it), for prompts that begin alike; 0
+    turns that off. A prompt is run in parts so small that requests under way wait for no more than `max_stall_ms`.
+
+    As a context manager it is closed at the end. Copies made by a fork refuse to work.
     """
 
     def __init__(
@@ -56,23 +70,40 @@ class Generator:
         adapt: bool = True,
         verify_weights: bool = True,
         escape_special_tokens: bool = False,
+        max_batch: int = MAX_BATCH,
+        max_queue: int = MAX_QUEUE,
+        max_stall_ms: float = MAX_STALL_MS,
+        cache_bytes: int | None = None,
+        prefix_cache_bytes: int | None = None,
     ) -> None:
         path = Path(engine)
         check_readable(path)
         if threads is not None:
             check_threads(threads)
-        self._bundle = read_bundle(path, verify_weights=verify_weights)
-        self.about: EngineFile = self._bundle.about
-        self._prompts = PromptEncoder(self._bundle.tokenizer, self._bundle.chat, self.about.dims.vocab_size)
-        self._escape = escape_special_tokens
-        with self._bundle.files as files:
+        self._max_batch = max_batch = whole("max_batch", max_batch, 1, MOST_BATCH)
+        max_queue = whole("max_queue", max_queue, 1, MOST_QUEUE)
+        stall = number("max_stall_ms", max_stall_ms, 1.0, LONGEST_STALL_MS)
+        for name, given in (("cache_bytes", cache_bytes), ("prefix_cache_bytes", prefix_cache_bytes)):
+            if given is not None:
+                whole(name, given)
+        bundle = read_bundle(path, verify_weights=verify_weights)
+        self._bundle = bundle
+        self.about: EngineFile = bundle.about
+        with bundle.files as files:
             self.engine: Engine = open_engine(files, self.about, device, threads)
-        self._in_use = threading.Lock()
-        self.tuning: Tuning | None = None
+        cache_rows, prefix_rows = _rows(self.engine, self.about, cache_bytes, prefix_cache_bytes)
+        self._preparation = Preparation(bundle, None, cache_rows, escape_special_tokens=escape_special_tokens)
         if adapt:
             name = device_name(self.engine, threads)
             on_cpu = runs_on_cpu(self.about, device)
-            self.tuning = load_or_measure(path, self.engine, self.about, name, self.new_drafter, on_cpu=on_cpu)
+            self._preparation.tuning = load_or_measure(
+                path, self.engine, self.about, name, self.new_drafter, on_cpu=on_cpu
+            )
+        limits = Limits(max_batch, cache_rows, prefix_rows, self.about.prompt_chunk, stall / 1000)
+        menus = self.tuning.batches if self.tuning else ()
+        self._service = Service(Scheduler(self.engine, limits, batch_menus=menus), max_queue)
+        # Also at the interpreter's end, for programs that never close it.
+        self._close = weakref.finalize(self, self._service.close)
 
     def __reduce__(self) -> NoReturn:
         # What `pickle`, `copy` and process pools report of anything that they cannot handle is a TypeError.
@@ -80,6 +111,17 @@ class Generator:
             "a Generator cannot be pickled or copied: it holds an engine's session and memory; make one in each "
             "process, from the engine's path"
         )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What was measured of the engine on this device, None if nothing was."""
+        return self._preparation.tuning
 
     def encode(self, prompt: Prompt, *, raw: bool = False, escape_special_tokens: bool | None = None) -> list[int]:
         """Return the token ids of a prompt: of chat messages, of a string as one user message, or (`raw`, or a model
@@ -89,102 +131,93 @@ class Generator:
         the template's own does, and messages (all texts in them) and strings are encoded as text. None leaves that to
         what the generator was made with.
         """
-        return self._encode(prompt, raw, escape_special_tokens, None)
-
-    def _encode(self, prompt: Prompt, raw: bool, escape: bool | None, limit: int | None) -> list[int]:
-        escape = self._escape if escape is None else escape
-        return self._prompts.encode(prompt, raw=raw, escape_special_tokens=escape, limit=limit)
+        return self._preparation.encode(prompt, raw=raw, escape_special_tokens=escape_special_tokens)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of `tokens`, without special ones. Raises `InputError` for what is no token."""
         return tokenizer.decode(self._bundle.tokenizer, tokens)
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 256,
-        stop: Sequence[str] = (),
-        speculate: bool = True,
-        raw: bool = False,
-        tree: TreeSizes | None = None,
-        ngrams: bool = True,
-        sampling: Sampling | None = None,
-        escape_special_tokens: bool | None = None,
-    ) -> GenerationResult:
-        """Return the base model's answer to `prompt`; parameters as for `stream`."""
-        for chunk in self.stream(
-            prompt,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            speculate=speculate,
-            raw=raw,
-            tree=tree,
-            ngrams=ngrams,
-            sampling=sampling,
-            escape_special_tokens=escape_special_tokens,
-        ):
-            if chunk.result is not None:
-                return chunk.result
-        raise AssertionError("a stream ends with its result")
+    def check(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> None:
+        """Raise what `submit` raises for a request that does not fit, and do nothing else."""
+        self._preparation.prepare(prompt, **options)
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 256,
-        stop: Sequence[str] = (),
-        speculate: bool = True,
-        raw: bool = False,
-        tree: TreeSizes | None = None,
-        ngrams: bool = True,
-        sampling: Sampling | None = None,
-        escape_special_tokens: bool | None = None,
-    ) -> Iterator[GenerationChunk]:
-        """Yield the base model's answer to `prompt` as it comes.
+    def submit(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Request:
+        """Queue one request and return it: iterate over it for its chunks, or ask for its `result`.
 
-        `sampling` says how tokens are chosen, None greedily. `speculate=False` decodes plainly, one token a pass, to
-        the same text, given the same seed. `stop` strings end the answer and are left out of its text. `tree` fixes the
-        row counts of every step, which otherwise adapt to the device and to the text. `ngrams=False` drafts nothing
-        from the text itself. `escape_special_tokens` as for `encode`. Arguments are checked before the first chunk is
-        asked for, and a prompt that is clearly too long is refused without reading it to its end. Raises
-        `PromptTooLongError` when the prompt leaves no room within the context limit, and `InputError` for any other
-        argument that does not fit; also later, when `sampling` leaves no token to choose.
+        `prompt` is a string, a list of messages, or `Tokens`; `options` are those of `RequestOptions`, which are
+        checked at once, and a prompt that is clearly too long is refused without reading it to its end. Raises
+        `PromptTooLongError` when the prompt leaves no room within the context limit, `InputError` for anything else
+        that does not fit, `BusyError` when the queue is full, `ClosedError` and `EngineError` when no more requests
+        are taken. What goes wrong later is raised where chunks or the result are asked for.
         """
-        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
-        if not isinstance(stop, Sequence) or isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
-            raise InputError(f"stop must be a list of strings that are not empty, not {shown(stop)}")
-        if sampling is None:
-            sampling = Sampling()
-        if not isinstance(sampling, Sampling):
-            raise InputError(f"sampling must be a runtime.Sampling, not {shown(sampling)}")
-        if sampling.min_new_tokens > max_new_tokens:
-            raise InputError(
-                f"min_new_tokens is {sampling.min_new_tokens}, more than max_new_tokens, {max_new_tokens}; change one "
-                "of them"
-            )
-        for index in sampling.forced_tokens:
-            if index >= max_new_tokens:
-                raise InputError(
-                    f"forced_tokens has new token {index}, and max_new_tokens is {max_new_tokens}; change one of them"
-                )
-        sizing = self._sizing(tree, speculate)
-        ids = self._encode(prompt, raw, escape_special_tokens, self.about.max_context)
-        if not ids:
-            raise InputError("the prompt is empty; give at least one token")
-        room = self.about.max_context - len(ids)
-        if room < 1:
-            raise PromptTooLongError(
-                f"the prompt has {len(ids)} tokens, and the engine's context limit is {self.about.max_context} for "
-                "prompt and answer together; shorten the prompt"
-            )
-        dims = self.about.dims
-        sampler = Sampler(sampling, ids, dims.vocab_size, self.about.stop_tokens)
-        drafter = self.new_drafter(sizing, sampling.temperature, sampler.noise, ngrams=ngrams and speculate)
-        answer = Answer(self._bundle.tokenizer, stop, self.about.stop_tokens, sampler)
-        most = min(max_new_tokens, room)
-        request = Request(ids, drafter, self.about.prompt_chunk, dims.join_order, sampler, most, answer.ends)
-        return self._run(request, answer)
+        service = self._service
+        service.check()
+        job, delivery = self._preparation.prepare(prompt, **options)
+        service.submit(job)
+        return Request(delivery, _canceller(service, job))
+
+    # A string is a sequence of strings too, and one prompt.
+    @overload
+    def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> GenerationResult: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: Prompt, *, n: int, **options: Unpack[RequestOptions]
+    ) -> list[GenerationResult]: ...
+
+    @overload
+    def generate(self, prompt: Prompts, **options: Unpack[RequestOptions]) -> list[GenerationResult]: ...
+
+    @overload
+    def generate(
+        self, prompt: Prompts, *, n: int, **options: Unpack[RequestOptions]
+    ) -> list[list[GenerationResult]]: ...
+
+    def generate(self, prompt: Any, *, n: int | None = None, **options: Unpack[RequestOptions]) -> Any:
+        """Return the base model's answer to `prompt`, or, for a list of prompts, a list of answers in the same order.
+
+        With `n` there are so many answers to each prompt, in a list; with a seed they have that one and the seeds after
+        it, each as a request of its own has it. Arguments and errors are those of `submit`, but for `BusyError`: of
+        several requests those that the queue has no room for yet wait outside. The first error ends all.
+        """
+        several = prompts_of(prompt)
+        count = 1 if n is None else whole("n", n, 1, MOST_ANSWERS)
+        self._service.check()
+        sampling = options.pop("sampling", None)
+        samplings = sampling_of_answers(sampling, count)
+        asked: list[tuple[Prompt, RequestOptions]] = [
+            (one, {**options, "sampling": each})
+            for one in ([prompt] if several is None else several)
+            for each in samplings
+        ]
+        results = self._all(asked)
+        if n is not None:
+            grouped = [results[start : start + count] for start in range(0, len(results), count)]
+            return grouped[0] if several is None else grouped
+        return results[0] if several is None else results
+
+    def stream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Request:
+        """Return the base model's answer to `prompt` as an iterator of its chunks; arguments and errors as for
+        `submit`. Closing it, or dropping it, ends the request.
+        """
+        return self.submit(prompt, **options)
+
+    async def agenerate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> GenerationResult:
+        """Return the base model's answer to `prompt`; cancelling the task ends the request. See `submit`."""
+        request = await asyncio.to_thread(self.submit, prompt, **options)
+        try:
+            return await request.aresult()
+        finally:
+            request.cancel()
+
+    async def astream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> AsyncIterator[GenerationChunk]:
+        """Yield the base model's answer to `prompt` as it comes; leaving it early ends the request. See `submit`."""
+        request = await asyncio.to_thread(self.submit, prompt, **options)
+        try:
+            async for chunk in request:
+                yield chunk
+        finally:
+            request.cancel()
 
     def new_drafter(
         self, sizing: Sizing, temperature: float = 0.0, noise: Noise | None = None, *, ngrams: bool = True
@@ -192,62 +225,69 @@ class Generator:
         """Return what drafts one text with the engine's own statistics, greedily or for sampling at `temperature` with
         `noise`; `ngrams=False` leaves out continuations from the text itself.
         """
-        bundle = self._bundle
-        sources: list[DraftSource] = [TransferDrafts(bundle.correction, bundle.reliability, temperature, noise)]
-        if ngrams:
-            sources.append(Ngrams())
-        return Drafter(sizing, sources)
+        return self._preparation.new_drafter(sizing, temperature, noise, ngrams=ngrams)
 
-    def _run(self, request: Request, answer: Answer) -> Iterator[GenerationChunk]:
-        steps = driver.run(self.engine, [request])
-        while not request.ended:
-            count = len(request.tokens)
-            started = time.perf_counter()
-            # The chunks of a prompt, and the pass after them that makes a token certain.
-            with self._used():
-                while len(request.tokens) == count:
-                    next(steps)
-            yield answer.step(request, time.perf_counter() - started)
+    def metrics(self) -> dict[str, Any]:
+        """Return counts and distributions since the beginning, and what runs and waits now, as plain data."""
+        return {**self._service.state(), **self._service.scheduler.metrics.to_dict()}
 
-    @contextlib.contextmanager
-    def _used(self) -> Iterator[None]:
-        """Keep the engine for one step: its outputs hold until the next one."""
-        if not self._in_use.acquire(blocking=False):
-            raise InputError(
-                "this generator is at work for another thread, or calls itself from a processor; take turns, or load "
-                "one for each"
-            )
+    def warm_up(self) -> None:
+        """Run passes of all kinds once, so that no request waits for what is set up at the first one."""
+        for count in {1, self._max_batch}:
+            for speculate in (True, False):
+                self.generate([Tokens([0])] * count, max_new_tokens=WARM_TOKENS, speculate=speculate)
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests, and wait until those under way have ended, for up to `timeout` seconds; return whether
+        they have.
+        """
+        return self._service.drain(timeout)
+
+    def close(self) -> None:
+        """End all requests, which raise `ClosedError`, and the engine's thread. Closing again does nothing."""
+        self._close()
+
+    def _all(self, asked: Sequence[tuple[Prompt, RequestOptions]]) -> list[GenerationResult]:
+        requests: list[Request] = []
         try:
-            yield
+            for prompt, options in asked:
+                requests.append(self._submit_when_possible(prompt, options, requests))
+            return [request.result() for request in requests]
         finally:
-            self._in_use.release()
+            for request in requests:
+                request.cancel()
 
-    def _sizing(self, tree: TreeSizes | None, speculate: bool) -> Sizing:
-        steps = self.about.dims.num_steps
-        if not speculate:
-            if tree is not None:
-                raise InputError("tree has no meaning with speculate=False; leave one of them out")
-            return FixedSizes(TreeSizes.plain(steps))
-        if tree is None and self.tuning is not None:
-            return AdaptiveSizes(self.tuning.menu, self.tuning.rate, self.tuning.draft_value)
-        return FixedSizes(self._checked(tree or self.about.tree))
+    def _submit_when_possible(self, prompt: Prompt, options: RequestOptions, before: Sequence[Request]) -> Request:
+        while True:
+            try:
+                return self.submit(prompt, **options)
+            except BusyError:
+                unfinished = next((request for request in before if not request.done), None)
+                if unfinished is None:
+                    # The queue is full of others' requests.
+                    raise
+                with contextlib.suppress(TimeoutError):
+                    unfinished.result(0.1)
 
-    def _checked(self, sizes: TreeSizes) -> TreeSizes:
-        if not isinstance(sizes, TreeSizes) or not isinstance(sizes.pseudo_rows, Sequence):
-            raise InputError(f"tree must be a runtime.TreeSizes such as TreeSizes(4, (4, 2, 2)), not {shown(sizes)}")
-        whole("tree_rows", sizes.tree_rows, 1, MOST_ROWS)
-        for rows in sizes.pseudo_rows:
-            whole("each of pseudo_rows", rows, 0, sizes.tree_rows)
-        steps = self.about.dims.num_steps
-        if len(sizes.pseudo_rows) != steps or any(sizes.pseudo_rows[sizes.draft_steps :]):
-            raise InputError(
-                f"pseudo_rows must be {steps} numbers, one for each draft step of this engine, with none after a 0: a "
-                f"step is of use only after those before it; not {sizes.pseudo_rows}"
-            )
-        plan = self.about.plan
-        if plan and (most := max(sizes.tree_rows, *sizes.pseudo_rows)) > plan.limits.max_rows:
-            raise InputError(
-                f"{sizes} does not fit: this plan was built for up to {plan.limits.max_rows} rows of each kind; use "
-                f"fewer, or export it again with --max-rows {most}"
-            )
-        return sizes
+
+def _canceller(service: Service, job: Any) -> Callable[[], None]:
+    return lambda: service.cancel(job)
+
+
+def _rows(engine: Engine, about: EngineFile, cache_bytes: int | None, prefix_bytes: int | None) -> tuple[int, int]:
+    """Return the rows of the cache, and of kept prefixes. Raises `InputError` where they are too few for anything."""
+    row = engine.row_bytes
+    if cache_bytes is None and engine.gpu_name is None:
+        cache_bytes = default_cache_bytes(row * about.max_context)
+    elif cache_bytes is None:
+        # The engine has memory for its slots already; on top come a few kept prefixes.
+        cache_bytes = row * about.max_context * (engine.max_slots + 1)
+    rows = cache_bytes // row
+    least = about.tree.tree_rows * (1 + about.dims.num_steps) + 2
+    if rows < least:
+        raise InputError(
+            f"cache_bytes is {cache_bytes}, and this engine needs {least * row} for the shortest request ({row} for "
+            "each token); give more"
+        )
+    prefix_rows = rows // 4 if prefix_bytes is None else min(prefix_bytes // row, rows)
+    return rows, prefix_rows

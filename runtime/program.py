@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import InputError, InputWarning
+from runtime.errors import InputError, InputWarning, ServiceError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -79,7 +79,7 @@ def _finished(work: Callable[[], int | None]) -> int:
 
 def _told(error: Exception) -> str | None:
     """Return what to tell of an error that is the user's or the machine's, None for a fault of ours."""
-    if isinstance(error, InputError):
+    if isinstance(error, (InputError, ServiceError)):
         return str(error)
     if isinstance(error, MemoryError):
         return f"not enough memory ({error})"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from runtime.chat import ChatTemplate, Message
 from runtime.chat.conversation import MOST_CHARACTERS, check_characters
+from runtime.checks import whole
 from runtime.errors import InputError, PromptTooLongError
 from runtime.escaping import ControlTokens
 from runtime.tokenizer import encode
@@ -15,7 +16,14 @@ from runtime.tokenizer import encode
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Prompt = str | Sequence[Message]
+
+class Tokens(tuple[int, ...]):
+    """A prompt as token ids, which are taken as they are."""
+
+
+# One prompt, and several.
+Prompt = str | Sequence[Message] | Tokens
+Prompts = Sequence[str] | Sequence[Sequence[Message]] | Sequence[Tokens] | Sequence[Prompt]
 
 # Characters for each token of the context limit, and at least: longer prompts are refused unread. The longest token of
 # SmolLM2 has 81.
@@ -47,6 +55,8 @@ class PromptEncoder:
         With a `limit` of tokens, `PromptTooLongError` is raised for a prompt that clearly has more, in a time that
         depends on the limit. Raises `InputError` for what is no prompt, or no text.
         """
+        if isinstance(prompt, Tokens):
+            return self._checked(prompt, limit)
         chat = self._chat
         most = MOST_CHARACTERS
         if limit is not None:
@@ -70,6 +80,14 @@ class PromptEncoder:
             return self._ids(self._tokenizer, chat.render(messages, most), limit, add_special_tokens=False)
         text = self._control.resolve(chat.render(marked.messages), marked)
         return self._ids(self._control.tokenizer, text, limit, add_special_tokens=False)
+
+    def _checked(self, tokens: Tokens, limit: int | None) -> list[int]:
+        if limit is not None and len(tokens) > limit:
+            raise PromptTooLongError(
+                f"the prompt has {len(tokens)} tokens, and the engine's context limit is {limit} for prompt and answer "
+                "together; shorten the prompt"
+            )
+        return [whole("each token of a prompt", token, 0, self._vocab_size - 1) for token in tokens]
 
     def _ids(self, tokenizer: Tokenizer, text: str, limit: int | None, *, add_special_tokens: bool) -> list[int]:
         check_characters(text)

@@ -119,6 +119,10 @@ class HostOutputs:
         return most_probable(logits, self.rows.shortlist) if math.isfinite(logits.max()) else None
 
 
+ITSELF = np.ones((1, 1), dtype=bool)
+FIRST_ROW = np.zeros(1, dtype=np.int64)
+
+
 def lay_out(
     tree: Tree,
     pseudo_parents: tuple[IntArray, ...],
@@ -137,6 +141,10 @@ def lay_out(
     None for whole logits.
     """
     size = len(tree)
+    if size == 1 and not any(map(len, pseudo_parents)) and logit_rows is None:
+        # A plain step: there are many of them, and they are all alike.
+        position = np.array([start], dtype=np.int64)
+        return Rows(tree.tokens, position, ITSELF, pseudo_parents, FIRST_ROW, phase, wanted or WholeLogits(), shortlist)
     tree_part = _ancestors(tree)
     parents = np.concatenate([pseudo_parents[k] for k in join_order]) if pseudo_parents else np.empty(0, np.int64)
     steps = np.repeat(np.array(join_order, dtype=np.int64), [len(pseudo_parents[k]) for k in join_order])

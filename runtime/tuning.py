@@ -11,28 +11,34 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from runtime.bundle.engine_file import EngineFile
 from runtime.bundle.tuning_file import Tuning, read_tuning, write_tuning
-from runtime.decode import Request, drafts_of, verify
+from runtime.decode import DecodingState, drafts_of, verify
 from runtime.drafting.best_first import likely_ends
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.drafts import DraftStep
-from runtime.drafting.sizing import FixedSizes, Menu, Sizing
+from runtime.drafting.sizing import BatchMenu, FixedSizes, Menu, Sizing
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.engines.protocol import Batch, Engine
 from runtime.errors import InputError
 from runtime.program import Advance
 from runtime.rows import lay_out, prompt_rows
+from runtime.sampling.choice import ArgMax
 from runtime.tree import TreeSizes, chain
 
 # Seconds that measuring at first load may take, more or less.
 QUICK_SECONDS = 4.0
 QUICK_CONTEXTS = (128, 1024)
 QUICK_REPEATS = 4
+# Requests of a pass; and seconds that measuring them may take, more or less.
+QUICK_COUNTS = (2, 4, 8)
+BATCHES = (2, 4, 8, 16)
+QUICK_BATCH_SECONDS = 6.0
 # Rows of a pass that fills the cache.
 FILL_CHUNK = 64
 # The quantile of the repeats that counts: what disturbs a pass makes it longer only.
@@ -133,15 +139,59 @@ def measure(
     return Menu(tuple(sizes), tuple(reached), np.array(best))
 
 
+def measure_batches(
+    engine: Engine,
+    sizes: Sequence[TreeSizes],
+    contexts: Sequence[int],
+    counts: Sequence[int],
+    repeats: int,
+    seconds: float = float("inf"),
+    progress: Advance | None = None,
+    new_drafter: NewDrafter = default_drafter,
+) -> list[BatchMenu]:
+    """Return the menus of passes of so many requests (`counts`, which ascend) that the engine takes together, all of
+    them of one of `sizes`, the first of which are those of plain decoding.
+
+    Where `seconds` are short there are fewer repeats, and menus for the first counts alone.
+    """
+    start = time.perf_counter()
+    found: list[BatchMenu] = []
+    counts = [count for count in counts if 1 < count <= min(engine.max_batch, engine.max_slots)]
+    total = len(counts) * len(contexts) * len(sizes)
+    for number, count in enumerate(counts):
+        rows: list[list[float]] = []
+        for place, context in enumerate(contexts):
+            steps = _Steps(engine, sizes, new_drafter, count)
+            steps.fill(context, float("inf"))
+            taken = []
+            for done, size in enumerate(sizes):
+                # Sets up what steps of this shape need.
+                steps.time(size)
+                times = [steps.time(size)]
+                while len(times) < repeats and time.perf_counter() - start < seconds * (number + 1) / len(counts):
+                    times.append(steps.time(size))
+                taken.append(float(np.quantile(times, QUANTILE)))
+                if progress:
+                    progress((number * len(contexts) + place) * len(sizes) + done + 1, total)
+            rows.append(taken)
+        found.append(BatchMenu(count, Menu(tuple(sizes), tuple(contexts), np.array(rows))))
+        if time.perf_counter() - start > seconds * (number + 1) / len(counts):
+            # The next one takes about twice as long.
+            break
+    return found
+
+
 class _Steps:
     """Steps over a cache whose rows have no meaning: their time does not depend on what they hold.
 
-    One slot that grows, as on a GPU only the newest of an engine may be used.
+    They are of `count` requests. One slot that grows is filled, as on a GPU only the newest of an engine may be used,
+    and copied to the others.
     """
 
-    def __init__(self, engine: Engine, sizes: Sequence[TreeSizes], new_drafter: NewDrafter) -> None:
+    def __init__(self, engine: Engine, sizes: Sequence[TreeSizes], new_drafter: NewDrafter, count: int = 1) -> None:
         self._engine = engine
         self._slot = engine.new_slot()
+        self._others = [engine.new_slot() for _ in range(count - 1)]
         self._drafters = {one: new_drafter(FixedSizes(one)) for one in sizes}
         self._drafted: list[DraftStep] = []
 
@@ -155,29 +205,36 @@ class _Steps:
             count = min(FILL_CHUNK, context - self.length)
             rows = prompt_rows([0] * count, self._engine.dims.join_order, self.length)
             self._engine.commit(self._engine.run(Batch.of([rows], [self._slot])), [range(count)])
+        for slot in self._others:
+            self._engine.copy(self._slot, slot, self.length)
 
     def time(self, sizes: TreeSizes) -> float:
         """Return the seconds of a step."""
         drafter = self._drafters[sizes]
         drafted = self._drafted if sizes.tree_rows > 1 else []
         join_order = self._engine.dims.join_order
-        request = Request([0], drafter, FILL_CHUNK, join_order)
+        slots = [self._slot, *self._others]
         start = time.perf_counter()
-        drafter.accept([0])
-        tree, ends = drafter.propose(0, drafted, self.length)
-        if len(tree) < sizes.tree_rows:
-            # Too few drafts to build it of.
-            tree = chain([0] * sizes.tree_rows)
-            ends = likely_ends(tree, sizes.pseudo_rows)
-        rows = lay_out(
-            tree, ends, join_order, self.length, wanted=request.choose.wanted, shortlist=max(1, drafter.shortlist)
-        )
-        outputs = self._engine.run(Batch.of([rows], [self._slot])).outputs(0)
-        verify(tree, outputs, request)
-        # A node that all steps draft for, if there is one.
-        node = int(ends[sizes.draft_steps - 1][0]) if sizes.draft_steps else 0
-        drafted = drafts_of(node, outputs, join_order)
+        laid_out = []
+        for _ in slots:
+            drafter.accept([0])
+            tree, ends = drafter.propose(0, drafted, self.length)
+            if len(tree) < sizes.tree_rows:
+                # Too few drafts to build it of.
+                tree = chain([0] * sizes.tree_rows)
+                ends = likely_ends(tree, sizes.pseudo_rows)
+            wanted = ArgMax()
+            shortlist = max(1, drafter.shortlist)
+            laid_out.append((tree, lay_out(tree, ends, join_order, self.length, wanted=wanted, shortlist=shortlist)))
+        result = self._engine.run(Batch.of([rows for _, rows in laid_out], slots))
+        for index, (tree, _) in enumerate(laid_out):
+            outputs = result.outputs(index)
+            verify(tree, outputs, DecodingState([0], drafter, FILL_CHUNK, join_order))
+            # A node that all steps draft for, if there is one.
+            node = int(ends[sizes.draft_steps - 1][0]) if sizes.draft_steps else 0
+            found = drafts_of(node, outputs, join_order)
         seconds = time.perf_counter() - start
+        drafted = found
         if len(drafted) >= max(1, len(self._drafted)):
             self._drafted = drafted
         return seconds
@@ -196,8 +253,32 @@ def quick(
     contexts = sorted({max(0, min(context, room)) for context in QUICK_CONTEXTS})
     start = time.perf_counter()
     menu = measure(engine, menu_sizes(default), contexts, QUICK_REPEATS, QUICK_SECONDS, new_drafter=new_drafter)
+    batches = quick_batches(engine, default, contexts[:1], new_drafter)
     about = {"seconds": round(time.perf_counter() - start, 2), "repeats": QUICK_REPEATS}
-    return Tuning(device, engine_sha256, menu, about=about)
+    return Tuning(device, engine_sha256, menu, about=about, batches=tuple(batches))
+
+
+def batch_sizes(default: TreeSizes) -> tuple[TreeSizes, ...]:
+    """Return the sizes worth measuring for several requests, plain decoding first: few, as small trees alone pay, and
+    for them the first draft steps.
+    """
+    steps = len(default.pseudo_rows)
+    found = [TreeSizes.plain(steps)]
+    for rows in sorted({2, default.tree_rows // 2, default.tree_rows}):
+        most = [min(rows, own) for own in default.pseudo_rows]
+        variants = [[0] * steps, [min(1, most[0])], most[:1], most[:2], most]
+        found += [TreeSizes(rows, tuple([*counts, *[0] * steps][:steps])) for counts in variants if rows > 1]
+    return tuple(dict.fromkeys(found))
+
+
+def quick_batches(
+    engine: Engine, default: TreeSizes, contexts: Sequence[int], new_drafter: NewDrafter
+) -> list[BatchMenu]:
+    """Measure passes of several requests for at most some seconds."""
+    sizes = batch_sizes(default)
+    return measure_batches(
+        engine, sizes, contexts, QUICK_COUNTS, QUICK_REPEATS, QUICK_BATCH_SECONDS, new_drafter=new_drafter
+    )
 
 
 def load_or_measure(
@@ -208,8 +289,16 @@ def load_or_measure(
     Raises `EngineFileError` for a damaged file of tunings.
     """
     found = read_tuning(path, about.identity, device, about.dims)
+    together = engine.max_batch > 1 and engine.max_slots > 1
     if found is None and on_cpu:
         found = quick(engine, about.tree, about.max_context, device, about.identity, new_drafter)
+    elif found is not None and on_cpu and together and not found.batches:
+        # Measured by an earlier release, or by itself.
+        contexts = [min(QUICK_CONTEXTS[0], about.max_context - 2 * about.tree.tree_rows - 1)]
+        found = replace(found, batches=tuple(quick_batches(engine, about.tree, contexts, new_drafter)))
+    else:
+        return found
+    if found is not None:
         # Where it cannot be kept it is measured again the next time.
         with contextlib.suppress(InputError):
             write_tuning(path, found)

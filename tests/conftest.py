@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch._dynamo.config
 from filelock import FileLock
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -104,6 +105,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip_gpu)
     items.sort(key=lambda item: next((i for i, name in enumerate(FIRST) if item.path.as_posix().endswith(name)), 99))
+
+
+# How long a case takes depends on what else the machine does.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_configure() -> None:

@@ -13,6 +13,7 @@ from runtime import program
 # `work`, a function that is given the options and returns the exit status, and `interrupted`, the line for Ctrl-C.
 SUBCOMMANDS = {
     "run": ("ht_export.bench.run", "speed and text against plain decoding, transformers and other engines"),
+    "load": ("ht_export.bench.load.cli", "many requests at once: tokens/s, latencies, and every text against alone"),
     "tune": ("ht_export.bench.tune", "measure steps on this device and find the sizes that pay"),
     "precisions": ("ht_export.bench.precisions", "size, speed and quality of one model's engines by precision"),
     "plan-weights": ("ht_export.bench.plan_weights", "an engine for the CPU with a quantised plan's weights"),

@@ -67,7 +67,7 @@ def compare(options: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     expected: list[list[int]] = []
     for path in options.engines:
-        generator = Generator(path, threads=options.threads)
+        generator = Generator(path, threads=options.threads, prefix_cache_bytes=0)
         row, answers = measure(generator, prompts, options)
         expected = expected or answers
         row |= {"perplexity": perplexity(generator, text, options.windows)}

@@ -174,7 +174,7 @@ def _add_prompts(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_ways(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--device", choices=("cpu", "cuda"), help="where an .onnx engine runs (default: cpu)")
+    group.add_argument("--device", help="where an .onnx engine runs: cpu, cuda, cuda:1 (default: cpu)")
     group.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads of everything (default: all physical cores)"
     )

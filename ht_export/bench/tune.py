@@ -18,7 +18,7 @@ from runtime.program import integers, pathname
 if TYPE_CHECKING:
     from ht_export.prompts import Conversation
     from runtime.bundle.tuning_file import Tuning
-    from runtime.drafting.sizing import Sizing
+    from runtime.drafting.sizing import BatchMenu, Sizing
     from runtime.generator import Generator
     from runtime.tree import Tree, TreeSizes
 
@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         f"{','.join(map(str, CONTEXTS))}, or what the engine has room for)",
     )
     parser.add_argument("--repeats", type=int, default=12, metavar="N", help="of each step (default: 12)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where an .onnx engine runs (default: cpu)")
+    parser.add_argument("--device", help="where an .onnx engine runs: cpu, cuda, cuda:1 (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all physical cores)")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
@@ -73,7 +73,9 @@ def tune(options: argparse.Namespace) -> int:
         if number is not None and name != "--repeats" and not options.prompts:
             raise InputError(f"{name} is for --prompts; add it, or leave {name} out")
     prompts = evenly(read_conversations(options.prompts), options.count or COUNT) if options.prompts else []
-    generator = Generator(options.engine, device=options.device, threads=options.threads, adapt=False)
+    generator = Generator(
+        options.engine, device=options.device, threads=options.threads, adapt=False, prefix_cache_bytes=0
+    )
     check_writable(tuning_path(options.engine))
     check_place_of_tunings(options.engine)
     texts = [_encoded(generator, prompt) for prompt in prompts]
@@ -90,7 +92,7 @@ def measure_menu(
 ) -> Tuning:
     """Time passes of all sizes worth it, at the contexts asked for. Raises `InputError` for one too long."""
     from runtime.bundle.tuning_file import Tuning
-    from runtime.tuning import device_name, measure, menu_sizes
+    from runtime.tuning import BATCHES, batch_sizes, device_name, measure, measure_batches, menu_sizes
 
     about = generator.about
     sizes = menu_sizes(about.tree)
@@ -105,18 +107,32 @@ def measure_menu(
     start = time.perf_counter()
     with bar("timing steps", quiet) as tell:
         menu = measure(generator.engine, sizes, chosen, repeats, progress=tell, new_drafter=generator.new_drafter)
+    batches = []
+    if generator.engine.max_slots > 1:
+        fitting = [one for one in batch_sizes(about.tree) if one.tree_rows <= max(size.tree_rows for size in sizes)]
+        with bar("timing steps of several requests", quiet) as tell:
+            batches = measure_batches(
+                generator.engine,
+                fitting,
+                chosen[:2],
+                BATCHES,
+                max(1, repeats // 2),
+                progress=tell,
+                new_drafter=generator.new_drafter,
+            )
     device = device_name(generator.engine, threads)
     measured = {"seconds": round(time.perf_counter() - start, 1), "repeats": repeats}
-    return Tuning(device, about.identity, menu, kind="full", about=measured)
+    return Tuning(device, about.identity, menu, kind="full", about=measured, batches=tuple(batches))
 
 
 def decode(
     generator: Generator, tuning: Tuning, texts: Sequence[Sequence[int]], max_new_tokens: int, quiet: bool
 ) -> Tuning:
     """Answer `texts` with adaptive sizes; return `tuning` with what they came to, and without sizes hardly used."""
-    from runtime import driver
-    from runtime.decode import Request
+    from runtime.decode import DecodingState
     from runtime.drafting.sizing import AdaptiveSizes, Menu
+    from runtime.scheduling.job import Job
+    from runtime.scheduling.scheduler import MANY, Limits, run
 
     chosen: Counter[TreeSizes] = Counter()
     rates, values = [], []
@@ -126,7 +142,7 @@ def decode(
             sizing = AdaptiveSizes(tuning.menu, tuning.rate, tuning.draft_value)
             drafter = generator.new_drafter(_Counted(sizing, chosen))
             engine = generator.about
-            request = Request(
+            request = DecodingState(
                 ids,
                 drafter,
                 engine.prompt_chunk,
@@ -134,7 +150,7 @@ def decode(
                 max_new_tokens=min(max_new_tokens, engine.max_context - len(ids)),
                 ends=engine.stop_tokens.__contains__,
             )
-            for _ in driver.run(generator.engine, [request]):
+            for _ in run(generator.engine, [Job(request, MANY)], Limits(prompt_chunk=engine.prompt_chunk)):
                 # Chunks of the prompt before its last make no token certain.
                 steps += bool(request.tokens)
             tokens += len(request.tokens)
@@ -194,6 +210,8 @@ def to_markdown(tuning: Tuning) -> str:
         share = f"{menu.seconds[0, number] / menu.seconds[0, 0]:.2f}"
         steps = str(tuning.about.get("steps", {}).get(_name(sizes), ""))
         lines.append(f"| {_name(sizes)} | " + " | ".join([*times, share, steps]) + " |")
+    if tuning.batches:
+        lines += ["", *_batch_table(tuning.batches)]
     lines.append(f"\n{tuning.device}; a step of 4(4,2,2) has 4 candidates, and pseudo rows for 4, 2 and 2 of them.")
     if "tokens_per_step" in tuning.about:
         lines.append(
@@ -201,6 +219,16 @@ def to_markdown(tuning: Tuning) -> str:
             f"{tuning.rate:.2f} times as fast as plain decoding."
         )
     return "\n".join(lines)
+
+
+def _batch_table(batches: Sequence[BatchMenu]) -> list[str]:
+    """Return how long passes of several requests take, at the shortest context, as a table."""
+    heads = [f"ms of {one.requests} requests" for one in batches]
+    lines = ["| sizes | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
+    for number, sizes in enumerate(batches[0].menu.sizes):
+        times = [f"{1e3 * one.menu.seconds[0, number]:.2f}" for one in batches]
+        lines.append(f"| {_name(sizes)} | " + " | ".join(times) + " |")
+    return lines
 
 
 def _name(sizes: TreeSizes) -> str:

@@ -68,7 +68,8 @@ def load_engines(settings: BenchSettings) -> tuple[Generator, dict[str, Generato
     """
 
     def load(path: Path) -> Generator:
-        return Generator(path, device=settings.device, threads=settings.threads)
+        # What one answer leaves behind would make the next one of the same prompt faster.
+        return Generator(path, device=settings.device, threads=settings.threads, prefix_cache_bytes=0)
 
     paths = [settings.engine, *(path for _, path in settings.compare)]
     places = [(path, runs_on_cpu(read_engine_file(path), settings.device)) for path in paths]
@@ -106,8 +107,7 @@ def check_jobs(
     for engine, tree in ((generator, settings.tree), *((other, None) for other in others.values())):
         for job in jobs:
             try:
-                # Checks its arguments; nothing runs until the first chunk is asked for.
-                engine.stream(job.text, max_new_tokens=settings.max_new_tokens, sampling=job.sampling, tree=tree)
+                engine.check(job.text, max_new_tokens=settings.max_new_tokens, sampling=job.sampling, tree=tree)
             except PromptTooLongError as error:
                 raise InputError(f"prompt {job.id}: {error}") from error
 

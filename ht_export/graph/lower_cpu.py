@@ -1,12 +1,17 @@
 """The graph made for ONNX Runtime on the CPU: fewer and larger operators, and a cache that is written in place.
 
 Tree attention becomes `com.microsoft.GroupQueryAttention`, which reads the valid rows of the cache where they are and
-writes the new rows behind them. With one buffer bound as past and as present nothing else is copied. The lowered graph
-has the inputs of the portable one, and the outputs `GraphDims.lowered_outputs`. It is for one sequence: B is 1.
+writes the new rows behind them. With one buffer bound as past and as present nothing else is copied. It takes several
+rows of one request, or one row of each of several; where several requests have several rows, `TensorScatter` writes
+them and `Attention` reads the cache to the capacity that all share. Which of both a pass takes is decided in the graph,
+so that there is one set of weights. The lowered graph has the inputs of the portable one, and the outputs
+`GraphDims.lowered_outputs`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +19,12 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ht_export.graph.domains import CONTRIB, DOMAIN
-from runtime.bindings import CACHE_LENGTH, GraphDims
+from runtime import bindings
+from runtime.bindings import CACHE_LENGTH, GraphDims, key_cache
 
+# The version of the operators of ONNX that `TensorScatter` came with.
+OPSET = 24
+IR_VERSION = 11
 # Head sizes that `GroupQueryAttention` takes are multiples of this.
 HEAD_SIZES = 8
 
@@ -30,28 +39,95 @@ def lower_for_cpu(model: ir.Model, dims: GraphDims) -> None:
     _Lowering(model.graph, dims).run()
     model.functions.clear()
     model.opset_imports[CONTRIB] = 1
+    model.opset_imports[""] = OPSET
+    model.ir_version = max(model.ir_version, IR_VERSION)
+    # So that a runtime can tell it from the lowered graphs of earlier releases.
+    model.metadata_props[bindings.REQUESTS] = bindings.ANY
     RemoveUnusedNodesPass()(model)
     _fuse_residuals(model.graph)
     RemoveUnusedNodesPass()(model)
 
 
+@dataclass(frozen=True)
 class _Visible:
-    """Inputs of `GroupQueryAttention` for the rows that share a tree mask: lengths, and what each row sees."""
+    """What the rows that share a tree mask see: for `GroupQueryAttention` lengths [B], the longest of them, and a bias
+    [B, 1, R, rows in all]; for `Attention` a mask [B, 1, R, S]. Of both the one that a pass has no use for has no
+    meaning.
+    """
 
-    def __init__(self, lengths: ir.Value, longest: ir.Value, bias: ir.Value) -> None:
-        self.lengths = lengths
-        self.longest = longest
-        self.bias = bias
+    lengths: ir.Value
+    longest: ir.Value
+    bias: ir.Value
+    mask: ir.Value
+
+
+class _Nodes:
+    """Appends nodes: before another one of a graph, or to a list that becomes a branch of an `If`."""
+
+    def __init__(self, name: str, append: Callable[[ir.Node], None], constant: Callable[..., ir.Value]) -> None:
+        self._name = name
+        self._append = append
+        self.constant = constant
+        self._count = 0
+
+    def add(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: dict[str, Any] | None = None,
+        outputs: int = 1,
+        domain: str = "",
+    ) -> list[ir.Value]:
+        """Append a node; return its outputs, named as no others in the graph or its branches are."""
+        self._count += 1
+        names = [f"{self._name}_{self._count}_{index}" for index in range(outputs)]
+        node = ir.node(operator, inputs, attributes or {}, domain=domain, outputs=[ir.val(name) for name in names])
+        self._append(node)
+        return list(node.outputs)
+
+    def one(
+        self, operator: str, inputs: Sequence[ir.Value | None], attributes: dict[str, Any] | None = None
+    ) -> ir.Value:
+        """Append a node with one output; return that."""
+        return self.add(operator, inputs, attributes)[0]
+
+    def choose(
+        self, condition: ir.Value, yes: Callable[[_Nodes], list[ir.Value]], no: Callable[[_Nodes], list[ir.Value]]
+    ) -> list[ir.Value]:
+        """Append an `If`: what `yes` or `no` returns, by `condition`; return its outputs."""
+        self._count += 1
+        branches = {}
+        kinds: list[ir.Value] = []
+        for name, make in (("then_branch", yes), ("else_branch", no)):
+            nodes: list[ir.Node] = []
+            kinds = make(_Nodes(f"{self._name}_{self._count}_{name[:4]}", nodes.append, self.constant))
+            branches[name] = ir.Graph([], kinds, nodes=nodes, name=f"{self._name}_{self._count}_{name}")
+        self._count -= 1
+        found = self.add("If", [condition], branches, outputs=len(kinds))
+        for value, kind in zip(found, kinds, strict=True):
+            value.type = kind.type
+        return found
+
+
+def _typed(value: ir.Value, dtype: ir.DataType, rank: int) -> ir.Value:
+    """State the type and the rank of an output of a branch."""
+    value.type = ir.TensorType(dtype)
+    value.shape = ir.Shape([None] * rank)
+    return value
 
 
 class _Lowering:
     def __init__(self, graph: ir.Graph, dims: GraphDims) -> None:
         self.graph = graph
         self.dims = dims
-        self.cache_length = next(value for value in graph.inputs if value.name == CACHE_LENGTH)
+        inputs = {value.name: value for value in graph.inputs}
+        self.cache_length = inputs[CACHE_LENGTH]
+        self.first_cache = inputs[key_cache(0)]
         self.visible: dict[tuple[ir.Value, ir.Value | None], _Visible] = {}
         self.before: ir.Node | None = None
         self.constants: dict[tuple[str, str], ir.Value] = {}
+        self.nodes = _Nodes("lowered", self.insert, self.constant)
+        self.sizes: dict[str, ir.Value] = {}
 
     def run(self) -> None:
         """Replace every tree attention, and the outputs."""
@@ -70,26 +146,43 @@ class _Lowering:
         query, key, value, key_cache, value_cache, _, mask = attention.inputs[:7]
         first = attention.inputs[7] if len(attention.inputs) > 7 else None
         assert query is not None and key is not None and value is not None and mask is not None
+        if not self.sizes:
+            self.describe_pass(mask)
         if (mask, first) not in self.visible:
             self.visible[mask, first] = self.describe(mask, first)
         visible = self.visible[mask, first]
         heads, kv_heads = self.dims.query_heads, self.dims.key_value_heads
         rows = [self.by_row(query, heads), self.by_row(key, kv_heads), self.by_row(value, kv_heads)]
-        node = ir.node(
-            "GroupQueryAttention",
-            [*rows, key_cache, value_cache, visible.lengths, visible.longest, None, None, None, visible.bias],
-            {
-                "num_heads": heads,
-                "kv_num_heads": kv_heads,
-                **{name: attribute.as_float() for name, attribute in attention.attributes.items()},
-                **self.direction(),
-            },
-            num_outputs=3,
-            domain=CONTRIB,
-        )
-        self.graph.insert_before(attention, [node])
-        self.replace(attention.outputs[0], node.outputs[0])
-        return node.outputs[1], node.outputs[2]
+        numbers = {name: attribute.as_float() for name, attribute in attention.attributes.items()}
+
+        def grouped(nodes: _Nodes) -> list[ir.Value]:
+            found = nodes.add(
+                "GroupQueryAttention",
+                [*rows, key_cache, value_cache, visible.lengths, visible.longest, None, None, None, visible.bias],
+                {"num_heads": heads, "kv_num_heads": kv_heads, **numbers, **self.direction()},
+                outputs=3,
+                domain=CONTRIB,
+            )
+            return [_typed(one, ir.DataType.FLOAT, rank) for one, rank in zip(found, (3, 4, 4), strict=True)]
+
+        def scattered(nodes: _Nodes) -> list[ir.Value]:
+            by_head = [
+                self.by_head(nodes, one, count) for one, count in zip(rows, (heads, kv_heads, kv_heads), strict=True)
+            ]
+            keys, values = (
+                nodes.one("TensorScatter", [cache, new, self.cache_length], {"axis": 2})
+                for cache, new in ((key_cache, by_head[1]), (value_cache, by_head[2]))
+            )
+            found = nodes.one("Attention", [by_head[0], keys, values, visible.mask], numbers)
+            swapped = nodes.one("Transpose", [found], {"perm": [0, 2, 1, 3]})
+            flat = nodes.one("Reshape", [swapped, self.constant([0, 0, heads * self.dims.head_dim])])
+            return [
+                _typed(one, ir.DataType.FLOAT, rank) for one, rank in zip((flat, keys, values), (3, 4, 4), strict=True)
+            ]
+
+        out, keys, values = self.nodes.choose(self.sizes["together"], scattered, grouped)
+        self.replace(attention.outputs[0], out)
+        return keys, values
 
     def direction(self) -> dict[str, int]:
         """Return the attribute that lets rows see later ones where some do: steps that join before those before them.
@@ -99,25 +192,99 @@ class _Lowering:
         in_order = list(self.dims.join_order) == sorted(self.dims.join_order)
         return {} if in_order else {"causal": 0}
 
+    def describe_pass(self, mask: ir.Value) -> None:
+        """Add what all layers ask of a pass: whether several requests have several rows together, and the like."""
+        nodes, one = self.nodes, self.constant([1])
+        requests = nodes.one("Shape", [mask], {"start": 0, "end": 1})
+        rows = nodes.one("Shape", [self.tree_mask()], {"start": 1, "end": 2})
+        several = nodes.one("Greater", [requests, one])
+        self.sizes["several"] = nodes.one("Squeeze", [several, self.constant([0])])
+        both = nodes.one("And", [several, nodes.one("Greater", [rows, one])])
+        self.sizes["together"] = nodes.one("Squeeze", [both, self.constant([0])])
+        self.sizes["capacity"] = nodes.one("Shape", [self.first_cache], {"start": 2, "end": 3})
+        self.sizes["longest"] = nodes.one("ReduceMax", [self.cache_length], {"keepdims": 0})
+
+    def tree_mask(self) -> ir.Value:
+        """Return the input of that name."""
+        return next(value for value in self.graph.inputs if value.name == bindings.TREE_MASK)
+
     def describe(self, mask: ir.Value, first: ir.Value | None) -> _Visible:
         """Return what rows under `mask` [B, R, R] see: of the cache's valid rows all, or those from `first` [B, R] on,
         and each other as it says.
         """
-        one, zero = self.constant([1]), self.constant([0])
-        count = self.add("Shape", [mask], {"start": 1, "end": 2})
-        total = self.add("Add", [self.cache_length, count])
-        lengths = self.add("Cast", [self.add("Sub", [total, one])], {"to": int(ir.DataType.INT32)})
-        longest = self.add("Cast", [self.add("Squeeze", [total, zero])], {"to": int(ir.DataType.INT32)})
-        if first is None:
-            cached = self.add("Concat", [one, count, self.cache_length], {"axis": 0})
-            seen_of_it = self.add("ConstantOfShape", [cached], {"value": ir.tensor(np.array([True]))})
-        else:
-            length = self.add("Squeeze", [self.cache_length, zero])
-            slots = self.add("Range", [self.constant(0), length, self.constant(1)])
-            seen_of_it = self.add("GreaterOrEqual", [slots, self.add("Unsqueeze", [first, self.constant([2])])])
-        seen = self.add("Unsqueeze", [self.add("Concat", [seen_of_it, mask], {"axis": -1}), one])
+        nodes, one, zero = self.nodes, self.constant([1]), self.constant([0])
+        count = nodes.one("Shape", [mask], {"start": 1, "end": 2})
+        lengths = nodes.one("Sub", [nodes.one("Add", [self.cache_length, count]), one])
+        longest = nodes.one("Add", [self.sizes["longest"], nodes.one("Squeeze", [count, zero])])
         visible, hidden = self.constant(0, np.float32), self.constant(np.finfo(np.float32).min, np.float32)
-        return _Visible(lengths, longest, self.add("Where", [seen, visible, hidden]))
+
+        def for_one(nodes: _Nodes) -> list[ir.Value]:
+            if first is None:
+                cached = nodes.one("Concat", [one, count, self.cache_length], {"axis": 0})
+                seen_of_it = nodes.one("ConstantOfShape", [cached], {"value": ir.tensor(np.array([True]))})
+            else:
+                length = nodes.one("Squeeze", [self.cache_length, zero])
+                slots = nodes.one("Range", [self.constant(0), length, self.constant(1)])
+                seen_of_it = nodes.one("GreaterOrEqual", [slots, nodes.one("Unsqueeze", [first, self.constant([2])])])
+            seen = nodes.one("Unsqueeze", [nodes.one("Concat", [seen_of_it, mask], {"axis": -1}), one])
+            return [_typed(nodes.one("Where", [seen, visible, hidden]), ir.DataType.FLOAT, 4)]
+
+        def for_one_row_each(nodes: _Nodes) -> list[ir.Value]:
+            # Of the cache as much is read as is valid for each: only what is too far back is hidden.
+            if first is None:
+                each = nodes.one(
+                    "Concat", [nodes.one("Shape", [mask]), nodes.one("Unsqueeze", [longest, zero])], {"axis": 0}
+                )
+                shape = nodes.one("Gather", [each, self.constant([0, 1, 1, 3])])
+                zeros = nodes.one("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, np.float32))})
+                return [_typed(zeros, ir.DataType.FLOAT, 4)]
+            slots = nodes.one("Range", [self.constant(0), longest, self.constant(1)])
+            seen = nodes.one("GreaterOrEqual", [slots, nodes.one("Unsqueeze", [first, self.constant([2])])])
+            bias = nodes.one("Where", [nodes.one("Unsqueeze", [seen, one]), visible, hidden])
+            return [_typed(bias, ir.DataType.FLOAT, 4)]
+
+        def for_several(nodes: _Nodes) -> list[ir.Value]:
+            capacity = nodes.one("Squeeze", [self.sizes["capacity"], zero])
+            slots = nodes.one("Range", [self.constant(0), capacity, self.constant(1)])
+            # Of each slot [B, 1, S] the row that is written there, negative for those cached before.
+            row = nodes.one("Sub", [slots, nodes.one("Unsqueeze", [self.cache_length, self.constant([1, 2])])])
+            cached = nodes.one("Less", [row, zero])
+            new = nodes.one("And", [nodes.one("Not", [cached]), nodes.one("Less", [row, count])])
+            last = nodes.one("Sub", [count, one])
+            place = nodes.one("Min", [nodes.one("Max", [row, zero]), last])
+            requests_and_rows = nodes.one("Shape", [mask], {"start": 0, "end": 2})
+            shape = nodes.one("Concat", [requests_and_rows, self.sizes["capacity"]], {"axis": 0})
+            tree = nodes.one("GatherElements", [mask, nodes.one("Expand", [place, shape])], {"axis": 2})
+            if first is not None:
+                near = nodes.one("GreaterOrEqual", [slots, nodes.one("Unsqueeze", [first, self.constant([2])])])
+                cached = nodes.one("And", [cached, near])
+            seen = nodes.one("Or", [cached, nodes.one("And", [new, tree])])
+            return [_typed(nodes.one("Unsqueeze", [seen, one]), ir.DataType.BOOL, 4)]
+
+        def no_bias(nodes: _Nodes) -> list[ir.Value]:
+            shape = self.constant([1, 1, 1, 1])
+            nothing = nodes.one("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, np.float32))})
+            return [_typed(nothing, ir.DataType.FLOAT, 4)]
+
+        def no_mask(nodes: _Nodes) -> list[ir.Value]:
+            shape = self.constant([1, 1, 1, 1])
+            nothing = nodes.one("ConstantOfShape", [shape], {"value": ir.tensor(np.array([True]))})
+            return [_typed(nothing, ir.DataType.BOOL, 4)]
+
+        def for_rows(nodes: _Nodes) -> list[ir.Value]:
+            (bias,) = nodes.choose(self.sizes["several"], for_one_row_each, for_one)
+            return [_typed(bias, ir.DataType.FLOAT, 4), *no_mask(nodes)]
+
+        bias, seen = nodes.choose(
+            self.sizes["together"], lambda branch: [*no_bias(branch), *for_several(branch)], for_rows
+        )
+        to_int32 = {"to": int(ir.DataType.INT32)}
+        return _Visible(nodes.one("Cast", [lengths], to_int32), nodes.one("Cast", [longest], to_int32), bias, seen)
+
+    def by_head(self, nodes: _Nodes, rows: ir.Value, heads: int) -> ir.Value:
+        """Return `rows` [B, R, H D] as [B, H, R, D]."""
+        apart = nodes.one("Reshape", [rows, self.constant([0, 0, heads, self.dims.head_dim])])
+        return nodes.one("Transpose", [apart], {"perm": [0, 2, 1, 3]})
 
     def by_row(self, value: ir.Value, heads: int) -> ir.Value:
         """Return `value` [B, H, R, D] as [B, R, H D], from before it was taken apart where that can be found."""
@@ -127,15 +294,15 @@ class _Lowering:
             assert inner is not None
             interleaved = node.attributes["interleaved"].as_int()
             rows = self.by_row(inner, heads)
-            return self.add("RotaryEmbedding", [rows, cos, sin], {"interleaved": interleaved, "num_heads": heads})
+            return self.nodes.one("RotaryEmbedding", [rows, cos, sin], {"interleaved": interleaved, "num_heads": heads})
         if node is not None and _swaps_rows_and_heads(node):
             assert node.inputs[0] is not None
             reshape = node.inputs[0].producer()
             if reshape is not None and reshape.op_type == "Reshape" and _rank(reshape.inputs[0]) == 3:
                 assert reshape.inputs[0] is not None
                 return reshape.inputs[0]
-        swapped = self.add("Transpose", [value], {"perm": [0, 2, 1, 3]})
-        return self.add("Reshape", [swapped, self.constant([0, 0, heads * self.dims.head_dim])])
+        swapped = self.nodes.one("Transpose", [value], {"perm": [0, 2, 1, 3]})
+        return self.nodes.one("Reshape", [swapped, self.constant([0, 0, heads * self.dims.head_dim])])
 
     def replace(self, output: ir.Value, rows: ir.Value) -> None:
         """Put `rows` [B, R, Hq D] in the place of `output` [B, Hq, R, D], or of what it is made into."""
@@ -146,14 +313,12 @@ class _Lowering:
                 ir.convenience.replace_all_uses_with(after[0].node.outputs[0], rows)
                 return
         shape = self.constant([0, 0, self.dims.query_heads, self.dims.head_dim])
-        apart = self.add("Transpose", [self.add("Reshape", [rows, shape])], {"perm": [0, 2, 1, 3]})
+        apart = self.nodes.one("Transpose", [self.nodes.one("Reshape", [rows, shape])], {"perm": [0, 2, 1, 3]})
         ir.convenience.replace_all_uses_with(output, apart)
 
-    def add(self, operator: str, inputs: list[ir.Value | None], attributes: dict[str, Any] | None = None) -> ir.Value:
-        node = ir.node(operator, inputs, attributes or {})
+    def insert(self, node: ir.Node) -> None:
         assert self.before is not None
         self.graph.insert_before(self.before, [node])
-        return node.outputs[0]
 
     def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:
         array = np.array(value, dtype=dtype)

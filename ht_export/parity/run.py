@@ -181,7 +181,7 @@ def _in_its_own_cache(generator: Generator, expected: Sequence[tuple[Expected, T
 def _generator(settings: ParitySettings, about: EngineFile) -> Generator | str:
     """Return the engine, or why it cannot run here."""
     try:
-        return Generator(settings.engine, threads=settings.threads, adapt=False)
+        return Generator(settings.engine, threads=settings.threads, adapt=False, prefix_cache_bytes=0)
     except InputError as error:
         if about.plan is None and about.dims.dtype != "bfloat16":
             raise

@@ -119,4 +119,4 @@ def _inputs(text: Sequence[int], dims: GraphDims) -> dict[str, NDArray]:
     every = np.arange(len(text))
     rows = lay_out(tree, (every,) * dims.num_steps, dims.join_order, 0)
     batch = Batch.of([rows], [KeyValueCache(dims)])
-    return graph_inputs(stack(batch, dims.join_order), batch)
+    return graph_inputs(stack(batch.rows, batch.lengths, dims.join_order), batch)

@@ -17,6 +17,7 @@ from ht_export.model.reference import HiddenTransferModel
 from ht_export.verify.random_trees import random_chain, random_ends, random_tree
 from runtime import bindings
 from runtime.bindings import GraphDims
+from runtime.engines.dense_cache import KeptRows
 from runtime.engines.host_cache import HostCacheEngine, HostResult, KeyValueCache, cache_of, caches_of
 from runtime.engines.layout import stack
 from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine
@@ -45,7 +46,7 @@ class ReferenceEngine(HostCacheEngine):
     @torch.inference_mode()
     def run(self, batch: Batch) -> HostResult:
         """See `Engine.run`."""
-        laid_out = stack(batch, self.dims.join_order)
+        laid_out = stack(batch.rows, batch.lengths, self.dims.join_order)
         inputs = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in laid_out.values.items()}
         keys, values = ([torch.from_numpy(cache) for cache in kind] for kind in caches_of(batch))
         output = self.model(
@@ -76,22 +77,17 @@ class LoweredEngine(HostCacheEngine):
     def __init__(self, path: Path, dims: GraphDims, *, small: bool = False) -> None:
         self.dims = dims
         self._engine = OnnxRuntimeCpuEngine(path, dims, small=small)
-        # One for all passes: those of a large model are large.
-        self._in_place = self._engine.new_slot()
 
     def run(self, batch: Batch) -> HostResult:
         """See `Engine.run`."""
         (rows,), (slot,) = batch.rows, batch.slots
-        cache, in_place = cache_of(slot), self._in_place
-        in_place.length = 0
-        in_place.reserve(cache.length)
-        for kind, arrays in enumerate((cache.keys, cache.values)):
-            in_place.arrays[kind, ..., : cache.length, :] = arrays[..., : cache.length, :]
-        in_place.length = cache.length
+        cache, in_place = cache_of(slot), self._engine.new_slot()
+        if cache.length:
+            kept = np.stack([arrays[:, 0, :, : cache.length] for arrays in (cache.keys, cache.values)])
+            self._engine.copy(KeptRows(kept), in_place, cache.length)
         result = self._engine.run(Batch.of([rows], [in_place]))
         keys, values = ([new.copy() for new in kind] for kind in result.new(self.dims))
-        every = np.arange(len(result.draft_logits))
-        return HostResult(batch, result.logits[None], result.draft_logits[None], keys, values, (every,))
+        return HostResult(batch, result.logits, result.draft_logits, keys, values, result.laid_out.pseudo)
 
 
 @dataclass(frozen=True)

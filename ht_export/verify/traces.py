@@ -87,7 +87,7 @@ class GraphTracer:
         """See `Tracer.run`."""
         layers = self.dims.num_layers
         batch = Batch.of([rows], [cache])
-        feed = graph_inputs(stack(batch, self.dims.join_order), batch)
+        feed = graph_inputs(stack(batch.rows, batch.lengths, self.dims.join_order), batch)
         for binding in self.dims.inputs():
             if binding.dtype == self.dims.dtype:
                 feed[binding.name] = self._cache_input(feed[binding.name], len(rows.position_ids))
@@ -134,7 +134,14 @@ def transformers_trace(base: Any, ids: Sequence[int]) -> Trace:
 
 def attention_outputs(model: onnx.ModelProto) -> list[str]:
     """Return the names of the outputs of the graph's attention nodes, layer by layer."""
-    return [node.output[0] for node in model.graph.node if node.domain == DOMAIN or node.op_type == LOWERED_ATTENTION]
+    return [node.output[0] for node in model.graph.node if node.domain == DOMAIN or _is_lowered_attention(node)]
+
+
+def _is_lowered_attention(node: onnx.NodeProto) -> bool:
+    """Return whether `node` is attention of a lowered graph, or chooses between kinds of it."""
+    branches = [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
+    inside = [one.op_type for branch in branches for one in branch.node]
+    return LOWERED_ATTENTION in (node.op_type, *inside)
 
 
 Compute = Callable[[list[str], dict[str, NDArray]], list[Any]]

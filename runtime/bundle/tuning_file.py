@@ -15,8 +15,8 @@ import numpy as np
 from msgspec import Meta
 
 from runtime.bindings import GraphDims
-from runtime.bundle.engine_file import MOST_CONTEXT
-from runtime.drafting.sizing import Menu
+from runtime.bundle.engine_file import MOST_BATCH, MOST_CONTEXT
+from runtime.drafting.sizing import BatchMenu, Menu
 from runtime.errors import EngineFileError, InputError
 from runtime.files import write_json
 from runtime.formats import JsonFormat, check_levels
@@ -34,8 +34,8 @@ MOST_CONTEXTS = 100
 class Tuning:
     """Measurements of one engine on one device.
 
-    `engine_sha256` is the engine's identity; `rate` and `draft_value` are as for `AdaptiveSizes`. `kind` is "quick" or
-    "full"; `about` tells how it was measured.
+    `engine_sha256` is the engine's identity; `batches` have the time of passes of several requests; `rate` and
+    `draft_value` are as for `AdaptiveSizes`. `kind` is "quick" or "full"; `about` tells how it was measured.
     """
 
     device: str
@@ -45,6 +45,7 @@ class Tuning:
     draft_value: float = 0.5
     kind: str = "quick"
     about: dict[str, Any] = field(default_factory=dict)
+    batches: tuple[BatchMenu, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,19 @@ class _Size:
     milliseconds: tuple[Annotated[float, Meta(ge=1e-6, le=1e9)], ...]
 
 
+Contexts = Annotated[tuple[Annotated[int, Meta(ge=0, le=MOST_CONTEXT)], ...], Meta(max_length=MOST_CONTEXTS)]
+Sizes = Annotated[tuple[_Size, ...], Meta(min_length=1, max_length=MOST_SIZES)]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A menu of passes of several requests."""
+
+    requests: Annotated[int, Meta(ge=2, le=MOST_BATCH)]
+    contexts: Contexts
+    sizes: Sizes
+
+
 @dataclass(frozen=True)
 class _Entry:
     """A tuning as the file has it. What cannot be together raises `ValueError`."""
@@ -65,21 +79,19 @@ class _Entry:
     kind: str
     rate: Annotated[float, Meta(gt=0.0, le=1e6)]
     draft_value: Annotated[float, Meta(ge=0.0, le=1e6)]
-    contexts: Annotated[tuple[Annotated[int, Meta(ge=0, le=MOST_CONTEXT)], ...], Meta(max_length=MOST_CONTEXTS)]
-    sizes: Annotated[tuple[_Size, ...], Meta(min_length=1, max_length=MOST_SIZES)]
+    contexts: Contexts
+    sizes: Sizes
     about: dict[str, Any]
+    # Earlier releases measured none.
+    batches: Annotated[tuple[_Batch, ...], Meta(max_length=MOST_BATCH)] = ()
 
     def __post_init__(self) -> None:
         check_levels(self.about)
-        if not self.contexts or any(later <= earlier for earlier, later in pairwise(self.contexts)):
-            raise ValueError(f"contexts {list(self.contexts)} do not ascend")
-        plain = TreeSizes.plain(self.draft_steps)
-        if (self.sizes[0].tree_rows, self.sizes[0].pseudo_rows) != (plain.tree_rows, plain.pseudo_rows):
-            raise ValueError("the first sizes are not those of plain decoding")
-        for size in self.sizes:
-            TreeSizes(size.tree_rows, size.pseudo_rows).check(self.draft_steps)
-            if len(size.milliseconds) != len(self.contexts):
-                raise ValueError(f"{len(size.milliseconds)} milliseconds for {len(self.contexts)} contexts")
+        _check(self.contexts, self.sizes, self.draft_steps)
+        for one in self.batches:
+            _check(one.contexts, one.sizes, self.draft_steps)
+        if any(later.requests <= earlier.requests for earlier, later in pairwise(self.batches)):
+            raise ValueError(f"requests {[one.requests for one in self.batches]} do not ascend")
 
     @property
     def draft_steps(self) -> int:
@@ -87,30 +99,52 @@ class _Entry:
 
     @classmethod
     def of(cls, tuning: Tuning) -> _Entry:
-        menu = tuning.menu
         return cls(
             tuning.device,
             tuning.engine_sha256,
             tuning.kind,
             tuning.rate,
             tuning.draft_value,
-            menu.contexts,
-            tuple(
-                _Size(
-                    sizes.tree_rows,
-                    sizes.pseudo_rows,
-                    tuple(round(1e3 * float(seconds), 4) for seconds in menu.seconds[:, number]),
-                )
-                for number, sizes in enumerate(menu.sizes)
-            ),
+            tuning.menu.contexts,
+            _sizes_of(tuning.menu),
             tuning.about,
+            tuple(_Batch(one.requests, one.menu.contexts, _sizes_of(one.menu)) for one in tuning.batches),
         )
 
     def tuning(self) -> Tuning:
-        sizes = tuple(TreeSizes(one.tree_rows, one.pseudo_rows) for one in self.sizes)
-        seconds = np.array([one.milliseconds for one in self.sizes], dtype=np.float64).T / 1e3
-        menu = Menu(sizes, self.contexts, seconds)
-        return Tuning(self.device, self.engine_sha256, menu, self.rate, self.draft_value, self.kind, self.about)
+        menu = _menu(self.contexts, self.sizes)
+        batches = tuple(BatchMenu(one.requests, _menu(one.contexts, one.sizes)) for one in self.batches)
+        return Tuning(
+            self.device, self.engine_sha256, menu, self.rate, self.draft_value, self.kind, self.about, batches
+        )
+
+
+def _check(contexts: Contexts, sizes: Sizes, draft_steps: int) -> None:
+    if not contexts or any(later <= earlier for earlier, later in pairwise(contexts)):
+        raise ValueError(f"contexts {list(contexts)} do not ascend")
+    plain = TreeSizes.plain(draft_steps)
+    if (sizes[0].tree_rows, sizes[0].pseudo_rows) != (plain.tree_rows, plain.pseudo_rows):
+        raise ValueError("the first sizes are not those of plain decoding")
+    for size in sizes:
+        TreeSizes(size.tree_rows, size.pseudo_rows).check(draft_steps)
+        if len(size.milliseconds) != len(contexts):
+            raise ValueError(f"{len(size.milliseconds)} milliseconds for {len(contexts)} contexts")
+
+
+def _menu(contexts: Contexts, sizes: Sizes) -> Menu:
+    seconds = np.array([one.milliseconds for one in sizes], dtype=np.float64).T / 1e3
+    return Menu(tuple(TreeSizes(one.tree_rows, one.pseudo_rows) for one in sizes), contexts, seconds)
+
+
+def _sizes_of(menu: Menu) -> Sizes:
+    return tuple(
+        _Size(
+            sizes.tree_rows,
+            sizes.pseudo_rows,
+            tuple(round(1e3 * float(seconds), 4) for seconds in menu.seconds[:, number]),
+        )
+        for number, sizes in enumerate(menu.sizes)
+    )
 
 
 @dataclass(frozen=True)

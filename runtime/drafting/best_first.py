@@ -11,6 +11,8 @@ from runtime.arrays import IntArray
 from runtime.drafting.drafts import Drafts
 from runtime.tree import Tree, chain
 
+NOBODY: IntArray = np.empty(0, dtype=np.int64)
+
 
 def best_first_tree(root: int, drafts: Drafts, max_rows: int) -> Tree:
     """Return the tree of at most `max_rows` nodes with the highest path probabilities.
@@ -121,5 +123,7 @@ def _given(tree: Tree) -> list[float]:
 
 def likely_ends(tree: Tree, pseudo_rows: Sequence[int]) -> tuple[IntArray, ...]:
     """Return, per draft step, the nodes that get a pseudo row: those where acceptance most probably ends."""
+    if not any(pseudo_rows):
+        return (NOBODY,) * len(pseudo_rows)
     order = np.argsort(-tree.end_probabilities(), kind="stable")
     return tuple(np.sort(order[:count]) for count in pseudo_rows)

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from runtime.arrays import IntArray
 from runtime.drafting.best_first import likely_ends, merge
 from runtime.drafting.drafts import DraftStep
 from runtime.drafting.sizing import Sizing
 from runtime.drafting.source import Context, DraftSource
-from runtime.tree import Tree
+from runtime.tree import Tree, TreeSizes, chain
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The largest `tree` that a text may verify next, best-first, behind `length` cached tokens. `drafted` says whether
+    the pass before made drafts for it.
+    """
+
+    tree: Tree
+    length: int
+    drafted: bool
 
 
 class Drafter:
-    """Builds the trees of one text: what `sources` propose, merged, of the size that `sizing` chooses.
+    """Builds the trees of one text: what `sources` propose, merged, of the size that `sizing` chooses, or whoever runs
+    it together with other texts.
 
     The `shortlist` most probable tokens of each pseudo row are of use to them, and `draft_steps` draft steps. Where a
-    later source and those before it disagree, the surer one has the more weight: their order matters little.
+    later source and those before it disagree, the surer one has the more weight: their order matters little. While it
+    `rests` nothing is proposed.
     """
 
     def __init__(self, sizing: Sizing, sources: Sequence[DraftSource]) -> None:
@@ -25,26 +39,46 @@ class Drafter:
         self.shortlist = max((source.shortlist(sizing.most_rows) for source in self.sources), default=0)
         # Pseudo rows that nobody reads are not worth their time.
         self.draft_steps = sizing.draft_steps if self.shortlist else 0
+        self.rests = False
+        # What became certain and no source was told of yet.
+        self._untold: list[int] = []
 
     def begin(self, tokens: Sequence[int]) -> None:
-        """Take the tokens of the prompt, and the first one after it."""
+        """Take certain tokens that nobody tried to guess: those of the prompt, and the first one after it."""
         for source in self.sources:
             source.accept(tokens)
 
-    def propose(self, token: int, drafted: Sequence[DraftStep], length: int) -> tuple[Tree, tuple[IntArray, ...]]:
-        """Return the tree to verify, `token` at its root, and the nodes that get pseudo rows, by draft step.
+    def offer(self, token: int, drafted: Sequence[DraftStep], length: int) -> Offer:
+        """Return the largest tree to verify, `token` at its root.
 
         `drafted` are the drafts of what follows `token`, none if the pass before made none for it; `length` counts the
         cached tokens before it.
         """
+        if self.rests:
+            return Offer(chain([token]), length, drafted=False)
+        if self._untold:
+            self.begin(self._untold)
+            self._untold = []
         context = Context(token, length, self.sizing.most_rows, drafted)
         tree = merge(token, (source.propose(context) for source in self.sources), context.max_rows)
-        sizes = self.sizing.choose(tree, length, bool(drafted))
-        tree = tree.first(sizes.tree_rows)
-        return tree, likely_ends(tree, sizes.pseudo_rows if self.shortlist else (0,) * len(sizes.pseudo_rows))
+        return Offer(tree, length, bool(drafted))
+
+    def cut(self, offer: Offer, sizes: TreeSizes) -> tuple[Tree, tuple[IntArray, ...]]:
+        """Return the tree of these sizes, and the nodes that get pseudo rows, by draft step."""
+        tree = offer.tree.first(sizes.tree_rows)
+        pseudo_rows = sizes.pseudo_rows if self.shortlist and not self.rests else (0,) * len(sizes.pseudo_rows)
+        return tree, likely_ends(tree, pseudo_rows)
+
+    def propose(self, token: int, drafted: Sequence[DraftStep], length: int) -> tuple[Tree, tuple[IntArray, ...]]:
+        """Return what `cut` makes of an offer, of the sizes that the text chooses by itself."""
+        offer = self.offer(token, drafted, length)
+        return self.cut(offer, self.sizing.choose(offer.tree, length, offer.drafted))
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Take the tokens that a step made certain: the accepted candidates, and the one chosen after them."""
+        if self.rests:
+            self._untold += tokens
+            return
         self.sizing.learn(len(tokens) - 1)
         for source in self.sources:
             source.accept(tokens)

@@ -19,8 +19,9 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from runtime.arrays import FloatArray
+from runtime.arrays import FloatArray, IntArray
 from runtime.tree import Tree, TreeSizes
 
 # Weight of what was seen before against one more step: about 25 steps are remembered.
@@ -113,9 +114,68 @@ class Menu:
         # Where a longer context was faster by chance, steps would end before they began.
         return np.maximum(found, self._fastest)
 
+    def promised(self, tree: Tree) -> FloatArray:
+        """Return [N]: the drafted tokens that a step of each size may expect to accept of the best-first `tree`."""
+        return np.cumsum(tree.probabilities)[np.minimum(self.tree_rows, len(tree)) - 1] - 1.0
+
+    def left_drafted(self, tree: Tree) -> FloatArray:
+        """Return [N]: the share of one node's drafts that each size may expect to leave to the next step."""
+        tops, top_of = self._tops
+        nodes = np.arange(len(tree))
+        # For each T on the menu, the probabilities that acceptance ends at each of the tree's first T nodes, summed
+        # from the likeliest on.
+        paths = np.where(nodes < tops[:, None], tree.probabilities, 0.0)
+        child_of = (tree.parents[:, None] == nodes).astype(np.float64)
+        ends = paths - paths @ child_of
+        ends.sort(axis=1)
+        covered = np.zeros((len(tops), len(tree) + 1))
+        np.cumsum(ends[:, ::-1], axis=1, out=covered[:, 1:])
+        pseudo_rows = np.minimum(self._pseudo_rows, len(tree))
+        return covered[top_of[:, None], pseudo_rows] @ self._step_values
+
+    @property
+    def draft_steps(self) -> int:
+        """The number of draft steps that some size has pseudo rows for."""
+        return max(sizes.draft_steps for sizes in self.sizes)
+
+    @cached_property
+    def tree_rows(self) -> IntArray:
+        """T of each size [N]."""
+        return np.array([sizes.tree_rows for sizes in self.sizes])
+
+    @cached_property
+    def drafts(self) -> NDArray[np.bool_]:
+        """Tells of each size [N] whether it has pseudo rows."""
+        return np.array([any(sizes.pseudo_rows) for sizes in self.sizes])
+
+    @cached_property
+    def _tops(self) -> tuple[IntArray, IntArray]:
+        # The different tree sizes, and which of them each has.
+        tops, top_of = np.unique(self.tree_rows, return_inverse=True)
+        return tops, top_of
+
+    @cached_property
+    def _step_values(self) -> FloatArray:
+        # What pseudo rows of each step are worth, of one [K].
+        values = np.array(STEP_VALUES[: len(self.sizes[0].pseudo_rows)])
+        return values / values.sum()
+
+    @cached_property
+    def _pseudo_rows(self) -> IntArray:
+        # Those of each size [N, K].
+        return np.array([sizes.pseudo_rows for sizes in self.sizes])[:, : len(self._step_values)]
+
     @cached_property
     def _fastest(self) -> FloatArray:
         return self.seconds.min(axis=0)
+
+
+@dataclass(frozen=True)
+class BatchMenu:
+    """The menu of passes of so many `requests`, all of them of one size."""
+
+    requests: int
+    menu: Menu
 
 
 class AdaptiveSizes:
@@ -127,16 +187,7 @@ class AdaptiveSizes:
 
     def __init__(self, menu: Menu, rate: float = 1.0, draft_value: float = 0.5) -> None:
         self.menu = menu
-        self._tree_rows = np.array([sizes.tree_rows for sizes in menu.sizes])
-        # The different tree sizes, and which of them each has.
-        self._tops, self._top_of = np.unique(self._tree_rows, return_inverse=True)
-        self._plain_rows = self._tree_rows == 1
-        self._drafts = np.array([any(sizes.pseudo_rows) for sizes in menu.sizes])
-        steps = len(menu.sizes[0].pseudo_rows)
-        values = np.array(STEP_VALUES[:steps])
-        # [N, K] of each size: its pseudo rows; and [K] what those of each step are worth, of one.
-        self._pseudo_rows = np.array([sizes.pseudo_rows for sizes in menu.sizes])[:, : len(values)]
-        self._step_values = values / values.sum()
+        self._plain_rows = menu.tree_rows == 1
         self._time = RATE_PASSES
         self._tokens = rate * RATE_PASSES
         self._kept = self._promised = 0.0
@@ -145,6 +196,11 @@ class AdaptiveSizes:
         self._idle = 0
         self._credit = FIRST_CREDIT
         self._last = (0.0, 1.0)
+
+    @property
+    def believed(self) -> float:
+        """The share of what drafts promise that they have kept, lately."""
+        return (self._kept + PRIOR_TOKENS) / (self._promised + PRIOR_TOKENS)
 
     @property
     def rate(self) -> float:
@@ -159,34 +215,38 @@ class AdaptiveSizes:
     @property
     def most_rows(self) -> int:
         """See `Sizing.most_rows`."""
-        return int(self._tree_rows.max())
+        return int(self.menu.tree_rows.max())
 
     @property
     def draft_steps(self) -> int:
         """See `Sizing.draft_steps`."""
-        return max(sizes.draft_steps for sizes in self.menu.sizes)
+        return self.menu.draft_steps
 
     def choose(self, tree: Tree, context: int, drafted: bool) -> TreeSizes:
         """See `Sizing.choose`."""
         seconds = self.menu.at(context)
         time = seconds / seconds[0]
-        promised = np.cumsum(tree.probabilities)[np.minimum(self._tree_rows, len(tree)) - 1] - 1.0
-        believed = (self._kept + PRIOR_TOKENS) / (self._promised + PRIOR_TOKENS)
-        worth = believed * promised + self._draft_value * self._left_drafted(tree) - max(1.0, self.rate) * time
+        promised = self.menu.promised(tree)
+        left = self.menu.left_drafted(tree)
+        worth = self.believed * promised + self._draft_value * left - max(1.0, self.rate) * time
         if drafted:
             gain = float(worth.max() - worth[self._plain_rows].max())
             self._draft_value += DRAFT_VALUE_STEP * (gain - self._draft_value)
             self._pause = FIRST_PAUSE if gain > 0.0 else min(2 * self._pause, LONGEST_PAUSE)
         # Drafts tried again are made for nothing unless the step after can pay for verifying them.
-        risk = np.where(self._drafts & (not drafted), 2.0, 1.0)
+        risk = np.where(self.menu.drafts & (not drafted), 2.0, 1.0)
         affordable = risk * (time - 1.0) <= self._credit
         best = int(np.argmax(np.where(affordable, worth, -np.inf)))
-        self._idle = 0 if self._drafts[best] else self._idle + 1
-        if self._idle > self._pause and (affordable & self._drafts).any():
-            best = int(np.argmax(np.where(affordable & self._drafts, worth, -np.inf)))
+        self._idle = 0 if self.menu.drafts[best] else self._idle + 1
+        if self._idle > self._pause and (affordable & self.menu.drafts).any():
+            best = int(np.argmax(np.where(affordable & self.menu.drafts, worth, -np.inf)))
             self._idle = 0
-        self._last = (float(promised[best]), float(time[best]))
+        self.chosen(float(promised[best]), float(time[best]))
         return self.menu.sizes[best]
+
+    def chosen(self, promised: float, time: float) -> None:
+        """Take note of what a size that was chosen promises in drafted tokens, and of its time in plain steps."""
+        self._last = (promised, time)
 
     def learn(self, accepted: int) -> None:
         """See `Sizing.learn`."""
@@ -196,17 +256,3 @@ class AdaptiveSizes:
         self._tokens = MEMORY * self._tokens + accepted + 1
         self._time = MEMORY * self._time + time
         self._credit = min(self._credit + accepted + 1 - time + PASS_CREDIT, MOST_CREDIT)
-
-    def _left_drafted(self, tree: Tree) -> FloatArray:
-        """Return [N]: the share of one node's drafts that each size may expect to leave to the next step."""
-        nodes = np.arange(len(tree))
-        # For each T on the menu, the probabilities that acceptance ends at each of the tree's first T nodes, summed
-        # from the likeliest on.
-        paths = np.where(nodes < self._tops[:, None], tree.probabilities, 0.0)
-        child_of = (tree.parents[:, None] == nodes).astype(np.float64)
-        ends = paths - paths @ child_of
-        ends.sort(axis=1)
-        covered = np.zeros((len(self._tops), len(tree) + 1))
-        np.cumsum(ends[:, ::-1], axis=1, out=covered[:, 1:])
-        pseudo_rows = np.minimum(self._pseudo_rows, len(tree))
-        return covered[self._top_of[:, None], pseudo_rows] @ self._step_values

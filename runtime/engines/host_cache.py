@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from runtime.arrays import IntArray
 from runtime.bindings import GraphDims
-from runtime.engines.protocol import Batch, Result, Slot
+from runtime.engines.protocol import Batch, Kept, Result, Slot
 from runtime.rows import HostOutputs, PickedRows
 
 BLOCK = 64
@@ -39,6 +40,8 @@ class KeyValueCache:
 
     def append(self, keys: Sequence[NDArray], values: Sequence[NDArray], rows: Sequence[int]) -> None:
         """Append `rows` of L arrays of new keys and values [Hkv, R_l, D], in that order."""
+        if not rows:
+            return
         end = self.length + len(rows)
         if end > self.capacity:
             self._grow(end)
@@ -49,6 +52,21 @@ class KeyValueCache:
             self.keys[layer, 0, :, self.length : end] = key[:, index]
             self.values[layer, 0, :, self.length : end] = value[:, index]
         self.length = end
+
+    def first(self, rows: int) -> KeyValueCache:
+        """Return a copy of the first `rows` rows."""
+        found = copy.copy(self)
+        found.length = rows
+        found.keys, found.values = (array[:, :, :, :rows].copy() for array in (self.keys, self.values))
+        return found
+
+    def take(self, source: KeyValueCache, rows: int) -> None:
+        """Commit the first `rows` rows of `source`; there are none yet."""
+        assert not self.length and rows <= source.length
+        self._grow(rows)
+        self.keys[:, :, :, :rows] = source.keys[:, :, :, :rows]
+        self.values[:, :, :, :rows] = source.values[:, :, :, :rows]
+        self.length = rows
 
     def _grow(self, needed: int) -> None:
         target = max(needed, self.capacity + max(BLOCK, self.capacity // 8))
@@ -94,14 +112,32 @@ class HostCacheEngine(ABC):
     max_batch: int
     max_slots = MANY
     gpu_name = None
+    packs = False
 
     @abstractmethod
     def run(self, batch: Batch) -> HostResult:
         """See `Engine.run`."""
 
+    @property
+    def row_bytes(self) -> int:
+        """See `Engine.row_bytes`."""
+        return self.dims.row_bytes
+
     def new_slot(self) -> KeyValueCache:
         """See `Engine.new_slot`."""
         return KeyValueCache(self.dims)
+
+    def keep(self, slot: Slot, rows: int) -> KeyValueCache:
+        """See `Engine.keep`."""
+        return cache_of(slot).first(rows)
+
+    def copy(self, source: Slot | Kept, target: Slot, rows: int) -> None:
+        """See `Engine.copy`."""
+        cache_of(target).take(cache_of(source), rows)
+
+    def release(self, slot: Slot) -> None:
+        """See `Engine.release`: memory is freed with the slot."""
+        cache_of(slot)
 
     def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
         """See `Engine.commit`."""
@@ -111,7 +147,7 @@ class HostCacheEngine(ABC):
             cache_of(slot).append(keys, values, rows)
 
 
-def cache_of(slot: Slot) -> KeyValueCache:
+def cache_of(slot: Slot | Kept) -> KeyValueCache:
     """Return the cache that a slot of these engines is."""
     assert isinstance(slot, KeyValueCache), "a slot of another engine"
     return slot

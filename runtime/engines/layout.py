@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from runtime import bindings
 from runtime.arrays import IntArray
 from runtime.bindings import dynamic_dims
-from runtime.engines.protocol import Batch
 from runtime.rows import Rows
 from runtime.tree import TreeSizes
 
@@ -35,16 +34,19 @@ class BatchInputs:
         return dynamic_dims(self.sizes.tree_rows, self.sizes.pseudo_rows, self.logit_count, capacity, batch)
 
 
-def stack(batch: Batch, join_order: Sequence[int], sizes: TreeSizes | None = None) -> BatchInputs:
-    """Return `batch` laid out in `sizes`, a row of logits for every tree row; or, with None, in the least sizes that
-    all requests share, which copies nothing for a single one.
+def stack(
+    batch: Sequence[Rows], lengths: Sequence[int], join_order: Sequence[int], sizes: TreeSizes | None = None
+) -> BatchInputs:
+    """Return the rows of B requests, behind so many cached ones each (`lengths` [B]), laid out in `sizes`, a row of
+    logits for every tree row; or, with None, in the least sizes that all requests share, which copies nothing for a
+    single one.
     """
     if sizes is None:
-        sizes = shared_sizes(batch.rows)
-        logit_count = max(len(rows.logit_rows) for rows in batch.rows)
+        sizes = shared_sizes(batch)
+        logit_count = max(len(rows.logit_rows) for rows in batch)
     else:
         logit_count = sizes.tree_rows
-    padded = [pad(rows, sizes, logit_count, join_order) for rows in batch.rows]
+    padded = [pad(rows, sizes, logit_count, join_order) for rows in batch]
     parts: dict[str, list[NDArray]] = {
         bindings.INPUT_IDS: [one.rows.input_ids for one in padded],
         bindings.POSITION_IDS: [one.rows.position_ids for one in padded],
@@ -54,7 +56,7 @@ def stack(batch: Batch, join_order: Sequence[int], sizes: TreeSizes | None = Non
     for step in range(len(join_order)):
         parts[bindings.pseudo_parent(step + 1)] = [one.rows.pseudo_parents[step] for one in padded]
     values = {name: np.stack(arrays) if len(arrays) > 1 else arrays[0][None] for name, arrays in parts.items()}
-    values[bindings.CACHE_LENGTH] = np.array([slot.length for slot in batch.slots], dtype=np.int64)
+    values[bindings.CACHE_LENGTH] = np.array(lengths, dtype=np.int64)
     return BatchInputs(sizes, logit_count, values, tuple(one.pseudo for one in padded))
 
 

@@ -18,7 +18,7 @@ from runtime.engines.external_weights import GraphFiles, hand_over
 from runtime.engines.host_cache import HostCacheEngine, HostResult, caches_of
 from runtime.engines.layout import BatchInputs, stack
 from runtime.engines.protocol import Batch
-from runtime.errors import EngineFileError, InputError, one_line
+from runtime.errors import EngineError, EngineFileError, InputError, one_line
 from runtime.foreign import failures
 
 # Characters of what ONNX Runtime says: it begins with where in its code that is.
@@ -49,7 +49,7 @@ class OnnxRuntimeEngine(HostCacheEngine):
 
     def run(self, batch: Batch) -> HostResult:
         """See `Engine.run`."""
-        laid_out = stack(batch, self.dims.join_order)
+        laid_out = stack(batch.rows, batch.lengths, self.dims.join_order)
         with running(self._path):
             found = self._session.run(self._outputs, graph_inputs(laid_out, batch))
             self._check_shapes(found, laid_out)
@@ -80,11 +80,11 @@ def path_of(graph: Path | GraphFiles) -> Path:
 
 
 def running(path: Path) -> AbstractContextManager[None]:
-    """Raise `EngineFileError` for whatever ONNX Runtime raises in the block, where it runs the graph at `path`: one
-    that can be loaded may still not fit its inputs, or those of some texts.
+    """Raise `EngineError` for whatever ONNX Runtime raises in the block, where it runs the graph at `path`: one that
+    can be loaded may still not fit its inputs, or those of some texts.
     """
     return failures(
-        lambda cause: EngineFileError(
+        lambda cause: EngineError(
             f"ONNX Runtime cannot run {path}: {cause}; free memory if that is what it lacks, or export the engine again"
         )
     )

@@ -7,88 +7,68 @@ read; committing moves the accepted ones among them together.
 
 from __future__ import annotations
 
-import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime import bindings
 from runtime.bindings import GraphDims, dynamic_dims
+from runtime.engines.dense_cache import DenseCache, DenseSlot, KeptRows, slot_of
 from runtime.engines.external_weights import GraphFiles
-from runtime.engines.host_cache import MANY
-from runtime.engines.layout import stack
+from runtime.engines.layout import BatchInputs, stack
 from runtime.engines.onnxruntime import open_session, path_of, running
-from runtime.engines.protocol import Batch, Freshness, Result, Slot
-from runtime.rows import HostOutputs
+from runtime.engines.protocol import Batch, Freshness, Kept, Result, Slot
+from runtime.rows import HostOutputs, PickedRows, Rows, lay_out
+from runtime.tree import chain
 
-BLOCK = 256
-
-
-class InPlaceCache:
-    """Keys and values [2, L, 1, Hkv, S, D] of one request, the first `length` of S rows valid. See `Slot`."""
-
-    def __init__(self, dims: GraphDims) -> None:
-        self.length = 0
-        self._shape = (2, dims.num_layers, 1, dims.key_value_heads)
-        self._head_dim = dims.head_dim
-        self.arrays: NDArray = np.zeros((*self._shape, 0, dims.head_dim), dtype=dims.dtype)
-
-    @property
-    def capacity(self) -> int:
-        """S, the rows that there is memory for."""
-        return self.arrays.shape[4]
-
-    def reserve(self, rows: int) -> None:
-        """Have room for `rows` more rows. S grows by a quarter at least; no pass reads what is not valid."""
-        needed = self.length + rows
-        if needed <= self.capacity:
-            return
-        target = max(needed, self.capacity + self.capacity // 4)
-        capacity = -(-target // BLOCK) * BLOCK
-        wider = np.zeros((*self._shape, capacity, self._head_dim), dtype=self.arrays.dtype)
-        wider[..., : self.length, :] = self.arrays[..., : self.length, :]
-        self.arrays = wider
-
-    def commit(self, rows: Sequence[int]) -> None:
-        """Accept `rows` of the pass before, in that order, which it has left behind the valid ones."""
-        start = self.length
-        moved = [(place, row) for place, row in enumerate(rows) if place != row]
-        if moved:
-            places, sources = (start + np.array(side) for side in zip(*moved, strict=True))
-            self.arrays[..., places, :] = self.arrays[..., sources, :]
-        self.length = start + len(rows)
+# Requests of a pass, where the graph takes any number.
+MAX_BATCH = 64
+MAX_SLOTS = 1 << 10
+# Of the places that a pass of one row each spans, the share that may be others'.
+GAPS = 4
+# Sets of slots whose caches stay bound.
+MOST_BOUND = 8
 
 
 @dataclass(frozen=True)
 class InPlaceResult:
-    """Pass `number` of an engine, of one request: logits [M, V], draft_logits [sum R_k, V]; new keys and values are in
-    the cache. See `Result`.
+    """Pass `number` of an engine: logits [B, M, V], draft_logits [B, sum R_k, V] in row order; new keys and values are
+    in the cache. `places` [B] are those of the requests among the B that were run. See `Result`.
     """
 
     batch: Batch
+    laid_out: BatchInputs
+    places: tuple[int, ...]
     logits: NDArray[np.float32]
     draft_logits: NDArray[np.float32]
+    cache: DenseCache
     number: int
     freshness: Freshness
 
     def outputs(self, index: int) -> HostOutputs:
         """See `Result.outputs`."""
         self.freshness.check(self.number)
-        return HostOutputs(self.batch.rows[index], self.logits, self.draft_logits)
+        rows, place = self.batch.rows[index], self.places[index]
+        drafts = PickedRows(self.draft_logits[place], self.laid_out.pseudo[place])
+        return HostOutputs(rows, self.logits[place, : len(rows.logit_rows)], drafts)
 
     def new(self, dims: GraphDims) -> tuple[list[NDArray], list[NDArray]]:
-        """Return the new keys and the new values, not committed yet: L arrays [1, Hkv, R_l, D] each."""
+        """Return the new keys and the new values of a pass of one request, not committed yet: L arrays [1, Hkv, R_l, D]
+        each.
+        """
         self.freshness.check(self.number)
         (rows,), (slot,) = self.batch.rows, self.batch.slots
-        cache = _cache_of(slot)
         sizes = dynamic_dims(len(rows.input_ids), rows.counts, 0, 0)
         alive = [sum(sizes[part] for part in dims.rows_alive(layer).split(" + ")) for layer in range(dims.num_layers)]
+        start = slot.length
         keys, values = (
-            [cache.arrays[kind, layer, :, :, cache.length : cache.length + count] for layer, count in enumerate(alive)]
-            for kind in range(2)
+            [kind[layer, None, :, start : start + count] for layer, count in enumerate(alive)]
+            for kind in self.cache.of(slot_of(slot))
         )
         return keys, values
 
@@ -96,10 +76,10 @@ class InPlaceResult:
 class OnnxRuntimeCpuEngine:
     """An ONNX Runtime session of a lowered graph; `threads` and `small` as for `OnnxRuntimeEngine`."""
 
-    # `GroupQueryAttention` takes several rows over a cache of one request only.
-    max_batch = 1
-    max_slots = MANY
+    max_slots = MAX_SLOTS
     gpu_name = None
+    # Where several requests have several rows each, all are brought to the largest.
+    packs = False
 
     def __init__(
         self, graph: Path | GraphFiles, dims: GraphDims, threads: int | None = None, *, small: bool = False
@@ -108,67 +88,117 @@ class OnnxRuntimeCpuEngine:
             graph, dims.inputs(), dims.lowered_outputs(), ["CPUExecutionProvider"], threads, small=small
         )
         self.dims = dims
+        # Graphs of earlier releases are for one.
+        about = self._session.get_modelmeta().custom_metadata_map
+        self.max_batch = MAX_BATCH if about.get(bindings.REQUESTS) == bindings.ANY else 1
+        self._logit_outputs = dims.outputs()[:2]
         self._path = path_of(graph)
-        self._binding = self._session.io_binding()
-        self._bound: weakref.ref[NDArray] | None = None
+        self._cache = DenseCache(dims)
+        self._bound: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._bound_arrays = self._cache.arrays
         self._freshness = Freshness()
         self._logits = np.empty((0, dims.vocab_size), dtype=np.float32)
         self._drafts = np.empty((0, dims.vocab_size), dtype=np.float32)
 
-    def new_slot(self) -> InPlaceCache:
+    @property
+    def row_bytes(self) -> int:
+        """See `Engine.row_bytes`."""
+        return self.dims.row_bytes
+
+    def new_slot(self) -> DenseSlot:
         """See `Engine.new_slot`."""
-        return InPlaceCache(self.dims)
+        return self._cache.new_slot()
+
+    def keep(self, slot: Slot, rows: int) -> KeptRows:
+        """See `Engine.keep`."""
+        return self._cache.keep(slot_of(slot), rows)
+
+    def copy(self, source: Slot | Kept, target: Slot, rows: int) -> None:
+        """See `Engine.copy`."""
+        self._cache.copy(source, slot_of(target), rows)
+
+    def release(self, slot: Slot) -> None:
+        """See `Engine.release`."""
+        self._cache.release(slot_of(slot))
 
     def run(self, batch: Batch) -> InPlaceResult:
         """See `Engine.run`. New keys and values are in the cache alone."""
-        (slot,) = batch.slots
-        cache = _cache_of(slot)
-        laid_out = stack(batch, self.dims.join_order)
+        assert len(batch) <= self.max_batch
+        slots = [slot_of(slot) for slot in batch.slots]
+        several = len(batch) > 1 and any(len(rows.position_ids) > 1 for rows in batch.rows)
+        first, count = self._cache.arrange(slots, 0 if several else len(batch) // GAPS)
+        places = tuple(slot.place.index - first for slot in slots)
+        whole, lengths = self._filled(batch, slots, first, count)
+        laid_out = stack(whole, lengths, self.dims.join_order)
         drafts = sum(laid_out.sizes.pseudo_rows)
-        cache.reserve(laid_out.sizes.tree_rows + drafts)
-        self._bind_cache(cache)
+        self._cache.reserve(max(lengths), laid_out.sizes.tree_rows + drafts)
         number = self._freshness.next_pass()
+        binding = self._binding(first, count)
         # Kept until the pass is over: they are bound by address.
         values = {name: np.ascontiguousarray(value) for name, value in laid_out.values.items()}
         for name, value in values.items():
-            self._binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
-        self._logits = _room_for(self._logits, laid_out.logit_count)
-        self._drafts = _room_for(self._drafts, drafts)
-        sizes = laid_out.dims(cache.capacity)
-        for binding, buffer in zip(self.dims.outputs()[:2], (self._logits, self._drafts), strict=True):
-            shape = binding.sizes(sizes)
-            self._binding.bind_output(binding.name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+            binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
+        rows = count * laid_out.logit_count
+        self._logits = _room_for(self._logits, rows)
+        self._drafts = _room_for(self._drafts, count * drafts)
+        sizes = laid_out.dims(self._cache.capacity)
+        for output, buffer in zip(self._logit_outputs, (self._logits, self._drafts), strict=True):
+            shape = output.sizes(sizes)
+            binding.bind_output(output.name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
         with running(self._path):
-            self._session.run_with_iobinding(self._binding)
-        logits, draft_logits = self._logits[: laid_out.logit_count], self._drafts[:drafts]
-        return InPlaceResult(batch, logits, draft_logits, number, self._freshness)
+            self._session.run_with_iobinding(binding)
+        logits = self._logits[:rows].reshape(count, laid_out.logit_count, self.dims.vocab_size)
+        draft_logits = self._drafts[: count * drafts].reshape(count, drafts, self.dims.vocab_size)
+        return InPlaceResult(batch, laid_out, places, logits, draft_logits, self._cache, number, self._freshness)
 
     def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
         """See `Engine.commit`."""
         assert isinstance(result, InPlaceResult), "a result of another engine"
         self._freshness.commit(result.number)
+        sizes = result.laid_out.sizes
         for slot, rows in zip(result.batch.slots, accepted, strict=True):
-            _cache_of(slot).commit(rows)
+            self._cache.commit(slot_of(slot), rows, sizes.tree_rows + sum(sizes.pseudo_rows))
 
-    def _bind_cache(self, cache: InPlaceCache) -> None:
-        arrays = cache.arrays
-        if self._bound is not None and self._bound() is arrays:
-            return
+    def _filled(self, batch: Batch, slots: Sequence[DenseSlot], first: int, count: int) -> tuple[list[Rows], list[int]]:
+        """Return the rows of `count` places from `first` on, and how many are committed in each. What lies between the
+        slots of the batch has one row of no meaning, behind the committed ones.
+        """
+        own = {slot.place.index: rows for rows, slot in zip(batch.rows, slots, strict=True)}
+        lengths = [self._cache.length_at(index) for index in range(first, first + count)]
+        nothing = (np.empty(0, dtype=np.int64),) * self.dims.num_steps
+        rows = [
+            own[index]
+            if index in own
+            else lay_out(chain([0]), nothing, self.dims.join_order, length, phase=batch.phase)
+            for index, length in zip(range(first, first + count), lengths, strict=True)
+        ]
+        return rows, lengths
+
+    def _binding(self, first: int, count: int) -> Any:
+        """Return a binding of the caches of `count` slots from `first` on."""
+        arrays = self._cache.arrays
+        if arrays is not self._bound_arrays:
+            self._bound.clear()
+            self._bound_arrays = arrays
+        key = (first, count)
+        if (binding := self._bound.get(key)) is not None:
+            self._bound.move_to_end(key)
+            return binding
+        binding = self._session.io_binding()
         for layer in range(self.dims.num_layers):
             names = (
                 (bindings.key_cache(layer), bindings.key_cache_out(layer)),
                 (bindings.value_cache(layer), bindings.value_cache_out(layer)),
             )
-            for array, (source, target) in zip(arrays[:, layer], names, strict=True):
+            for kind, (source, target) in enumerate(names):
+                array = arrays[kind, layer, first : first + count]
                 where = ("cpu", 0, array.dtype, array.shape, array.ctypes.data)
-                self._binding.bind_input(source, *where)
-                self._binding.bind_output(target, *where)
-        self._bound = weakref.ref(arrays)
-
-
-def _cache_of(slot: Slot) -> InPlaceCache:
-    assert isinstance(slot, InPlaceCache), "a slot of another engine"
-    return slot
+                binding.bind_input(source, *where)
+                binding.bind_output(target, *where)
+        self._bound[key] = binding
+        if len(self._bound) > MOST_BOUND:
+            self._bound.popitem(last=False)
+        return binding
 
 
 def _room_for(buffer: NDArray[np.float32], rows: int) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import Limits
 from runtime.engines.buffers import DeviceResult, PassBuffers
 from runtime.engines.cuda import Cuda
-from runtime.engines.device_cache import CacheMemory, DeviceCache, cache_of
+from runtime.engines.device_cache import CacheMemory, DeviceCache, DeviceCacheEngine, cache_of
 from runtime.engines.external_weights import GraphFiles
 from runtime.engines.layout import stack
 from runtime.engines.onnxruntime import Provider, open_session, path_of, running
@@ -30,9 +30,9 @@ BFLOAT16 = 16
 MAX_ROWS = 64
 
 
-class OnnxRuntimeCudaEngine:
-    """An ONNX Runtime session on the first NVIDIA GPU. `tree` are the engine's usual sizes, `chunk` the prompt tokens
-    of a pass. Raises `InputError` where there is no GPU, or no ONNX Runtime that can use it.
+class OnnxRuntimeCudaEngine(DeviceCacheEngine):
+    """An ONNX Runtime session on NVIDIA GPU number `gpu`. `tree` are the engine's usual sizes, `chunk` the prompt
+    tokens of a pass. Raises `InputError` where there is no GPU, or no ONNX Runtime that can use it.
     """
 
     # The device whose memory the graph's inputs and outputs are in, as ONNX Runtime calls it.
@@ -41,15 +41,23 @@ class OnnxRuntimeCudaEngine:
     max_slots = 1
 
     def __init__(
-        self, graph: Path | GraphFiles, dims: GraphDims, tree: TreeSizes, chunk: int, max_context: int
+        self,
+        graph: Path | GraphFiles,
+        dims: GraphDims,
+        tree: TreeSizes,
+        chunk: int,
+        max_context: int,
+        *,
+        gpu: int = 0,
     ) -> None:
         self.dims = dims
         self._path = path_of(graph)
         self._limits = Limits(1, max_context, max(MAX_ROWS, tree.tree_rows), chunk)
         provider = _provider()
-        self._cuda = Cuda()
+        self._gpu = gpu
+        self._cuda = Cuda(gpu)
         # All work on one stream, in order. TF32 would round what is multiplied to 10 bits.
-        options = {"user_compute_stream": str(self._cuda.stream), "use_tf32": "0"}
+        options = {"device_id": str(gpu), "user_compute_stream": str(self._cuda.stream), "use_tf32": "0"}
         providers: list[Provider] = [(provider, options), "CPUExecutionProvider"]
         self._session = open_session(graph, dims.inputs(), dims.outputs(), providers)
         if self._session.get_providers()[0] != provider:
@@ -61,22 +69,12 @@ class OnnxRuntimeCudaEngine:
         self._freshness = Freshness()
         self._cache_memory = CacheMemory(self._cuda, dims, self._limits.capacity)
 
-    @property
-    def gpu_name(self) -> str:
-        """The GPU that passes run on."""
-        return self._cuda.name
-
-    def new_slot(self) -> DeviceCache:
-        """See `Engine.new_slot`. Only the newest one may be used: all share one memory."""
-        self._cuda.use()
-        return DeviceCache(self._cache_memory)
-
     def run(self, batch: Batch) -> DeviceResult:
         """See `Engine.run`. Raises `InputError` for more rows than there are buffers for."""
         self._cuda.use()
         (slot,) = batch.slots
         cache = cache_of(slot)
-        laid_out = stack(batch, self.dims.join_order)
+        laid_out = stack(batch.rows, batch.lengths, self.dims.join_order)
         sizes = laid_out.sizes
         most = self._limits.chunk if batch.phase is Phase.PROMPT else self._limits.max_rows
         if (rows := max(sizes.tree_rows, *sizes.pseudo_rows)) > most:
@@ -88,10 +86,10 @@ class OnnxRuntimeCudaEngine:
         addresses = self._buffers.addresses(cache)
         binding = self._session.io_binding()
         for value in self.dims.inputs():
-            where = (self.device, 0, _element(value.dtype), value.sizes(values), addresses[value.name])
+            where = (self.device, self._gpu, _element(value.dtype), value.sizes(values), addresses[value.name])
             binding.bind_input(value.name, *where)
         for value in self.dims.outputs():
-            where = (self.device, 0, _element(value.dtype), value.sizes(values), addresses[value.name])
+            where = (self.device, self._gpu, _element(value.dtype), value.sizes(values), addresses[value.name])
             binding.bind_output(value.name, *where)
         with running(self._path):
             self._session.run_with_iobinding(binding)
@@ -107,6 +105,8 @@ class OnnxRuntimeCudaEngine:
         self._cuda.use()
         for slot, rows in zip(result.batch.slots, accepted, strict=True):
             cache = cache_of(slot)
+            if not rows:
+                continue
             cache.reserve(len(rows))
             self._copy(cache, result.sizes, rows)
             cache.length += len(rows)

@@ -12,12 +12,21 @@ from runtime.rows import Outputs, Phase, Rows
 
 class Slot(Protocol):
     """A place in an engine's cache: the keys and values of one request's accepted rows, `length` of them, wherever the
-    engine keeps them. It is free again when nothing refers to it.
+    engine keeps them.
     """
 
     @property
     def length(self) -> int:
         """The number of committed rows."""
+        ...
+
+
+class Kept(Protocol):
+    """Copies of `length` committed rows, that are in no slot."""
+
+    @property
+    def length(self) -> int:
+        """The number of rows."""
         ...
 
 
@@ -36,6 +45,11 @@ class Batch:
     def __post_init__(self) -> None:
         assert len(self.rows) == len(self.slots) > 0, "each request is in one slot"
         assert len({rows.phase for rows in self.rows}) == 1, "a pass is in one phase"
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The number of committed rows of each request."""
+        return tuple(slot.length for slot in self.slots)
 
     @property
     def phase(self) -> Phase:
@@ -62,13 +76,21 @@ class Result(Protocol):
 class Engine(Protocol):
     """Runs the graph of `dims` for up to `max_batch` requests at once, of up to `max_slots` that are under way.
 
-    `gpu_name` is None on the CPU. Slots and results are of the engine's own kinds; those of another are refused by an
-    assertion, as types that are tied to an engine would tie all that holds one to it too.
+    Where it `packs` a batch its time is that of all rows together; otherwise all requests of a batch are brought to the
+    sizes of the largest. A committed row takes `row_bytes` bytes of memory. `gpu_name` is None on the CPU. Slots and
+    results are of the engine's own kinds; those of another are refused by an assertion, as types that are tied to an
+    engine would tie all that holds one to it too.
     """
 
     dims: GraphDims
     max_batch: int
     max_slots: int
+    packs: bool
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of the keys and values of one row."""
+        ...
 
     @property
     def gpu_name(self) -> str | None:
@@ -79,6 +101,18 @@ class Engine(Protocol):
         """Return an empty slot of this engine's cache."""
         ...
 
+    def keep(self, slot: Slot, rows: int) -> Kept:
+        """Return copies of the first `rows` committed rows of `slot`. They are free when nothing refers to them."""
+        ...
+
+    def copy(self, source: Slot | Kept, target: Slot, rows: int) -> None:
+        """Commit the first `rows` rows of `source`, a slot or kept rows, to the empty slot `target`."""
+        ...
+
+    def release(self, slot: Slot) -> None:
+        """Free the memory of `slot`, which is used no more."""
+        ...
+
     def run(self, batch: Batch) -> Result:
         """Run the rows of `batch` once, each over the committed rows of its slot, which stay as they are.
 
@@ -87,9 +121,11 @@ class Engine(Protocol):
         ...
 
     def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
-        """Append the keys and values of the `accepted` tree rows of each request, in that order, to its slot.
+        """Append the keys and values of the `accepted` tree rows of each request, in that order, to its slot; of a
+        request that failed there are none.
 
-        `result` is that of the engine's last pass, and is committed once.
+        `result` is that of the engine's last pass, and is committed once, before anything is done with slots: the
+        rows of a pass may not be where they were when one is made, copied to or released.
         """
         ...
 

@@ -21,7 +21,7 @@ from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import PlanFile
 from runtime.engines.buffers import DeviceResult, PassBuffers
 from runtime.engines.cuda import Cuda
-from runtime.engines.device_cache import CacheMemory, DeviceCache, cache_of
+from runtime.engines.device_cache import CacheMemory, DeviceCache, DeviceCacheEngine, cache_of
 from runtime.engines.layout import BatchInputs, bucket, shared_sizes, stack
 from runtime.engines.plans import RuntimeCache, check_device, deserialise, import_product, make_logger
 from runtime.engines.protocol import Batch, Freshness, Result
@@ -32,7 +32,7 @@ from runtime.tree import TreeSizes
 VERIFICATION, PROMPT = 0, 1
 
 
-class TensorRTEngine:
+class TensorRTEngine(DeviceCacheEngine):
     """The plan at `path`; `about` is what `engine.json` says of it, `plan_hash` its SHA-256, `usual` the sizes of most
     passes. `use_graphs=False` launches every kernel of every pass, for comparison.
 
@@ -55,12 +55,13 @@ class TensorRTEngine:
         *,
         use_graphs: bool = True,
         opened: BufferedReader | None = None,
+        gpu: int = 0,
     ) -> None:
         self.dims = dims
         self._limits = about.limits
         self._usual = usual
         self._trt = import_product(about)
-        self._cuda = Cuda()
+        self._cuda = Cuda(gpu)
         check_device(path, about, self._cuda)
         self._log = make_logger(self._trt)
         if about.attention == "plugin":
@@ -85,16 +86,6 @@ class TensorRTEngine:
         """The number of shapes that are captured as a CUDA graph, and of all shapes that decoding has had."""
         return sum(one.graph is not None for one in self._passes.values()), len(self._passes)
 
-    @property
-    def gpu_name(self) -> str:
-        """The GPU that passes run on."""
-        return self._cuda.name
-
-    def new_slot(self) -> DeviceCache:
-        """See `Engine.new_slot`. Only the newest one may be used: all share one memory."""
-        self._cuda.use()
-        return DeviceCache(self._cache_memory)
-
     def run(self, batch: Batch) -> DeviceResult:
         """See `Engine.run`. Raises `InputError` for more rows than the plan was built for."""
         self._cuda.use()
@@ -103,10 +94,12 @@ class TensorRTEngine:
         self._check_limits(batch, cache)
         number = self._freshness.next_pass()
         if batch.phase is Phase.PROMPT:
-            laid_out = stack(batch, self.dims.join_order)
+            laid_out = stack(batch.rows, batch.lengths, self.dims.join_order)
             self._run_prompt(laid_out, cache)
         else:
-            laid_out = stack(batch, self.dims.join_order, bucket(batch.rows, self._usual, self._limits.max_rows))
+            laid_out = stack(
+                batch.rows, batch.lengths, self.dims.join_order, bucket(batch.rows, self._usual, self._limits.max_rows)
+            )
             self._buffers.write(laid_out)
             found = self._pass(laid_out.sizes, cache)
             found.run()
@@ -124,6 +117,8 @@ class TensorRTEngine:
         self._cuda.use()
         for slot, rows in zip(result.batch.slots, accepted, strict=True):
             cache = cache_of(slot)
+            if not rows:
+                continue
             cache.reserve(len(rows))
             table = self._buffers.commit_table(cache, rows, result.sizes)
             heads = self.dims.key_value_heads

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from rich.progress import Progress
 
 import ht_export.training.sweep
+from ht_export.bench.load.arrivals import trace
 from ht_export.bench.measure import Row, Runs
 from ht_export.bench.results import Results
 from ht_export.bench.settings import PLAIN, SPECULATIVE, Job
@@ -219,6 +220,22 @@ def _prompts(folder: Path) -> Kind:
         for conversation in found:
             if len("".join(conversation.turns)) < 10_000:
                 encode_chat(base.tokenizer, conversation.turns, ["Yes"] * (len(conversation.turns) - 1))
+
+    cases = st.builds(lambda content: Case({path.name: content}), damaged_lines(values))
+    return Kind(folder, cases, use)
+
+
+@KINDS.add("arrivals", "arrival")
+def _arrivals(folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    path = folder / "trace.jsonl"
+    values = [{"time": 0.5}, {"time": 0}, {"time": 12.25, "other": 1}]
+    path.write_text("\n".join(map(json.dumps, values)))
+
+    def use(case: Case) -> None:
+        times = trace(path, 5).times
+        if not 0 < len(times) <= 5 or times[0] or list(times) != sorted(times):
+            raise FaultError(f"no arrivals: {times!r}")
 
     cases = st.builds(lambda content: Case({path.name: content}), damaged_lines(values))
     return Kind(folder, cases, use)

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime import bindings, driver
+from runtime import bindings
 from runtime.bindings import GraphDims
-from runtime.decode import Request
+from runtime.decode import DecodingState
 from runtime.drafting.drafter import Drafter
 from runtime.engines.host_cache import HostCacheEngine, HostResult, cache_of
 from runtime.engines.layout import stack
 from runtime.engines.protocol import Batch, Engine
+from runtime.scheduling.job import Job
+from runtime.scheduling.scheduler import MANY, Limits, run
 
 Text = tuple[int, ...]
 # Returns the base model's logits [V] after a text.
@@ -40,7 +42,7 @@ class KnownEngine(HostCacheEngine):
     def run(self, batch: Batch) -> HostResult:
         assert 1 <= len(batch) <= self.max_batch
         self.batches.append(batch)
-        laid_out = stack(batch, self.dims.join_order)
+        laid_out = stack(batch.rows, batch.lengths, self.dims.join_order)
         drafts = sum(laid_out.sizes.pseudo_rows)
         found = HostResult(
             batch,
@@ -68,13 +70,18 @@ class KnownEngine(HostCacheEngine):
         return found
 
 
+def jobs_of(states: Sequence[DecodingState]) -> list[Job]:
+    """Return a job for each state, of which nobody hears."""
+    return [Job(state, MANY) for state in states]
+
+
 def steps(
     engine: Engine, prompt: Sequence[int], drafter: Drafter, chunk: int = 8, **options: Any
 ) -> Iterator[list[int]]:
-    """Yield the tokens that each step makes certain after `prompt`; `options` are those of `Request`."""
-    request = Request(prompt, drafter, chunk, engine.dims.join_order, **options)
+    """Yield the tokens that each step makes certain after `prompt`; `options` are those of `DecodingState`."""
+    state = DecodingState(prompt, drafter, chunk, engine.dims.join_order, **options)
     count = 0
-    for _ in driver.run(engine, [request]):
-        if certain := request.tokens[count:]:
+    for _ in run(engine, jobs_of([state]), Limits(prompt_chunk=chunk)):
+        if certain := state.tokens[count:]:
             yield certain
-        count = len(request.tokens)
+        count = len(state.tokens)

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.bindings import GraphDims
-from runtime.decode import Accepted, Request, decode, verify
+from runtime.decode import Accepted, DecodingState, decode, verify
 from runtime.drafting.correction import TokenCorrection
-from runtime.drafting.drafter import Drafter
+from runtime.drafting.drafter import Drafter, Offer
 from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import FixedSizes
 from runtime.drafting.source import DraftSource
@@ -119,12 +119,12 @@ def test_phases_are_said_and_never_follow_from_shapes() -> None:
     assert [len(batch.rows[0].position_ids) for batch in engine.batches] == [4, 1, 1, 1]
 
 
-def outputs_of(tree: Tree, logits: np.ndarray, request: Request) -> HostOutputs:
+def outputs_of(tree: Tree, logits: np.ndarray, request: DecodingState) -> HostOutputs:
     return HostOutputs(lay_out(tree, (), (), 0, wanted=request.choose.wanted), logits, logits[:0])
 
 
-def request_for(drafter: Drafter, prompt: Sequence[int] = (1,), **options: object) -> Request:
-    return Request(prompt, drafter, 8, DIMS.join_order, **options)  # type: ignore[arg-type]
+def request_for(drafter: Drafter, prompt: Sequence[int] = (1,), **options: object) -> DecodingState:
+    return DecodingState(prompt, drafter, 8, DIMS.join_order, **options)  # type: ignore[arg-type]
 
 
 def test_the_drawn_tree_is_verified_down_to_the_first_choice_that_no_child_holds() -> None:
@@ -206,4 +206,10 @@ def test_the_loop_runs_nothing_itself_and_says_what_is_to_be_committed() -> None
     assert isinstance(accepted, Accepted)
     assert list(accepted.rows) == [0, 1, 2]
     assert (request.committed, request.tokens) == (3, plain([1, 2, 3], 1))
-    assert isinstance(next(decoding), Rows)
+    offer = next(decoding)
+    assert isinstance(offer, Offer)
+    assert (offer.length, offer.drafted) == (3, True)
+    # It is cut to whatever sizes it is sent.
+    rows = decoding.send(TreeSizes(2, (1, 0, 0)))
+    assert isinstance(rows, Rows)
+    assert (len(rows.input_ids), rows.counts) == (2, (1, 0, 0))

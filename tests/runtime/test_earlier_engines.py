@@ -10,6 +10,7 @@ import pytest
 
 from runtime import EngineFileError, Generator, Sampling
 from runtime.bundle.tuning_file import read_tuning
+from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine
 from tests.runtime.conftest import change
 
 ENGINES = sorted((Path(__file__).parents[1] / "fixtures").glob("engine-*"))
@@ -34,6 +35,17 @@ def test_an_engine_of_an_earlier_release_gives_its_answers(engine: Path, adapt: 
             assert (found.tokens, found.text) == (answer["tokens"], answer["text"])
             if speculate and not adapt:
                 assert list(found.accepted) == answer["accepted"]
+
+
+def test_the_graph_of_a_release_before_batches_takes_one_request_a_pass(engine: Path, tiny_engine: Path) -> None:
+    ours, theirs = (Generator(path, threads=1, adapt=False) for path in (tiny_engine, engine))
+    assert isinstance(theirs.engine, OnnxRuntimeCpuEngine)
+    assert (ours.engine.max_batch > 1, theirs.engine.max_batch) == (True, 1)
+    # Several at once take turns.
+    prompts = [answer["prompt"] for answer in json.loads(engine.with_name("expected.json").read_text())["answers"]]
+    together = [theirs.submit(prompt, max_new_tokens=15) for prompt in prompts]
+    found = [request.result().tokens for request in together]
+    assert found == [theirs.generate(prompt, max_new_tokens=15).tokens for prompt in prompts]
 
 
 def test_what_an_earlier_release_measured_is_read(engine: Path) -> None:

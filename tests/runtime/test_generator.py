@@ -193,7 +193,7 @@ def test_a_request_within_a_request_is_refused_and_leaves_the_generator_usable(g
         generator.generate("Another", max_new_tokens=3)
         return logits
 
-    with pytest.raises(InputError, match="at work for another thread, or calls itself"):
+    with pytest.raises(InputError, match="a processor cannot call the generator that calls it"):
         generator.generate("Hello", max_new_tokens=5, sampling=Sampling(processors=[ask]))
     expected = generator.generate("Hello", max_new_tokens=20, speculate=False)
     assert generator.generate("Hello", max_new_tokens=20).tokens == expected.tokens
@@ -308,6 +308,7 @@ def test_the_result_is_json_with_the_documented_names(generator: Generator) -> N
         "text",
         "tokens",
         "prompt_tokens",
+        "cached_prompt_tokens",
         "finish_reason",
         "steps",
         "tokens_per_step",
@@ -361,7 +362,7 @@ def test_arguments_that_do_not_fit(generator: Generator, arguments: dict, messag
         generator.generate("Hi", **arguments)
 
 
-@pytest.mark.parametrize("prompt", [[], [{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": 3}]])
+@pytest.mark.parametrize("prompt", [[{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": 3}]])
 def test_messages_that_do_not_fit(generator: Generator, prompt: list) -> None:
     with pytest.raises(InputError, match=r"conversation is empty|needs '(role|content)' as a string"):
         generator.generate(prompt)
@@ -374,7 +375,6 @@ def test_messages_that_do_not_fit(generator: Generator, prompt: list) -> None:
         (None, "a conversation must be a list of messages, not None"),
         ({"role": "user", "content": "x"}, "a conversation must be a list of messages"),
         (iter([{"role": "user", "content": "x"}]), "a conversation must be a list of messages"),
-        (["Hello"], "message 0 must be a dictionary with 'role' and 'content', not 'Hello'"),
     ],
 )
 def test_what_is_no_prompt(generator: Generator, prompt: Any, message: str) -> None:
@@ -415,7 +415,7 @@ def test_a_generator_cannot_be_pickled_or_copied(generator: Generator, use: Call
 
 @pytest.mark.parametrize("use", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_an_answer_under_way_cannot_be_pickled_or_copied(generator: Generator, use: Callable[[object], object]) -> None:
-    with pytest.raises(TypeError, match="cannot pickle 'generator' object"):
+    with pytest.raises(TypeError, match="a Request cannot be pickled or copied"):
         use(generator.stream("Hello"))
 
 

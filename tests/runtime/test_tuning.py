@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from runtime import EngineFileError, Generator
 from runtime.bindings import GraphDims
 from runtime.bundle.tuning_file import Tuning, read_tuning, tuning_path, write_tuning
 from runtime.drafting.sizing import Menu
-from runtime.engines.onnxruntime_cpu import InPlaceResult
-from runtime.engines.protocol import Batch, Freshness, Result
+from runtime.engines.protocol import Batch, Freshness, Kept, Result, Slot
 from runtime.errors import InputError
-from runtime.rows import Rows
+from runtime.rows import HostOutputs, Rows
 from runtime.tree import TreeSizes
 from runtime.tuning import QUICK_CONTEXTS, QUICK_REPEATS, QUICK_SECONDS, cpu_name, measure, menu_sizes, quick
 
@@ -49,6 +49,21 @@ class TimedSlot:
     length: int = 0
 
 
+@dataclass(frozen=True)
+class TimedResult:
+    """Holds until the engine's next pass."""
+
+    batch: Batch
+    logits: NDArray[np.float32]
+    draft_logits: NDArray[np.float32]
+    number: int
+    freshness: Freshness
+
+    def outputs(self, index: int) -> HostOutputs:
+        self.freshness.check(self.number)
+        return HostOutputs(self.batch.rows[index], self.logits, self.draft_logits)
+
+
 @dataclass
 class TimedEngine:
     """An engine that does nothing in the time of `seconds`, of the rows of a pass and those cached.
@@ -61,6 +76,8 @@ class TimedEngine:
     dims: GraphDims = DIMS
     max_batch: int = 1
     max_slots: int = 1
+    packs: bool = False
+    row_bytes: int = 8
     gpu_name: str | None = None
     freshness: Freshness = field(default_factory=Freshness)
     passes: list[tuple[TreeSizes, int]] = field(default_factory=list)
@@ -70,7 +87,16 @@ class TimedEngine:
         self.newest = TimedSlot()
         return self.newest
 
-    def run(self, batch: Batch) -> InPlaceResult:
+    def keep(self, slot: Slot, rows: int) -> Kept:
+        raise AssertionError("nothing is kept")
+
+    def copy(self, source: Slot | Kept, target: Slot, rows: int) -> None:
+        raise AssertionError("nothing is copied")
+
+    def release(self, slot: Slot) -> None:
+        raise AssertionError("a slot goes when nothing refers to it")
+
+    def run(self, batch: Batch) -> TimedResult:
         (rows,), (slot,) = batch.rows, batch.slots
         assert slot is self.newest
         assert rows.position_ids.min(initial=99999) >= slot.length
@@ -80,9 +106,11 @@ class TimedEngine:
         logits, draft_logits = (
             rng.standard_normal((count, 11), dtype=np.float32) for count in (len(rows.logit_rows), sum(rows.counts))
         )
-        return InPlaceResult(batch, logits, draft_logits, self.freshness.next_pass(), self.freshness)
+        return TimedResult(batch, logits, draft_logits, self.freshness.next_pass(), self.freshness)
 
     def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
+        assert isinstance(result, TimedResult)
+        self.freshness.commit(result.number)
         for slot, rows in zip(result.batch.slots, accepted, strict=True):
             assert isinstance(slot, TimedSlot)
             slot.length += len(rows)
@@ -204,7 +232,11 @@ def tuning_of(device: str = "cpu, 2 threads", sha256: str = "abc", **changes: An
 
 def assert_same(found: Tuning | None, expected: Tuning) -> None:
     assert found is not None
-    assert replace(found, menu=expected.menu) == expected
+    assert [one.requests for one in found.batches] == [one.requests for one in expected.batches]
+    for own, other in zip(found.batches, expected.batches, strict=True):
+        assert (own.menu.sizes, own.menu.contexts) == (other.menu.sizes, other.menu.contexts)
+        np.testing.assert_allclose(own.menu.seconds, other.menu.seconds, rtol=1e-2)
+    assert replace(found, menu=expected.menu, batches=expected.batches) == expected
     assert (found.menu.sizes, found.menu.contexts) == (expected.menu.sizes, expected.menu.contexts)
     np.testing.assert_allclose(found.menu.seconds, expected.menu.seconds, atol=1e-7)
 

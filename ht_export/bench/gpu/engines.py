@@ -69,7 +69,7 @@ def compared(
 
 def open_generator(path: Path) -> Generator:
     """Open an engine on the GPU."""
-    return Generator(path, device=None if path.suffix == ".plan" else "cuda")
+    return Generator(path, device=None if path.suffix == ".plan" else "cuda", prefix_cache_bytes=0)
 
 
 def engine_of(generator: Generator) -> Engine:
@@ -218,7 +218,7 @@ def compare_reference(
     `tokens` are the engine's own answers, read by the reference: how many it would have chosen too, and the largest
     gap, relative to the largest logit, between its choice and the engine's.
     """
-    judge = Generator(path, device="cpu")
+    judge = Generator(path, device="cpu", prefix_cache_bytes=0)
     wanted = replace(generator.about.dims, dtype="float32")
     same = all(getattr(judge.about, name) == getattr(generator.about, name) for name in ("base_model", "transfer"))
     if judge.about.dims != wanted or not same:

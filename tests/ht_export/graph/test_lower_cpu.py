@@ -1,10 +1,10 @@
 """The graph lowered for the CPU against the portable one that it is made of, in ONNX Runtime."""
 
+import mmap
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -17,38 +17,16 @@ from onnxscript import BOOL, FLOAT, INT64, script
 from onnxscript import opset23 as op
 
 from ht_export.graph.lower_cpu import can_be_lowered, lower_for_cpu
-from ht_export.graph.trace import TreeAttention, build_graph, graph_dims
-from ht_export.model.reference import HiddenTransferModel
+from ht_export.graph.trace import TreeAttention
 from ht_export.verify.passes import LoweredEngine, difference, record
 from runtime.bindings import Binding, GraphDims
 from runtime.bundle.engine_file import read_engine_file
-from runtime.engines.host_cache import KeyValueCache
-from runtime.engines.onnxruntime import OnnxRuntimeEngine
-from runtime.engines.onnxruntime_cpu import InPlaceCache, OnnxRuntimeCpuEngine
 from runtime.rows import Rows, lay_out
-from runtime.tree import Tree, chain
-from tests.conftest import random_transfer, tiny_llama
-from tests.passes import run_one
-from tests.strategies import trees
+from runtime.tree import chain
+from tests.conftest import tiny_llama
+from tests.ht_export.graph.both_graphs import Graphs, assert_close, lower, passes, requests_of, trace
 
-
-@dataclass(frozen=True)
-class Graphs:
-    """A portable graph and the lowered one beside it, each with an engine."""
-
-    portable: OnnxRuntimeEngine
-    lowered: OnnxRuntimeCpuEngine
-    path: Path
-
-    @property
-    def dims(self) -> GraphDims:
-        return self.portable.dims
-
-    def load(self) -> onnx.ModelProto:
-        """Return the lowered graph without its weights."""
-        return onnx.load(self.path, load_external_data=False)
-
-
+NOTHING = np.empty(0, dtype=np.int64)
 # Each of one layer, joined before and after it.
 MODELS = {
     "in order, head of its own, as many heads for keys": (
@@ -71,66 +49,28 @@ def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         dims, lowered = read_engine_file(path).dims, path.with_name("engine.cpu.onnx")
     else:
         layers, changes = MODELS[request.param]
-        path, dims = trace(layers, changes, tmp_path_factory.mktemp("graph"))
+        model = tiny_llama(num_hidden_layers=1, **changes)
+        path, dims = trace(model, layers, tmp_path_factory.mktemp("graph"))
         lowered = lower(path, dims)
-    yield Graphs(OnnxRuntimeEngine(path, dims, threads=1), OnnxRuntimeCpuEngine(lowered, dims, threads=1), lowered)
-
-
-def trace(layers: tuple[int, ...], changes: dict[str, Any], folder: Path) -> tuple[Path, GraphDims]:
-    """Write the portable graph of a model of one layer; return its path and dimensions."""
-    model = HiddenTransferModel(tiny_llama(num_hidden_layers=1, **changes), random_transfer(layers)).eval()
-    path = folder / "engine.onnx"
-    ir.save(build_graph(model), path, external_data="engine.onnx.data")
-    return path, graph_dims(model.base.config, model.transfer)
-
-
-def lower(path: Path, dims: GraphDims) -> Path:
-    model = ir.load(path)
-    lower_for_cpu(model, dims)
-    lowered = path.with_name("engine.cpu.onnx")
-    ir.save(model, lowered)
-    return lowered
-
-
-@st.composite
-def passes(draw: st.DrawFn, steps: int) -> tuple[Tree, tuple[np.ndarray, ...], np.ndarray, int, int]:
-    """Any tree, its pseudo rows' parents by step, the rows whose logits are wanted, cached rows and room to spare."""
-    tree = draw(trees(max_rows=9))
-    some = st.lists(st.integers(0, len(tree) - 1), unique=True).map(lambda rows: np.array(sorted(rows), dtype=np.int64))
-    pseudo_parents = tuple(draw(some) for _ in range(steps))
-    return tree, pseudo_parents, draw(some), draw(st.integers(0, 20)), draw(st.integers(0, 20))
-
-
-def caches(dims: GraphDims, length: int, room: int, seed: int) -> tuple[KeyValueCache, InPlaceCache]:
-    """Return caches with the same `length` rows; the one that is written in place has `room` more, of no numbers."""
-    rng = np.random.default_rng(seed)
-    cache, in_place = KeyValueCache(dims), InPlaceCache(dims)
-    rows = rng.standard_normal((2, dims.num_layers, 1, dims.key_value_heads, length, dims.head_dim))
-    cache.keys, cache.values = rows.astype(np.float32)
-    in_place.arrays = np.full((*rows.shape[:4], length + room, dims.head_dim), np.nan, dtype=np.float32)
-    in_place.arrays[..., :length, :] = rows
-    cache.length = in_place.length = length
-    return cache, in_place
+    yield Graphs.open(path, lowered, dims)
 
 
 def assert_same_pass(graphs: Graphs, rows: Rows, length: int, spare: int, seed: int = 0) -> None:
     """Run both graphs; compare the outputs and what is in the cache."""
     count = len(rows.position_ids)
-    cache, in_place = caches(graphs.dims, length, count + spare, seed)
-    before = in_place.arrays.copy()
-    expected, found = run_one(graphs.portable, rows, cache), run_one(graphs.lowered, rows, in_place)
-    keys, values = found.new(graphs.dims)
-    pairs = [
-        ("logits", [found.logits], [expected.logits[0]]),
-        ("draft_logits", [found.draft_logits], [expected.draft_logits[0]]),
-        ("key_new", keys, expected.key_new),
-        ("value_new", values, expected.value_new),
-    ]
-    for name, ours, theirs in pairs:
-        for layer, (our, their) in enumerate(zip(ours, theirs, strict=True)):
-            np.testing.assert_allclose(our, their, atol=2e-4, rtol=1e-4, err_msg=f"{name} {layer}", strict=True)
-    np.testing.assert_array_equal(in_place.arrays[..., :length, :], before[..., :length, :])
-    assert np.isnan(in_place.arrays[..., length + count :, :]).all()
+    with requests_of(graphs, [length], count + spare, np.nan, seed) as requests:
+        expected, found = requests.portable(0, rows), requests.lowered([0], [rows])
+        keys, values = found.new(graphs.dims)
+        pairs = [
+            ("logits", [found.logits[0]], [expected.logits[0]]),
+            ("draft_logits", [found.draft_logits[0]], [expected.draft_logits[0]]),
+            ("key_new", keys, expected.key_new),
+            ("value_new", values, expected.value_new),
+        ]
+        for name, ours, theirs in pairs:
+            for layer, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+                assert_close(our, their, f"{name} {layer}")
+        requests.assert_untouched([0], count)
 
 
 @settings(max_examples=60, deadline=None)
@@ -149,6 +89,41 @@ def test_single_rows_and_chunks_after_long_contexts(graphs: Graphs, count: int, 
     tree = chain(np.random.default_rng(count).integers(0, 264, count).tolist())
     ends = tuple(np.arange(count - int(drafting), count) for _ in range(graphs.dims.num_steps))
     assert_same_pass(graphs, lay_out(tree, ends, graphs.dims.join_order, length), length, spare=3)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is counted as Linux tells it")
+@pytest.mark.parametrize(
+    ("count", "tokens", "capacity"),
+    # Attention over several trees has a score, and more, for every row that there is room for.
+    [(1, 5, 1 << 21), (4, 1, 1 << 19), (2, 2, 1 << 16)],
+    ids=["one request's tree", "a row of each of several", "trees of several"],
+)
+def test_the_cache_is_never_copied(graphs: Graphs, count: int, tokens: int, capacity: int) -> None:
+    """Of a large cache a few pages are written: to copy it, of one layer even, would take memory for all."""
+    dims = graphs.dims
+    with requests_of(graphs, [0] * count, 8, 0.0) as requests:
+
+        def run() -> None:
+            rows = [
+                lay_out(chain([3] * tokens), (NOTHING,) * dims.num_steps, dims.join_order, slot.length)
+                for slot in requests.slots
+            ]
+            graphs.lowered.commit(requests.lowered(range(count), rows), [range(tokens)] * count)
+
+        # What a session sets up in its first pass is not counted.
+        run()
+        requests.cache.reserve(0, capacity)
+        before = resident_bytes()
+        for _ in range(3):
+            run()
+        grown = resident_bytes() - before
+        layer = requests.cache.arrays.nbytes // dims.num_layers
+        # A layer's keys are half of its cache.
+        assert grown < layer / 3
 
 
 def test_the_passes_of_the_parity_check(graphs: Graphs) -> None:
@@ -171,25 +146,65 @@ def test_inputs_are_those_of_the_portable_graph_and_outputs_have_caches(graphs: 
     assert read(list(model.graph.output)) == graphs.dims.lowered_outputs()
 
 
+def branches(node: onnx.NodeProto) -> dict[str, onnx.GraphProto]:
+    return {attribute.name: attribute.g for attribute in node.attribute if attribute.HasField("g")}
+
+
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of a graph and of all branches in it."""
+    for node in graph.node:
+        yield node
+        for branch in branches(node).values():
+            yield from all_nodes(branch)
+
+
+def attention_of(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Return the nodes that choose a layer's attention, in order."""
+    return [node for node in graph.node if any("_cache_out_" in name for name in node.output)]
+
+
 def test_one_operator_reads_and_writes_each_layers_cache_and_nothing_else_touches_it(graphs: Graphs) -> None:
-    model = graphs.load()
-    attention = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    graph = graphs.load().graph
+    chosen = attention_of(graph)
     layers = range(graphs.dims.num_layers)
-    expected = [[f"{kind}_cache_{layer}" for kind in ("key", "value")] for layer in layers]
-    assert [list(node.input[3:5]) for node in attention] == expected
-    expected = [[f"{kind}_cache_out_{layer}" for kind in ("key", "value")] for layer in layers]
-    assert [list(node.output[1:]) for node in attention] == expected
-    used = Counter(name for node in model.graph.node for name in node.input if "_cache_" in name)
-    assert used == Counter(name for node in attention for name in node.input[3:5])
-    assert not any(node.op_type == "TreeAttention" for node in model.graph.node)
-    assert not model.functions
+    inputs = [[f"{kind}_cache_{layer}" for kind in ("key", "value")] for layer in layers]
+    outputs = [[f"{kind}_cache_out_{layer}" for kind in ("key", "value")] for layer in layers]
+    assert [node.op_type for node in chosen] == ["If" for _ in layers]
+    assert [list(node.output[1:]) for node in chosen] == outputs
+    for node, caches in zip(chosen, inputs, strict=True):
+        several, one = branches(node)["then_branch"], branches(node)["else_branch"]
+        # Of one request all rows, or of each of several one.
+        (grouped,) = one.node
+        assert (grouped.op_type, list(grouped.input[3:5])) == ("GroupQueryAttention", caches)
+        assert [value.name for value in one.output] == list(grouped.output)
+        # Several rows of several requests.
+        written = [node for node in several.node if node.op_type == "TensorScatter"]
+        assert [node.input[0] for node in written] == caches
+        assert all(node.input[2] == "cache_length" for node in written)
+        (attention,) = (node for node in several.node if node.op_type == "Attention")
+        assert list(attention.input[1:3]) == [node.output[0] for node in written]
+        assert [value.name for value in several.output[1:]] == [node.output[0] for node in written]
+    used = Counter(name for node in all_nodes(graph) for name in node.input if "_cache_" in name)
+    (measured,) = (node for node in all_nodes(graph) if node.op_type == "Shape" and "_cache_" in node.input[0])
+    assert used == Counter([*(name for caches in inputs for name in caches * 2), measured.input[0]])
+    assert not any(node.op_type == "TreeAttention" for node in all_nodes(graph))
+    assert not graphs.load().functions
 
 
-def test_heads_are_never_taken_apart(graphs: Graphs) -> None:
-    operators = Counter(node.op_type for node in graphs.load().graph.node)
+def test_a_lowered_graph_says_that_it_takes_any_number_of_requests(graphs: Graphs) -> None:
+    assert {entry.key: entry.value for entry in graphs.load().metadata_props}["requests"] == "any"
+    assert graphs.lowered.max_batch > 1
+
+
+def test_heads_are_never_taken_apart_but_for_several_trees(graphs: Graphs) -> None:
+    graph = graphs.load().graph
+    operators = Counter(node.op_type for node in graph.node)
     # The head's transpose, where it is the embedding.
     assert operators["Transpose"] <= 1
     assert operators["RotaryEmbedding"] == 2 * graphs.dims.num_layers
+    for node in attention_of(graph):
+        found = Counter(one.op_type for one in all_nodes(branches(node)["then_branch"]))
+        assert found["Transpose"] == 4
 
 
 def test_residual_sums_are_one_operator_with_the_normalisation_after_them(graphs: Graphs) -> None:
@@ -202,7 +217,8 @@ def test_residual_sums_are_one_operator_with_the_normalisation_after_them(graphs
 
 
 def test_rows_see_later_ones_only_where_steps_join_out_of_order(graphs: Graphs) -> None:
-    attention = [node for node in graphs.load().graph.node if node.op_type == "GroupQueryAttention"]
+    attention = [node for node in all_nodes(graphs.load().graph) if node.op_type == "GroupQueryAttention"]
+    assert len(attention) == graphs.dims.num_layers
     attributes = [{attribute.name: attribute.i for attribute in node.attribute} for node in attention]
     in_order = list(graphs.dims.join_order) == sorted(graphs.dims.join_order)
     # ONNX Runtime has it from version 1.30 on.

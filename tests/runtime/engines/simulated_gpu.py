@@ -186,6 +186,7 @@ class SimulatedDriver:
 
     def _cuLaunchKernel(self, function: bytes, *launch: Any) -> None:
         rows, heads, arrays = launch[:3]
+        assert min(rows, heads, arrays) > 0, "CUDA refuses a grid without blocks"
         # As the bindings put arguments into memory.
         for value, kind in zip(*launch[8], strict=True):
             assert isinstance(value, int) if kind is ctypes.c_void_p else kind(value) is not None

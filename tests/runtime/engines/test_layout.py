@@ -71,7 +71,7 @@ def test_requests_are_stacked_in_the_least_sizes_that_all_share(
     sizes = shared_sizes(rows)
     assert sizes.tree_rows == max(len(tree) for tree, _, _ in requests)
     wanted = TreeSizes(sizes.tree_rows + 2, tuple(count + 1 for count in sizes.pseudo_rows)) if wider else None
-    found = stack(batch, join_order, wanted)
+    found = stack(batch.rows, batch.lengths, join_order, wanted)
     assert found.sizes == (wanted or sizes)
     assert found.values["cache_length"].tolist() == [start for _, _, start in requests]
     letters = found.dims(capacity=7)
@@ -99,7 +99,7 @@ def test_requests_are_stacked_in_the_least_sizes_that_all_share(
 
 def test_a_single_request_is_laid_out_without_a_copy() -> None:
     rows = lay_out(chain([1, 2, 3]), (np.array([0, 2]), np.array([1])), (0, 1), 4)
-    found = stack(Batch.of([rows], [Cached(4)]), (0, 1))
+    found = stack([rows], [4], (0, 1))
     assert np.shares_memory(found.values["tree_mask"], rows.tree_mask)
     assert np.shares_memory(found.values["input_ids"], rows.input_ids)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 
@@ -14,9 +15,12 @@ from runtime.engines import device_cache, onnxruntime_cuda
 from runtime.engines.external_weights import GraphFiles
 from runtime.engines.onnxruntime import open_session
 from runtime.engines.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaEngine
+from runtime.engines.protocol import Slot
+from runtime.rows import prompt_rows
 
 pytest.importorskip("cuda.bindings")
 
+from tests.passes import run_one
 from tests.runtime.engines.simulated_gpu import SimulatedDriver
 
 
@@ -37,7 +41,7 @@ def engine(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
         def __init__(self, graph: GraphFiles, inputs: Any, outputs: Any, providers: list[Any]) -> None:
             ((name, options), _) = providers
-            assert (name, options) == (PROVIDER, {"user_compute_stream": "7", "use_tf32": "0"})
+            assert (name, options) == (PROVIDER, {"device_id": "0", "user_compute_stream": "7", "use_tf32": "0"})
             self._session = opened(graph, inputs, outputs, ["CPUExecutionProvider"])
 
         def get_providers(self) -> list[str]:
@@ -70,6 +74,30 @@ def test_more_rows_than_there_are_buffers_for(engine: Path) -> None:
         generator.generate("Hello there", tree=TreeSizes(65, (65, 65, 65)), max_new_tokens=50)
 
 
+def test_kept_rows_come_back_and_a_request_that_failed_commits_nothing(engine: Path) -> None:
+    opened = Generator(engine, device="cuda").engine
+    join_order = opened.dims.join_order
+
+    def committed(tokens: list[int]) -> Slot:
+        slot = opened.new_slot()
+        result = run_one(opened, prompt_rows(tokens, join_order, 0), slot)
+        opened.commit(result, [range(len(tokens))])
+        return slot
+
+    def logits_after(slot: Slot) -> np.ndarray:
+        return np.array(run_one(opened, prompt_rows([11], join_order, slot.length), slot).outputs(0).logits[0])
+
+    expected = logits_after(committed([3, 4, 5]))
+    kept = opened.keep(committed([3, 4, 5, 6, 7]), 4)
+    committed([9] * 14)
+    slot = opened.new_slot()
+    opened.copy(kept, slot, 3)
+    np.testing.assert_array_equal(logits_after(slot), expected)
+    opened.commit(run_one(opened, prompt_rows([8, 8], join_order, 3), slot), [()])
+    assert slot.length == 3
+    np.testing.assert_array_equal(logits_after(slot), expected)
+
+
 def test_an_onnx_runtime_for_the_cpu_only(tiny_engine: Path) -> None:
     if PROVIDER in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime is for GPUs")
@@ -87,10 +115,17 @@ def onnxruntime_on_cpu(path: Path) -> Any:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
+def test_a_gpu_that_is_not_there(engine: Path) -> None:
+    with pytest.raises(InputError, match="there is no GPU 1; this machine has 1"):
+        Generator(engine, device="cuda:1")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "tpu"}, "device must be cpu or cuda, not tpu"),
+        ({"device": "tpu"}, "device must be cpu, cuda or a GPU's number such as cuda:1, not 'tpu'"),
+        ({"device": "cuda:-1"}, "device must be cpu, cuda or a GPU's number such as cuda:1, not 'cuda:-1'"),
+        ({"device": 1}, "device must be cpu, cuda or a GPU's number such as cuda:1, not 1"),
         ({"device": "cuda", "threads": 2}, "threads is for engines on the CPU"),
     ],
 )

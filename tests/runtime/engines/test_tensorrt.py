@@ -14,20 +14,24 @@ import pytest
 
 from ht_export.tensorrt.limits import profiles
 from plugins.binaries import COMMIT, Kernel, KernelBinaries
-from runtime import EngineFileError, Generator, InputError, TreeSizes, driver
+from runtime import EngineFileError, Generator, InputError, TreeSizes
 from runtime.bundle.engine_file import EngineFile, FileRecord, Limits, PlanFile, read_engine_file
 from runtime.bundle.places import engine_file_path
-from runtime.decode import Request
+from runtime.decode import DecodingState
 from runtime.drafting.sizing import FixedSizes
 from runtime.engines import device_cache, tensorrt
+from runtime.engines.device_cache import DeviceCache
 from runtime.engines.tensorrt import TensorRTEngine
 from runtime.rows import lay_out, prompt_rows
+from runtime.scheduling.scheduler import Limits as Scheduled
+from runtime.scheduling.scheduler import run
 from runtime.tree import chain
 
 pytest.importorskip("cuda.bindings")
 
 from tests.passes import run_one
 from tests.runtime.engines.simulated_gpu import SimulatedDriver, simulated_tensorrt
+from tests.runtime.known_engine import jobs_of
 
 LIMITS = Limits(max_batch=1, max_context=200, max_rows=12, chunk=16)
 
@@ -147,14 +151,93 @@ def test_a_pass_that_cannot_be_captured_runs_without(
     assert (captured, shapes > 1) == (0, True)
 
 
-def test_one_text_at_a_time(plan: Path) -> None:
+def test_texts_that_are_asked_for_together_have_the_one_cache_in_turn(plan: Path) -> None:
     generator = Generator(plan)
-    first, second = generator.stream("Hello"), generator.stream("Hello there")
-    next(first)
-    next(second)
-    with pytest.raises(InputError, match="another text was begun on this engine before this one ended"):
-        next(first)
-    next(second)
+    prompts = ["Hello", "Hello there"]
+    expected = [generator.generate(prompt, max_new_tokens=30).text for prompt in prompts]
+    first, second = (generator.stream(prompt, max_new_tokens=30) for prompt in prompts)
+    # The second is read to its end before anybody asks the first one for more.
+    begun = next(first).text
+    assert "".join(chunk.text for chunk in second) == expected[1]
+    assert begun + "".join(chunk.text for chunk in first) == expected[0]
+
+
+def test_a_slot_is_refused_once_another_was_begun(plan: Path) -> None:
+    engine = Generator(plan).engine
+    slot = engine.new_slot()
+    rows = prompt_rows([1, 2, 3], engine.dims.join_order, 0)
+    result = run_one(engine, rows, slot)
+    newer = engine.new_slot()
+    message = "another text was begun on this engine before this one ended"
+    for use in (
+        lambda: engine.commit(result, [[0]]),
+        lambda: run_one(engine, rows, slot),
+        lambda: engine.keep(slot, 0),
+        lambda: engine.copy(engine.keep(newer, 0), slot, 0),
+    ):
+        with pytest.raises(InputError, match=message):
+            use()
+    run_one(engine, rows, newer)
+
+
+def committed(engine: TensorRTEngine, tokens: list[int]) -> DeviceCache:
+    """Return a new slot with the rows of `tokens`."""
+    slot = engine.new_slot()
+    for start in range(0, len(tokens), LIMITS.chunk):
+        part = tokens[start : start + LIMITS.chunk]
+        result = run_one(engine, prompt_rows(part, engine.dims.join_order, start), slot)
+        engine.commit(result, [range(len(part))])
+    return slot
+
+
+def logits_after(engine: TensorRTEngine, slot: DeviceCache, token: int) -> np.ndarray:
+    """Return the logits after a token behind the rows of `slot`, which stay as they are."""
+    rows = prompt_rows([token], engine.dims.join_order, slot.length)
+    return run_one(engine, rows, slot).logits.copy()
+
+
+# More than the smallest cache has, and fewer; of these all, some, and one.
+@pytest.mark.parametrize(("length", "kept", "restored"), [(40, 40, 40), (40, 37, 20), (40, 9, 1), (9, 9, 9), (9, 5, 3)])
+def test_kept_rows_come_back_when_other_texts_were_where_they_had_been(
+    plan: Path, length: int, kept: int, restored: int
+) -> None:
+    engine = Generator(plan).engine
+    assert isinstance(engine, TensorRTEngine)
+    tokens = [(7 * position) % 250 + 3 for position in range(length)]
+    copies = engine.keep(committed(engine, tokens), kept)
+    assert copies.length == kept
+    others = committed(engine, [5] * 50)
+    assert others.length == 50
+    slot = engine.new_slot()
+    engine.copy(copies, slot, restored)
+    # Kept rows are free when nothing refers to them, even before the copy that was enqueued is done.
+    del copies
+    assert slot.length == restored
+    found = logits_after(engine, slot, 11)
+    expected = logits_after(engine, committed(engine, tokens[:restored]), 11)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_kept_rows_give_their_memory_back(plan: Path) -> None:
+    engine = Generator(plan).engine
+    assert isinstance(engine, TensorRTEngine)
+    slot = committed(engine, [3] * 20)
+    free = engine._cuda.free_memory()
+    kept = [engine.keep(slot, rows) for rows in (20, 20, 1)]
+    assert engine._cuda.free_memory() <= free - 41 * engine.row_bytes
+    kept.clear()
+    assert engine._cuda.free_memory() == free
+
+
+def test_a_request_that_failed_commits_nothing(plan: Path) -> None:
+    engine = Generator(plan).engine
+    assert isinstance(engine, TensorRTEngine)
+    slot = committed(engine, [3, 4, 5])
+    expected = logits_after(engine, slot, 6)
+    result = run_one(engine, prompt_rows([9, 9], engine.dims.join_order, 3), slot)
+    engine.commit(result, [()])
+    assert slot.length == 3
+    np.testing.assert_array_equal(logits_after(engine, slot, 6), expected)
 
 
 def test_several_requests_take_turns_in_the_one_cache_that_there_is(plan: Path, tiny_engine: Path) -> None:
@@ -165,8 +248,8 @@ def test_several_requests_take_turns_in_the_one_cache_that_there_is(plan: Path, 
     for text in texts:
         drafter = generator.new_drafter(FixedSizes(about.tree))
         ids = generator.encode(text)
-        requests.append(Request(ids, drafter, about.prompt_chunk, about.dims.join_order, max_new_tokens=20))
-    for _ in driver.run(generator.engine, requests):
+        requests.append(DecodingState(ids, drafter, about.prompt_chunk, about.dims.join_order, max_new_tokens=20))
+    for _ in run(generator.engine, jobs_of(requests), Scheduled(prompt_chunk=about.prompt_chunk)):
         assert sum(bool(request.tokens) and not request.ended for request in requests) <= 1
     expected = Generator(tiny_engine, threads=1, adapt=False)
     for text, request in zip(texts, requests, strict=True):

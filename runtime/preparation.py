@@ -1,0 +1,222 @@
+"""Requests made ready to run: their arguments checked, their prompts encoded, what drafts and chooses for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypedDict
+
+from runtime.answer import Answer
+from runtime.bundle.reading import Bundle
+from runtime.bundle.tuning_file import Tuning
+from runtime.checks import number, whole
+from runtime.decode import DecodingState
+from runtime.drafting.drafter import Drafter
+from runtime.drafting.ngrams import Ngrams
+from runtime.drafting.sizing import AdaptiveSizes, FixedSizes, Sizing
+from runtime.drafting.source import DraftSource
+from runtime.drafting.transfer_drafts import TransferDrafts
+from runtime.errors import InputError, PromptTooLongError, shown
+from runtime.prompts import Prompt, PromptEncoder, Tokens
+from runtime.request import Delivery
+from runtime.sampling import Sampling
+from runtime.sampling.noise import Noise
+from runtime.sampling.sampler import Sampler
+from runtime.scheduling.job import Job
+from runtime.tree import MOST_ROWS, TreeSizes
+
+MOST_PRIORITY = 1000
+# A day; and as many answers to one prompt as anybody reads.
+LONGEST_DEADLINE = 86400.0
+MOST_ANSWERS = 1024
+
+
+class RequestOptions(TypedDict, total=False):
+    """What a request may say besides its prompt.
+
+    - `max_new_tokens` (256): of the answer, at most.
+    - `stop`: strings that end the answer and are left out of its text.
+    - `sampling`: how tokens are chosen, None greedily.
+    - `speculate=False` decodes plainly, one token a pass, to the same text, given the same seed.
+    - `tree` fixes the row counts of every step, which otherwise adapt to the device, the text and what else runs.
+    - `ngrams=False` drafts nothing from the text itself.
+    - `raw` takes a string as it is, without the chat template.
+    - `escape_special_tokens`: text never becomes special tokens; None leaves that to what the generator was made with.
+    - `priority` (0): requests of a higher one run first.
+    - `deadline_s`: seconds after which the answer ends as it is then, with `finish_reason` "deadline"; a request that
+      has not begun by then raises `DeadlineError`.
+    """
+
+    max_new_tokens: int
+    stop: Sequence[str]
+    speculate: bool
+    raw: bool
+    tree: TreeSizes | None
+    ngrams: bool
+    sampling: Sampling | None
+    escape_special_tokens: bool | None
+    deadline_s: float | None
+    priority: int
+
+
+class Preparation:
+    """Makes jobs of prompts for the engine of `bundle`, whose slots hold up to `cache_rows` rows in all."""
+
+    def __init__(self, bundle: Bundle, tuning: Tuning | None, cache_rows: int, *, escape_special_tokens: bool) -> None:
+        self._bundle = bundle
+        self.about = bundle.about
+        self.tuning = tuning
+        self._cache_rows = cache_rows
+        self._prompts = PromptEncoder(bundle.tokenizer, bundle.chat, self.about.dims.vocab_size)
+        self._escape = escape_special_tokens
+
+    def encode(
+        self, prompt: Prompt, *, raw: bool = False, escape_special_tokens: bool | None = None, limit: int | None = None
+    ) -> list[int]:
+        """Return the token ids of a prompt; see `Generator.encode` and `PromptEncoder.encode`."""
+        escape = self._escape if escape_special_tokens is None else escape_special_tokens
+        return self._prompts.encode(prompt, raw=raw, escape_special_tokens=escape, limit=limit)
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        stop: Sequence[str] = (),
+        speculate: bool = True,
+        raw: bool = False,
+        tree: TreeSizes | None = None,
+        ngrams: bool = True,
+        sampling: Sampling | None = None,
+        escape_special_tokens: bool | None = None,
+        deadline_s: float | None = None,
+        priority: int = 0,
+    ) -> tuple[Job, Delivery]:
+        """Return the job, and where its answer is delivered to; see `RequestOptions`. Raises `InputError` for what does
+        not fit, of it `PromptTooLongError` when the prompt leaves no room within the context limit.
+        """
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+        if not isinstance(stop, Sequence) or isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+            raise InputError(f"stop must be a list of strings that are not empty, not {shown(stop)}")
+        if sampling is None:
+            sampling = Sampling()
+        _check_sampling(sampling, max_new_tokens)
+        deadline = None
+        if deadline_s is not None:
+            deadline = time.monotonic() + number("deadline_s", deadline_s, 0.0, LONGEST_DEADLINE)
+        priority = whole("priority", priority, -MOST_PRIORITY, MOST_PRIORITY)
+        sizing = self._sizing(tree, speculate)
+        ids = self.encode(prompt, raw=raw, escape_special_tokens=escape_special_tokens, limit=self.about.max_context)
+        if not ids:
+            raise InputError("the prompt is empty; give at least one token")
+        room = self.about.max_context - len(ids)
+        if room < 1:
+            raise PromptTooLongError(
+                f"the prompt has {len(ids)} tokens, and the engine's context limit is {self.about.max_context} for "
+                "prompt and answer together; shorten the prompt"
+            )
+        dims = self.about.dims
+        sampler = Sampler(sampling, ids, dims.vocab_size, self.about.stop_tokens)
+        drafter = self.new_drafter(sizing, sampling.temperature, sampler.noise, ngrams=ngrams and speculate)
+        answer = Answer(self._bundle.tokenizer, stop, self.about.stop_tokens, sampler)
+        most = min(max_new_tokens, room)
+        state = DecodingState(ids, drafter, self.about.prompt_chunk, dims.join_order, sampler, most, answer.ends)
+        rows = len(ids) + most + sizing.most_rows * (1 + dims.num_steps)
+        if rows > self._cache_rows:
+            raise InputError(
+                f"the prompt's {len(ids)} tokens and up to {most} new ones need {rows} rows of the cache, and "
+                f"cache_bytes allows {self._cache_rows}; raise it, or lower max_new_tokens"
+            )
+        delivery = Delivery(answer)
+        return Job(state, rows, priority, deadline, delivery), delivery
+
+    def new_drafter(
+        self, sizing: Sizing, temperature: float = 0.0, noise: Noise | None = None, *, ngrams: bool = True
+    ) -> Drafter:
+        """Return what drafts one text with the engine's own statistics, greedily or for sampling at `temperature` with
+        `noise`; `ngrams=False` leaves out continuations from the text itself.
+        """
+        bundle = self._bundle
+        sources: list[DraftSource] = [TransferDrafts(bundle.correction, bundle.reliability, temperature, noise)]
+        if ngrams:
+            sources.append(Ngrams())
+        return Drafter(sizing, sources)
+
+    def _sizing(self, tree: TreeSizes | None, speculate: bool) -> Sizing:
+        steps = self.about.dims.num_steps
+        if not speculate:
+            if tree is not None:
+                raise InputError("tree has no meaning with speculate=False; leave one of them out")
+            return FixedSizes(TreeSizes.plain(steps))
+        if tree is None and self.tuning is not None:
+            return AdaptiveSizes(self.tuning.menu, self.tuning.rate, self.tuning.draft_value)
+        return FixedSizes(self._checked(tree or self.about.tree))
+
+    def _checked(self, sizes: TreeSizes) -> TreeSizes:
+        if not isinstance(sizes, TreeSizes) or not isinstance(sizes.pseudo_rows, Sequence):
+            raise InputError(f"tree must be a runtime.TreeSizes such as TreeSizes(4, (4, 2, 2)), not {shown(sizes)}")
+        whole("tree_rows", sizes.tree_rows, 1, MOST_ROWS)
+        for rows in sizes.pseudo_rows:
+            whole("each of pseudo_rows", rows, 0, sizes.tree_rows)
+        steps = self.about.dims.num_steps
+        if len(sizes.pseudo_rows) != steps or any(sizes.pseudo_rows[sizes.draft_steps :]):
+            raise InputError(
+                f"pseudo_rows must be {steps} numbers, one for each draft step of this engine, with none after a 0: a "
+                f"step is of use only after those before it; not {sizes.pseudo_rows}"
+            )
+        plan = self.about.plan
+        if plan and (most := max(sizes.tree_rows, *sizes.pseudo_rows)) > plan.limits.max_rows:
+            raise InputError(
+                f"{sizes} does not fit: this plan was built for up to {plan.limits.max_rows} rows of each kind; use "
+                f"fewer, or export it again with --max-rows {most}"
+            )
+        return sizes
+
+
+def _check_sampling(sampling: object, max_new_tokens: int) -> None:
+    if not isinstance(sampling, Sampling):
+        raise InputError(f"sampling must be a runtime.Sampling, not {shown(sampling)}")
+    if sampling.min_new_tokens > max_new_tokens:
+        raise InputError(
+            f"min_new_tokens is {sampling.min_new_tokens}, more than max_new_tokens, {max_new_tokens}; change one of "
+            "them"
+        )
+    for index in sampling.forced_tokens:
+        if index >= max_new_tokens:
+            raise InputError(
+                f"forced_tokens has new token {index}, and max_new_tokens is {max_new_tokens}; change one of them"
+            )
+
+
+def sampling_of_answers(sampling: Sampling | None, count: int) -> list[Sampling | None]:
+    """Return the sampling of each of `count` answers to one prompt: with a seed given, that and those after it."""
+    if not isinstance(sampling, Sampling) or sampling.seed is None:
+        # What is no sampling is refused with the rest of the request.
+        return [sampling] * count
+    return [replace(sampling, seed=(sampling.seed + index) % (1 << 64)) for index in range(count)]
+
+
+def prompts_of(given: object) -> list[Prompt] | None:
+    """Return the prompts where `given` is a list of several, None where it is one. Raises `InputError` for a mixture.
+
+    A string, a list of messages and `Tokens` are one prompt each.
+    """
+    if isinstance(given, (str, Tokens)) or not isinstance(given, (list, tuple)):
+        return None
+    if not given:
+        raise InputError("there is no prompt in an empty list; give messages, or at least one prompt")
+    if all(isinstance(one, dict) for one in given):
+        return None
+    if any(isinstance(one, dict) for one in given):
+        raise InputError(
+            "a list of messages is one prompt, and this one has other things among them; give several prompts as a "
+            "list of strings, of lists of messages or of Tokens"
+        )
+    for index, one in enumerate(given):
+        if isinstance(one, bool) or not isinstance(one, (str, list, tuple, Tokens)):
+            hint = "; wrap token ids in runtime.Tokens([...])" if isinstance(one, int) else ""
+            raise InputError(
+                f"prompt {index} of the list is {shown(one)}, and must be a string, a list of messages or Tokens{hint}"
+            )
+    return list(given)

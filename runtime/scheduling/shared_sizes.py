@@ -1,0 +1,159 @@
+"""One choice of sizes for all requests that decode in one pass.
+
+All of them are brought to one size, so that a row added to the largest tree costs one for every request, and up to
+that size the others' are free. So a single size is chosen for all: that whose expected tokens, those of all requests
+together, are worth the most beyond its time, as in `runtime.drafting.sizing`. With many requests that is soon the size
+of plain decoding; then drafts rest, and are tried again now and then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.arrays import FloatArray
+from runtime.drafting.drafter import Offer
+from runtime.drafting.sizing import (
+    DRAFT_VALUE_STEP,
+    FIRST_CREDIT,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    MEMORY,
+    MOST_CREDIT,
+    PASS_CREDIT,
+    RATE_PASSES,
+    AdaptiveSizes,
+    BatchMenu,
+    Menu,
+)
+from runtime.scheduling.job import Job
+from runtime.tree import TreeSizes
+
+# Of the drafts of each depth, about the most that are accepted where transfer layers are at their best.
+BEST = 0.75
+
+
+@dataclass
+class _State:
+    """What has been learned with about so many requests; tokens and time are those of one request's share."""
+
+    draft_value: float
+    tokens: float = RATE_PASSES
+    time: float = RATE_PASSES
+    credit: float = FIRST_CREDIT
+    pause: int = FIRST_PAUSE
+    idle: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens of a request in the time of a plain pass, lately."""
+        return self.tokens / self.time
+
+
+def _most_tokens(menu: Menu) -> FloatArray:
+    """Return [N]: about the most tokens that a step of each size brings where transfer layers are at their best."""
+    depths = np.minimum(menu.tree_rows - 1, menu.draft_steps)
+    return 1 + np.array([sum(BEST**depth for depth in range(1, int(most) + 1)) for most in depths])
+
+
+class SharedSizes:
+    """Chooses the sizes of passes of several requests, by the `menus` of so many."""
+
+    def __init__(self, menus: Sequence[BatchMenu]) -> None:
+        self._menus = sorted(menus, key=lambda menu: menu.requests)
+        self._states: dict[int, _State] = {}
+        # That of the pass chosen last, and its time in plain passes.
+        self._last: tuple[_State, float] | None = None
+
+    def prepare(self, jobs: Sequence[Job]) -> None:
+        """Let the drafts of these jobs, which decode together, rest or not: before any of them makes an offer."""
+        found = self._menu(len(jobs))
+        rests = False
+        if found is not None:
+            state = self._state(found, jobs)
+            # It was chosen to draft nothing, and it is not time to try again.
+            rests = 0 < state.idle <= state.pause
+        for job in jobs:
+            if job.offer is None and isinstance(job.state.drafter.sizing, AdaptiveSizes):
+                job.state.drafter.rests = rests
+
+    def choose(self, jobs: Sequence[Job]) -> dict[Job, TreeSizes]:
+        """Return the sizes of the jobs that have an offer and no sizes of their own; none for a job that is alone."""
+        self._last = None
+        offering = [
+            (job, job.offer, sizing)
+            for job in jobs
+            if job.offer is not None and isinstance(sizing := job.state.drafter.sizing, AdaptiveSizes)
+        ]
+        found = self._menu(len(jobs))
+        if not offering or found is None:
+            return {}
+        menu, state = found.menu, self._state(found, jobs)
+        if all(job.state.drafter.rests for job, _, _ in offering):
+            state.idle += 1
+            best, promises, time = 0, [0.0] * len(offering), 1.0
+        else:
+            best, promises, time = self._best(menu, state, offering)
+        self._last = (state, time)
+        for (_, _, sizing), promised in zip(offering, promises, strict=True):
+            sizing.chosen(promised, time)
+        return {job: menu.sizes[best] for job, _, _ in offering}
+
+    def learn(self, tokens: Sequence[int]) -> None:
+        """Take note of how many tokens the pass chosen last made certain for each request."""
+        if self._last is None or not tokens:
+            return
+        state, time = self._last
+        gained = sum(tokens) / len(tokens)
+        state.tokens = MEMORY * state.tokens + gained
+        state.time = MEMORY * state.time + time
+        state.credit = min(state.credit + gained - time + PASS_CREDIT, MOST_CREDIT)
+
+    @staticmethod
+    def _best(
+        menu: Menu, state: _State, offering: Sequence[tuple[Job, Offer, AdaptiveSizes]]
+    ) -> tuple[int, list[float], float]:
+        """Return the number of the best size on the menu, what it promises each request, and its time."""
+        count = len(offering)
+        seconds = menu.at(sum(offer.length for _, offer, _ in offering) // count)
+        time = seconds / seconds[0]
+        promised = np.array([menu.promised(offer.tree) for _, offer, _ in offering])
+        believed = np.array([sizing.believed for _, _, sizing in offering])
+        left = np.array([menu.left_drafted(offer.tree) for _, offer, _ in offering])
+        # Shares of one request: a pass takes the same for all of them.
+        worth = (believed[:, None] * promised + state.draft_value * left).mean(axis=0) - max(1.0, state.rate) * time
+        drafted = sum(offer.drafted for _, offer, _ in offering)
+        if drafted:
+            gain = float(worth.max() - worth[menu.tree_rows == 1].max())
+            state.draft_value += DRAFT_VALUE_STEP * (gain - state.draft_value)
+            state.pause = FIRST_PAUSE if gain > 0.0 else min(2 * state.pause, LONGEST_PAUSE)
+        # As in `AdaptiveSizes`: drafts tried again must be able to pay for verifying them.
+        risk = np.where(menu.drafts & (not drafted), 2.0, 1.0)
+        affordable = risk * (time - 1.0) <= state.credit
+        best = int(np.argmax(np.where(affordable, worth, -np.inf)))
+        state.idle = state.idle + 1 if best == 0 else 0
+        if state.idle > state.pause:
+            # Other sources are looked at every time. Drafts cost a pass: they are tried where they can pay at all.
+            tried = affordable & menu.drafts & bool((_most_tokens(menu) > time).any())
+            if tried.any():
+                best = int(np.argmax(np.where(tried, worth, -np.inf)))
+                state.idle = 0
+            else:
+                state.pause = min(2 * state.pause, LONGEST_PAUSE)
+                state.idle = 1
+        return best, promised[:, best].tolist(), float(time[best])
+
+    def _menu(self, requests: int) -> BatchMenu | None:
+        """Return the menu of the largest number of requests that is not larger, None for one request."""
+        if requests < 2:
+            return None
+        return next((menu for menu in reversed(self._menus) if menu.requests <= requests), None)
+
+    def _state(self, menu: BatchMenu, jobs: Sequence[Job]) -> _State:
+        if menu.requests not in self._states:
+            sizings = [job.state.drafter.sizing for job in jobs]
+            values = [sizing.draft_value for sizing in sizings if isinstance(sizing, AdaptiveSizes)]
+            self._states[menu.requests] = _State(sum(values) / max(len(values), 1))
+        return self._states[menu.requests]
