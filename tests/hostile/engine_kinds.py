@@ -258,7 +258,7 @@ def _plans(folder: Path) -> Kind:
     dims = read_engine_file(folder / PLAN).dims
 
     def open_plan(
-        _path: Path, wanted: Any, _plan: Any, _hash: str, _usual: Any, binaries: KernelBinaries, opened: object
+        _path: Path, wanted: Any, _plan: Any, _hash: str, _usual: Any, binaries: KernelBinaries, **_: object
     ) -> Engine:
         # In the place of the class, which needs a GPU.
         if wanted != dims:

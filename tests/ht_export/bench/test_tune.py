@@ -120,6 +120,7 @@ def test_default_contexts_are_within_what_the_engine_has_room_for(engine_copy: P
         (["--contexts", "8,99999"], "--contexts 99999: this engine has room for 0 to"),
         (["--contexts", "-1"], "--contexts -1: this engine has room for 0 to"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--device", "tpu"], "device must be cpu, cuda or a GPU's number such as cuda:1, not 'tpu'"),
     ],
 )
 @pytest.mark.usefixtures("unmeasurable")
@@ -130,7 +131,7 @@ def test_mistakes_are_told_before_anything_is_measured(
     assert not tuning_path(engine_copy).exists()
 
 
-@pytest.mark.parametrize("flags", [["--contexts", "8;9"], ["--device", "tpu"], ["--what"]])
+@pytest.mark.parametrize("flags", [["--contexts", "8;9"], ["--what"]])
 def test_unknown_options(engine_copy: Path, flags: list[str]) -> None:
     with pytest.raises(SystemExit):
         main(["tune", str(engine_copy), *flags])
