@@ -175,8 +175,7 @@ def measure_batches(
                     progress((number * len(contexts) + place) * len(sizes) + done + 1, total)
             rows.append(taken)
         found.append(BatchMenu(count, Menu(tuple(sizes), tuple(contexts), np.array(rows))))
-        if time.perf_counter() - start > seconds * (number + 1) / len(counts):
-            # The next one takes about twice as long.
+        if time.perf_counter() - start > seconds:
             break
     return found
 
@@ -275,7 +274,10 @@ def quick_batches(
     engine: Engine, default: TreeSizes, contexts: Sequence[int], new_drafter: NewDrafter
 ) -> list[BatchMenu]:
     """Measure passes of several requests for at most some seconds."""
-    sizes = batch_sizes(default)
+    every = batch_sizes(default)
+    # With few of them all numbers of requests have their turn.
+    small = [one for one in every if one.tree_rows == 2][:3]
+    sizes = list(dict.fromkeys([every[0], *small, every[-1]]))
     return measure_batches(
         engine, sizes, contexts, QUICK_COUNTS, QUICK_REPEATS, QUICK_BATCH_SECONDS, new_drafter=new_drafter
     )

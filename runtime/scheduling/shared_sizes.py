@@ -146,10 +146,17 @@ class SharedSizes:
         return best, promised[:, best].tolist(), float(time[best])
 
     def _menu(self, requests: int) -> BatchMenu | None:
-        """Return the menu of the largest number of requests that is not larger, None for one request."""
-        if requests < 2:
+        """Return the menu of so many requests, or of the next larger number: rows are dearer the more requests there
+        are. None for one request, and where nothing was measured. Beyond twice the largest number that was measured
+        it is plain decoding.
+        """
+        if requests < 2 or not self._menus:
             return None
-        return next((menu for menu in reversed(self._menus) if menu.requests <= requests), None)
+        largest = self._menus[-1]
+        if requests > 2 * largest.requests:
+            plain = Menu(largest.menu.sizes[:1], largest.menu.contexts, largest.menu.seconds[:, :1])
+            return BatchMenu(requests, plain)
+        return next((menu for menu in self._menus if menu.requests >= requests), largest)
 
     def _state(self, menu: BatchMenu, jobs: Sequence[Job]) -> _State:
         if menu.requests not in self._states:

@@ -139,10 +139,14 @@ def test_sizes_of_its_own_stay_a_requests_own() -> None:
     assert list(shared.choose([fixed, free])) == [free]
 
 
-def test_the_menu_is_that_of_as_many_requests_or_fewer() -> None:
+def test_the_menu_is_that_of_as_many_requests_or_more() -> None:
     shared = SharedSizes([batch_menu(8, 0.06), batch_menu(2, 0.06), batch_menu(4, 0.06)])
     found = [shared._menu(count) for count in (1, 2, 3, 4, 7, 8, 50)]
-    assert [one and one.requests for one in found] == [None, 2, 2, 4, 4, 8, 8]
+    assert [one and one.requests for one in found] == [None, 2, 4, 4, 8, 8, 50]
+    assert found[-1] is not None
+    # So many were never measured: nothing but plain decoding.
+    assert found[-1].menu.sizes == (PLAIN,)
+    assert SharedSizes([])._menu(4) is None
 
 
 class Watched:
