@@ -61,12 +61,12 @@ class Delivery:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended."""
+        """Return whether it has ended."""
         return self._result is not None or self._error is not None
 
     @property
     def ready(self) -> bool:
-        """Whether `take` has something to return or to raise."""
+        """Return whether `take` has something to return or to raise."""
         return bool(self._chunks) or self.done
 
     @contextlib.contextmanager
@@ -155,7 +155,7 @@ class Request:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended: with its result, by an error, or cancelled."""
+        """Return whether it has ended: with its result, by an error, or cancelled."""
         return self._delivery.done
 
     def result(self, timeout: float | None = None) -> GenerationResult:

@@ -68,7 +68,7 @@ class Job:
 
     @property
     def started(self) -> bool:
-        """Whether it has run before."""
+        """Return whether it has run before."""
         return self._decoding is not None
 
     @property
@@ -78,12 +78,12 @@ class Job:
 
     @property
     def replays(self) -> bool:
-        """Whether rows are missing that were committed before."""
+        """Return whether rows are missing that were committed before."""
         return self.slot is not None and self.slot.length < self.state.committed
 
     @property
     def decodes(self) -> bool:
-        """Whether what it wants next is a step of decoding, and no chunk of its prompt or of what it must replay."""
+        """Return whether what it wants next is a step of decoding, and no chunk of its prompt or of what it must replay."""
         return bool(self.state.tokens) and not self.replays
 
     @property

@@ -72,7 +72,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Return whether there is nothing to do."""
         return not (self.waiting or self.running)
 
     def add(self, job: Job) -> None:
@@ -232,8 +232,7 @@ class Scheduler:
 
     def _run_prompts(self, *, beside: bool) -> None:
         """Run one pass of prompts that are under way, the oldest first, `beside` others that decode."""
-        most = self._pace.prompt_rows(self._limit) if beside else self._limit
-        left = most
+        left = self._pace.prompt_rows(self._limit) if beside else self._limit
         group: list[tuple[Job, int]] = []
         for job in sorted((job for job in self.running if not job.decodes), key=lambda job: job.arrival):
             if left < 1 or len(group) == self.engine.max_batch or (group and not self.engine.packs):

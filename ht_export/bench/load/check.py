@@ -1,4 +1,4 @@
-"""Whether every text under load is the text of its request alone."""
+"""Return whether every text under load is the text of its request alone."""
 
 from __future__ import annotations
 
