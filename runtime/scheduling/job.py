@@ -83,7 +83,7 @@ class Job:
 
     @property
     def decodes(self) -> bool:
-        """Return whether what it wants next is a step of decoding, and no chunk of its prompt or of what it must replay."""
+        """Return whether it wants a step of decoding next, and no chunk of its prompt or of what it must replay."""
         return bool(self.state.tokens) and not self.replays
 
     @property
