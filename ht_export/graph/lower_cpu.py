@@ -51,8 +51,8 @@ def lower_for_cpu(model: ir.Model, dims: GraphDims) -> None:
 @dataclass(frozen=True)
 class _Visible:
     """What the rows that share a tree mask see: for `GroupQueryAttention` lengths [B], the longest of them, and a bias
-    [B, 1, R, rows in all]; for `Attention` a mask [B, 1, R, S]. Of both the one that a pass has no use for has no
-    meaning.
+    [B, 1, R, rows in all]; for `Attention` a mask [B, 1, R G, S], where G query heads share a key/value head. Of both
+    the one that a pass has no use for has no meaning.
     """
 
     lengths: ir.Value
@@ -128,6 +128,8 @@ class _Lowering:
         self.constants: dict[tuple[str, str], ir.Value] = {}
         self.nodes = _Nodes("lowered", self.insert, self.constant)
         self.sizes: dict[str, ir.Value] = {}
+        # G, the query heads that share a key/value head.
+        self.shared = dims.query_heads // dims.key_value_heads
 
     def run(self) -> None:
         """Replace every tree attention, and the outputs."""
@@ -166,15 +168,17 @@ class _Lowering:
             return [_typed(one, ir.DataType.FLOAT, rank) for one, rank in zip(found, (3, 4, 4), strict=True)]
 
         def scattered(nodes: _Nodes) -> list[ir.Value]:
-            by_head = [
-                self.by_head(nodes, one, count) for one, count in zip(rows, (heads, kv_heads, kv_heads), strict=True)
-            ]
+            queries, *new = (self.by_head(nodes, one, kv_heads) for one in rows)
             keys, values = (
-                nodes.one("TensorScatter", [cache, new, self.cache_length], {"axis": 2})
-                for cache, new in ((key_cache, by_head[1]), (value_cache, by_head[2]))
+                nodes.one("TensorScatter", [cache, one, self.cache_length], {"axis": 2})
+                for cache, one in zip((key_cache, value_cache), new, strict=True)
             )
-            found = nodes.one("Attention", [by_head[0], keys, values, visible.mask], numbers)
-            swapped = nodes.one("Transpose", [found], {"perm": [0, 2, 1, 3]})
+            # Query heads that share a key/value head are rows of it: the operator arranges keys and values anew for
+            # each head that it is given.
+            packed = nodes.one("Reshape", [queries, self.constant([0, 0, -1, self.dims.head_dim])])
+            found = nodes.one("Attention", [packed, keys, values, visible.mask], numbers)
+            apart = nodes.one("Reshape", [found, self.constant([0, 0, -1, self.shared * self.dims.head_dim])])
+            swapped = nodes.one("Transpose", [apart], {"perm": [0, 2, 1, 3]})
             flat = nodes.one("Reshape", [swapped, self.constant([0, 0, heads * self.dims.head_dim])])
             return [
                 _typed(one, ir.DataType.FLOAT, rank) for one, rank in zip((flat, keys, values), (3, 4, 4), strict=True)
@@ -259,21 +263,21 @@ class _Lowering:
                 near = nodes.one("GreaterOrEqual", [slots, nodes.one("Unsqueeze", [first, self.constant([2])])])
                 cached = nodes.one("And", [cached, near])
             seen = nodes.one("Or", [cached, nodes.one("And", [new, tree])])
-            return [_typed(nodes.one("Unsqueeze", [seen, one]), ir.DataType.BOOL, 4)]
+            # Every row once for each of the query heads that are rows of a key/value head.
+            by_row = nodes.one("Unsqueeze", [seen, self.constant([2])])
+            repeated = nodes.one("Expand", [by_row, self.constant([1, 1, self.shared, 1])])
+            packed = self.constant([0, 1, -1]), self.sizes["capacity"]
+            mask_of_heads = nodes.one("Reshape", [repeated, nodes.one("Concat", packed, {"axis": 0})])
+            return [_typed(nodes.one("Where", [mask_of_heads, visible, hidden]), ir.DataType.FLOAT, 4)]
 
         def no_bias(nodes: _Nodes) -> list[ir.Value]:
             shape = self.constant([1, 1, 1, 1])
             nothing = nodes.one("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, np.float32))})
             return [_typed(nothing, ir.DataType.FLOAT, 4)]
 
-        def no_mask(nodes: _Nodes) -> list[ir.Value]:
-            shape = self.constant([1, 1, 1, 1])
-            nothing = nodes.one("ConstantOfShape", [shape], {"value": ir.tensor(np.array([True]))})
-            return [_typed(nothing, ir.DataType.BOOL, 4)]
-
         def for_rows(nodes: _Nodes) -> list[ir.Value]:
             (bias,) = nodes.choose(self.sizes["several"], for_one_row_each, for_one)
-            return [_typed(bias, ir.DataType.FLOAT, 4), *no_mask(nodes)]
+            return [_typed(bias, ir.DataType.FLOAT, 4), *no_bias(nodes)]
 
         bias, seen = nodes.choose(
             self.sizes["together"], lambda branch: [*no_bias(branch), *for_several(branch)], for_rows
@@ -282,8 +286,8 @@ class _Lowering:
         return _Visible(nodes.one("Cast", [lengths], to_int32), nodes.one("Cast", [longest], to_int32), bias, seen)
 
     def by_head(self, nodes: _Nodes, rows: ir.Value, heads: int) -> ir.Value:
-        """Return `rows` [B, R, H D] as [B, H, R, D]."""
-        apart = nodes.one("Reshape", [rows, self.constant([0, 0, heads, self.dims.head_dim])])
+        """Return `rows` [B, R, H N] as [B, H, R, N]."""
+        apart = nodes.one("Reshape", [rows, self.constant([0, 0, heads, -1])])
         return nodes.one("Transpose", [apart], {"perm": [0, 2, 1, 3]})
 
     def by_row(self, value: ir.Value, heads: int) -> ir.Value:
