@@ -1,7 +1,7 @@
 """The graph's inputs and outputs: the one place with their names, types and shapes.
 
 Letters: B batch, T tree rows, R = T + sum R_k all rows, R_k pseudo rows of step k, M rows whose logits are wanted,
-S capacity of the cache, Hkv key/value heads, D head size, V vocabulary.
+S capacity of the cache, Hkv key/value heads, D head size, V vocabulary. In the lowered graph P slots, of up to Q rows.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ LOGIT_ROWS = "logit_rows"
 CACHE_LENGTH = "cache_length"
 LOGITS = "logits"
 DRAFT_LOGITS = "draft_logits"
-# A lowered graph says so where it takes any number of requests; those of earlier releases take one.
-REQUESTS, ANY = "requests", "any"
+# Further inputs of the lowered graph, which takes the rows of several requests one behind the other: the rows of each
+# slot, the slot of each row, and its place among that slot's rows.
+SLOT_ROWS = "slot_rows"
+ROW_SLOTS = "row_slots"
+ROW_PLACES = "row_places"
+# A lowered graph says that it has them; those of earlier releases take one request.
+REQUESTS, PACKED = "requests", "packed"
 
 Dim = int | str
 # Types of weights, keys and values.
@@ -170,11 +175,40 @@ class GraphDims:
             *(Binding(value_new(layer), self.dtype, new(layer)) for layer in range(self.num_layers)),
         ]
 
+    def lowered_inputs(self) -> list[Binding]:
+        """Return the inputs, in order, of the graph lowered for the CPU, whose cache has P slots.
+
+        With one row of each request they are stacked, B = P. Otherwise B = 1 and the rows of all requests are one
+        behind the other, sorted as those of one request are: all tree rows, then the pseudo rows of each step. The rows
+        of slot p are slot_rows[p], ascending, with -1 behind the last; row r is number row_places[r] of slot
+        row_slots[r]. Where rows are stacked, or of one request, all three have no meaning. Two requests with trees of 2
+        and 1 rows, of which the second has a pseudo row:
+
+            rows        a0  a1  b0  b0'       slot_rows   0  1
+            row_slots    0   0   1   1                    2  3
+            row_places   0   1   0   1
+        """
+        slots = {CACHE_LENGTH: ("P",)}
+        cache: tuple[Dim, ...] = ("P", self.key_value_heads, "S", self.head_dim)
+        return [
+            *(
+                Binding(
+                    one.name,
+                    one.dtype,
+                    cache if one.name.startswith(CACHE_PREFIXES) else slots.get(one.name, one.shape),
+                )
+                for one in self.inputs()
+            ),
+            Binding(SLOT_ROWS, "int64", ("P", "Q")),
+            Binding(ROW_SLOTS, "int64", ("N",)),
+            Binding(ROW_PLACES, "int64", ("N",)),
+        ]
+
     def lowered_outputs(self) -> list[Binding]:
         """Return the outputs, in order, of the graph lowered for the CPU: caches in the place of new keys and values,
         the new rows behind the `cache_length` valid ones.
         """
-        cache: tuple[Dim, ...] = ("B", self.key_value_heads, "S", self.head_dim)
+        cache: tuple[Dim, ...] = ("P", self.key_value_heads, "S", self.head_dim)
         return [
             *self.outputs()[:2],
             *(Binding(key_cache_out(layer), self.dtype, cache) for layer in range(self.num_layers)),

@@ -2,10 +2,11 @@
 
 Tree attention becomes `com.microsoft.GroupQueryAttention`, which reads the valid rows of the cache where they are and
 writes the new rows behind them. With one buffer bound as past and as present nothing else is copied. It takes several
-rows of one request, or one row of each of several; where several requests have several rows, `TensorScatter` writes
-them and `Attention` reads the cache to the capacity that all share. Which of both a pass takes is decided in the graph,
-so that there is one set of weights. The lowered graph has the inputs of the portable one, and the outputs
-`GraphDims.lowered_outputs`.
+rows of one request, or one row of each of several. Where several requests have several rows, these come one behind the
+other, so that products have no rows to spare; attention alone takes them apart: they are brought to the most that a
+slot has, `TensorScatter` writes them and `Attention` reads the cache to the capacity that all share. Which of both a
+pass takes is decided in the graph, so that there is one set of weights. Inputs and outputs of the lowered graph are
+`GraphDims.lowered_inputs` and `GraphDims.lowered_outputs`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def lower_for_cpu(model: ir.Model, dims: GraphDims) -> None:
     model.opset_imports[""] = OPSET
     model.ir_version = max(model.ir_version, IR_VERSION)
     # So that a runtime can tell it from the lowered graphs of earlier releases.
-    model.metadata_props[bindings.REQUESTS] = bindings.ANY
+    model.metadata_props[bindings.REQUESTS] = bindings.PACKED
     RemoveUnusedNodesPass()(model)
     _fuse_residuals(model.graph)
     RemoveUnusedNodesPass()(model)
@@ -50,15 +51,19 @@ def lower_for_cpu(model: ir.Model, dims: GraphDims) -> None:
 
 @dataclass(frozen=True)
 class _Visible:
-    """What the rows that share a tree mask see: for `GroupQueryAttention` lengths [B], the longest of them, and a bias
-    [B, 1, R, rows in all]; for `Attention` a mask [B, 1, R G, S], where G query heads share a key/value head. Of both
-    the one that a pass has no use for has no meaning.
+    """What the rows that share a tree mask see: for `GroupQueryAttention` lengths [P], the longest of them, and a bias
+    [B, 1, R, rows in all]; for `Attention` a mask [P, 1, W G, S], where a slot has up to W rows and G query heads share
+    a key/value head. To take rows apart, which `rows` [P, W] they are and the shape [4] of keys and values; to bring
+    them together again, the `places` [R] of each. What a pass has no use for has no meaning.
     """
 
     lengths: ir.Value
     longest: ir.Value
     bias: ir.Value
     mask: ir.Value
+    rows: ir.Value
+    by_head: ir.Value
+    places: ir.Value
 
 
 class _Nodes:
@@ -120,9 +125,15 @@ class _Lowering:
     def __init__(self, graph: ir.Graph, dims: GraphDims) -> None:
         self.graph = graph
         self.dims = dims
-        inputs = {value.name: value for value in graph.inputs}
-        self.cache_length = inputs[CACHE_LENGTH]
-        self.first_cache = inputs[key_cache(0)]
+        given = {value.name: value for value in graph.inputs}
+        for binding in dims.lowered_inputs():
+            if binding.name in given:
+                given[binding.name].shape = ir.Shape(binding.shape)
+            elif binding.name in (bindings.SLOT_ROWS, bindings.ROW_SLOTS, bindings.ROW_PLACES):
+                graph.inputs.append(ir.val(binding.name, dtype=ir.DataType.INT64, shape=ir.Shape(binding.shape)))
+        self.inputs = {value.name: value for value in graph.inputs}
+        self.cache_length = self.inputs[CACHE_LENGTH]
+        self.first_cache = self.inputs[key_cache(0)]
         self.visible: dict[tuple[ir.Value, ir.Value | None], _Visible] = {}
         self.before: ir.Node | None = None
         self.constants: dict[tuple[str, str], ir.Value] = {}
@@ -149,7 +160,7 @@ class _Lowering:
         first = attention.inputs[7] if len(attention.inputs) > 7 else None
         assert query is not None and key is not None and value is not None and mask is not None
         if not self.sizes:
-            self.describe_pass(mask)
+            self.describe_pass()
         if (mask, first) not in self.visible:
             self.visible[mask, first] = self.describe(mask, first)
         visible = self.visible[mask, first]
@@ -168,7 +179,7 @@ class _Lowering:
             return [_typed(one, ir.DataType.FLOAT, rank) for one, rank in zip(found, (3, 4, 4), strict=True)]
 
         def scattered(nodes: _Nodes) -> list[ir.Value]:
-            queries, *new = (self.by_head(nodes, one, kv_heads) for one in rows)
+            queries, *new = (self.taken_apart(nodes, one, visible) for one in rows)
             keys, values = (
                 nodes.one("TensorScatter", [cache, one, self.cache_length], {"axis": 2})
                 for cache, one in zip((key_cache, value_cache), new, strict=True)
@@ -179,7 +190,8 @@ class _Lowering:
             found = nodes.one("Attention", [packed, keys, values, visible.mask], numbers)
             apart = nodes.one("Reshape", [found, self.constant([0, 0, -1, self.shared * self.dims.head_dim])])
             swapped = nodes.one("Transpose", [apart], {"perm": [0, 2, 1, 3]})
-            flat = nodes.one("Reshape", [swapped, self.constant([0, 0, heads * self.dims.head_dim])])
+            one_behind_the_other = nodes.one("Reshape", [swapped, self.constant([1, -1, heads * self.dims.head_dim])])
+            flat = nodes.one("Gather", [one_behind_the_other, visible.places], {"axis": 1})
             return [
                 _typed(one, ir.DataType.FLOAT, rank) for one, rank in zip((flat, keys, values), (3, 4, 4), strict=True)
             ]
@@ -196,21 +208,17 @@ class _Lowering:
         in_order = list(self.dims.join_order) == sorted(self.dims.join_order)
         return {} if in_order else {"causal": 0}
 
-    def describe_pass(self, mask: ir.Value) -> None:
+    def describe_pass(self) -> None:
         """Add what all layers ask of a pass: whether several requests have several rows together, and the like."""
         nodes, one = self.nodes, self.constant([1])
-        requests = nodes.one("Shape", [mask], {"start": 0, "end": 1})
-        rows = nodes.one("Shape", [self.tree_mask()], {"start": 1, "end": 2})
+        requests = self.sizes["slots"] = nodes.one("Shape", [self.first_cache], {"start": 0, "end": 1})
+        rows = nodes.one("Shape", [self.inputs[bindings.TREE_MASK]], {"start": 1, "end": 2})
         several = nodes.one("Greater", [requests, one])
         self.sizes["several"] = nodes.one("Squeeze", [several, self.constant([0])])
         both = nodes.one("And", [several, nodes.one("Greater", [rows, one])])
         self.sizes["together"] = nodes.one("Squeeze", [both, self.constant([0])])
         self.sizes["capacity"] = nodes.one("Shape", [self.first_cache], {"start": 2, "end": 3})
         self.sizes["longest"] = nodes.one("ReduceMax", [self.cache_length], {"keepdims": 0})
-
-    def tree_mask(self) -> ir.Value:
-        """Return the input of that name."""
-        return next(value for value in self.graph.inputs if value.name == bindings.TREE_MASK)
 
     def describe(self, mask: ir.Value, first: ir.Value | None) -> _Visible:
         """Return what rows under `mask` [B, R, R] see: of the cache's valid rows all, or those from `first` [B, R] on,
@@ -220,6 +228,7 @@ class _Lowering:
         count = nodes.one("Shape", [mask], {"start": 1, "end": 2})
         lengths = nodes.one("Sub", [nodes.one("Add", [self.cache_length, count]), one])
         longest = nodes.one("Add", [self.sizes["longest"], nodes.one("Squeeze", [count, zero])])
+        to_int64 = {"to": int(ir.DataType.INT64)}
         visible, hidden = self.constant(0, np.float32), self.constant(np.finfo(np.float32).min, np.float32)
 
         def for_one(nodes: _Nodes) -> list[ir.Value]:
@@ -248,19 +257,40 @@ class _Lowering:
             return [_typed(bias, ir.DataType.FLOAT, 4)]
 
         def for_several(nodes: _Nodes) -> list[ir.Value]:
+            # Rows that join in a later layer have numbers from `count` on, and are none of this one.
+            slot_rows = self.inputs[bindings.SLOT_ROWS]
+            here = nodes.one(
+                "And", [nodes.one("Not", [nodes.one("Less", [slot_rows, zero])]), nodes.one("Less", [slot_rows, count])]
+            )
+            of_slots = nodes.one("ReduceSum", [nodes.one("Cast", [here], to_int64), one])
+            width = nodes.one("Reshape", [nodes.one("ReduceMax", [of_slots], {"keepdims": 0}), one])
+            found, there = (nodes.one("Slice", [value, zero, width, one]) for value in (slot_rows, here))
+            rows = nodes.one("Where", [there, found, zero])
+            by_head = nodes.one(
+                "Concat", [self.sizes["slots"], width, self.constant([self.dims.key_value_heads, -1])], {"axis": 0}
+            )
+            alive = [
+                nodes.one("Slice", [self.inputs[name], zero, count])
+                for name in (bindings.ROW_SLOTS, bindings.ROW_PLACES)
+            ]
+            places = nodes.one("Add", [nodes.one("Mul", [alive[0], width]), alive[1]])
+            # The tree mask of each slot [P, W, W].
+            upper = nodes.one("Mul", [nodes.one("Unsqueeze", [rows, self.constant([2])]), count])
+            pairs = nodes.one("Add", [upper, nodes.one("Unsqueeze", [rows, one])])
+            trees = nodes.one("Gather", [nodes.one("Reshape", [mask, self.constant([-1])]), pairs])
+            trees = nodes.one("And", [trees, nodes.one("Unsqueeze", [there, one])])
+            # For each row of the cache [P, 1, S] its number among the new ones, negative for those cached before.
             capacity = nodes.one("Squeeze", [self.sizes["capacity"], zero])
             slots = nodes.one("Range", [self.constant(0), capacity, self.constant(1)])
-            # Of each slot [B, 1, S] the row that is written there, negative for those cached before.
             row = nodes.one("Sub", [slots, nodes.one("Unsqueeze", [self.cache_length, self.constant([1, 2])])])
             cached = nodes.one("Less", [row, zero])
-            new = nodes.one("And", [nodes.one("Not", [cached]), nodes.one("Less", [row, count])])
-            last = nodes.one("Sub", [count, one])
-            place = nodes.one("Min", [nodes.one("Max", [row, zero]), last])
-            requests_and_rows = nodes.one("Shape", [mask], {"start": 0, "end": 2})
-            shape = nodes.one("Concat", [requests_and_rows, self.sizes["capacity"]], {"axis": 0})
-            tree = nodes.one("GatherElements", [mask, nodes.one("Expand", [place, shape])], {"axis": 2})
+            new = nodes.one("And", [nodes.one("Not", [cached]), nodes.one("Less", [row, width])])
+            place = nodes.one("Min", [nodes.one("Max", [row, zero]), nodes.one("Sub", [width, one])])
+            shape = nodes.one("Concat", [self.sizes["slots"], width, self.sizes["capacity"]], {"axis": 0})
+            tree = nodes.one("GatherElements", [trees, nodes.one("Expand", [place, shape])], {"axis": 2})
             if first is not None:
-                near = nodes.one("GreaterOrEqual", [slots, nodes.one("Unsqueeze", [first, self.constant([2])])])
+                of_rows = nodes.one("Gather", [nodes.one("Reshape", [first, self.constant([-1])]), rows])
+                near = nodes.one("GreaterOrEqual", [slots, nodes.one("Unsqueeze", [of_rows, self.constant([2])])])
                 cached = nodes.one("And", [cached, near])
             seen = nodes.one("Or", [cached, nodes.one("And", [new, tree])])
             # Every row once for each of the query heads that are rows of a key/value head.
@@ -268,27 +298,39 @@ class _Lowering:
             repeated = nodes.one("Expand", [by_row, self.constant([1, 1, self.shared, 1])])
             packed = self.constant([0, 1, -1]), self.sizes["capacity"]
             mask_of_heads = nodes.one("Reshape", [repeated, nodes.one("Concat", packed, {"axis": 0})])
-            return [_typed(nodes.one("Where", [mask_of_heads, visible, hidden]), ir.DataType.FLOAT, 4)]
+            bias = nodes.one("Where", [mask_of_heads, visible, hidden])
+            return [
+                _typed(bias, ir.DataType.FLOAT, 4),
+                *(_typed(value, ir.DataType.INT64, rank) for value, rank in ((rows, 2), (by_head, 1), (places, 1))),
+            ]
 
         def no_bias(nodes: _Nodes) -> list[ir.Value]:
             shape = self.constant([1, 1, 1, 1])
             nothing = nodes.one("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, np.float32))})
             return [_typed(nothing, ir.DataType.FLOAT, 4)]
 
+        def no_rows(nodes: _Nodes) -> list[ir.Value]:
+            found = []
+            for rank in (2, 1, 1):
+                shape, nothing = self.constant([1] * rank), ir.tensor(np.zeros(1, np.int64))
+                found.append(_typed(nodes.one("ConstantOfShape", [shape], {"value": nothing}), ir.DataType.INT64, rank))
+            return found
+
         def for_rows(nodes: _Nodes) -> list[ir.Value]:
             (bias,) = nodes.choose(self.sizes["several"], for_one_row_each, for_one)
-            return [_typed(bias, ir.DataType.FLOAT, 4), *no_bias(nodes)]
+            return [_typed(bias, ir.DataType.FLOAT, 4), *no_bias(nodes), *no_rows(nodes)]
 
-        bias, seen = nodes.choose(
+        bias, seen, rows, by_head, places = nodes.choose(
             self.sizes["together"], lambda branch: [*no_bias(branch), *for_several(branch)], for_rows
         )
         to_int32 = {"to": int(ir.DataType.INT32)}
-        return _Visible(nodes.one("Cast", [lengths], to_int32), nodes.one("Cast", [longest], to_int32), bias, seen)
+        lengths, longest = (nodes.one("Cast", [value], to_int32) for value in (lengths, longest))
+        return _Visible(lengths, longest, bias, seen, rows, by_head, places)
 
-    def by_head(self, nodes: _Nodes, rows: ir.Value, heads: int) -> ir.Value:
-        """Return `rows` [B, R, H N] as [B, H, R, N]."""
-        apart = nodes.one("Reshape", [rows, self.constant([0, 0, heads, -1])])
-        return nodes.one("Transpose", [apart], {"perm": [0, 2, 1, 3]})
+    def taken_apart(self, nodes: _Nodes, rows: ir.Value, visible: _Visible) -> ir.Value:
+        """Return `rows` [1, R, Hkv N] by slot and head, [P, Hkv, W, N]."""
+        by_slot = nodes.one("Reshape", [nodes.one("Gather", [rows, visible.rows], {"axis": 1}), visible.by_head])
+        return nodes.one("Transpose", [by_slot], {"perm": [0, 2, 1, 3]})
 
     def by_row(self, value: ir.Value, heads: int) -> ir.Value:
         """Return `value` [B, H, R, D] as [B, R, H D], from before it was taken apart where that can be found."""

@@ -87,7 +87,8 @@ class LoweredEngine(HostCacheEngine):
             self._engine.copy(KeptRows(kept), in_place, cache.length)
         result = self._engine.run(Batch.of([rows], [in_place]))
         keys, values = ([new.copy() for new in kind] for kind in result.new(self.dims))
-        return HostResult(batch, result.logits, result.draft_logits, keys, values, result.laid_out.pseudo)
+        logits, draft_logits = result.logits[None], result.draft_logits[None]
+        return HostResult(batch, logits, draft_logits, keys, values, result.laid_out.pseudo)
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,10 @@ class OnnxRuntimeEngine(HostCacheEngine):
     def __init__(
         self, graph: Path | GraphFiles, dims: GraphDims, threads: int | None = None, *, small: bool = False
     ) -> None:
-        self._session = open_session(
-            graph, dims.inputs(), dims.outputs(), ["CPUExecutionProvider"], threads, small=small
-        )
+        self._session = open_session(graph, ["CPUExecutionProvider"], threads, small=small)
         self.dims = dims
         self._path = path_of(graph)
+        check_bindings(self._session, self._path, dims.inputs(), dims.outputs())
         self._outputs = [binding.name for binding in dims.outputs()]
 
     def run(self, batch: Batch) -> HostResult:
@@ -102,17 +101,15 @@ def use_little_memory(options: Any) -> list[str]:
 
 def open_session(
     graph: Path | GraphFiles,
-    inputs: Sequence[Binding],
-    outputs: Sequence[Binding],
     providers: Sequence[Provider],
     threads: int | None = None,
     *,
     small: bool = False,
 ) -> Any:
-    """Return a session of `graph`, which must have these inputs and outputs; see `OnnxRuntimeEngine`. A graph given by
-    path keeps the file of its weights mapped: that is for files which nobody else changes.
+    """Return a session of `graph`; see `OnnxRuntimeEngine`. A graph given by path keeps the file of its weights mapped:
+    that is for files which nobody else changes.
 
-    Raises `InputError` without ONNX Runtime, `EngineFileError` when it cannot load the graph or that is another.
+    Raises `InputError` without ONNX Runtime, `EngineFileError` when it cannot load the graph.
     """
     try:
         import onnxruntime
@@ -145,6 +142,11 @@ def open_session(
     finally:
         # The session has copied what it keeps.
         held.clear()
+    return session
+
+
+def check_bindings(session: Any, path: Path, inputs: Sequence[Binding], outputs: Sequence[Binding]) -> None:
+    """Raise `EngineFileError` unless the graph at `path`, opened as `session`, has these inputs and outputs."""
     for found, expected in ((session.get_inputs(), inputs), (session.get_outputs(), outputs)):
         names = [value.name for value in found]
         wanted = [binding.name for binding in expected]
@@ -154,7 +156,6 @@ def open_session(
             raise EngineFileError(
                 f"{path} does not have the graph its engine.json describes ({one_line(odd[0])}); export it again"
             )
-    return session
 
 
 def _differs(value: Any, binding: Binding) -> bool:

@@ -20,8 +20,8 @@ from runtime import bindings
 from runtime.bindings import GraphDims, dynamic_dims
 from runtime.engines.dense_cache import DenseCache, DenseSlot, KeptRows, slot_of
 from runtime.engines.external_weights import GraphFiles
-from runtime.engines.layout import BatchInputs, stack
-from runtime.engines.onnxruntime import open_session, path_of, running
+from runtime.engines.onnxruntime import check_bindings, open_session, path_of, running
+from runtime.engines.packing import PackedInputs, pack
 from runtime.engines.protocol import Batch, Freshness, Kept, Result, Slot
 from runtime.rows import HostOutputs, PickedRows, Rows, lay_out
 from runtime.tree import chain
@@ -37,12 +37,12 @@ MOST_BOUND = 8
 
 @dataclass(frozen=True)
 class InPlaceResult:
-    """Pass `number` of an engine: logits [B, M, V], draft_logits [B, sum R_k, V] in row order; new keys and values are
-    in the cache. `places` [B] are those of the requests among the B that were run. See `Result`.
+    """Pass `number` of an engine, `laid_out` as it was: the logits [N, V] and draft logits [N', V] of all requests; new
+    keys and values are in the cache. `places` [B] are those of the requests among all that were run. See `Result`.
     """
 
     batch: Batch
-    laid_out: BatchInputs
+    laid_out: PackedInputs
     places: tuple[int, ...]
     logits: NDArray[np.float32]
     draft_logits: NDArray[np.float32]
@@ -54,8 +54,8 @@ class InPlaceResult:
         """See `Result.outputs`."""
         self.freshness.check(self.number)
         rows, place = self.batch.rows[index], self.places[index]
-        drafts = PickedRows(self.draft_logits[place], self.laid_out.pseudo[place])
-        return HostOutputs(rows, self.logits[place, : len(rows.logit_rows)], drafts)
+        drafts = PickedRows(self.draft_logits, self.laid_out.pseudo[place])
+        return HostOutputs(rows, self.logits[self.laid_out.logits[place]], drafts)
 
     def new(self, dims: GraphDims) -> tuple[list[NDArray], list[NDArray]]:
         """Return the new keys and the new values of a pass of one request, not committed yet: L arrays [1, Hkv, R_l, D]
@@ -78,21 +78,21 @@ class OnnxRuntimeCpuEngine:
 
     max_slots = MAX_SLOTS
     gpu_name = None
-    # Where several requests have several rows each, all are brought to the largest.
-    packs = False
 
     def __init__(
         self, graph: Path | GraphFiles, dims: GraphDims, threads: int | None = None, *, small: bool = False
     ) -> None:
-        self._session = open_session(
-            graph, dims.inputs(), dims.lowered_outputs(), ["CPUExecutionProvider"], threads, small=small
-        )
+        self._session = open_session(graph, ["CPUExecutionProvider"], threads, small=small)
         self.dims = dims
-        # Graphs of earlier releases are for one.
         about = self._session.get_modelmeta().custom_metadata_map
-        self.max_batch = MAX_BATCH if about.get(bindings.REQUESTS) == bindings.ANY else 1
+        # Graphs of earlier releases are for one request.
+        self.packs = about.get(bindings.REQUESTS) == bindings.PACKED
+        self.max_batch = MAX_BATCH if self.packs else 1
+        self._inputs = {binding.name for binding in (dims.lowered_inputs() if self.packs else dims.inputs())}
         self._logit_outputs = dims.outputs()[:2]
         self._path = path_of(graph)
+        inputs = dims.lowered_inputs() if self.packs else dims.inputs()
+        check_bindings(self._session, self._path, inputs, dims.lowered_outputs())
         self._cache = DenseCache(dims)
         self._bound: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._bound_arrays = self._cache.arrays
@@ -129,35 +129,32 @@ class OnnxRuntimeCpuEngine:
         first, count = self._cache.arrange(slots, 0 if several else len(batch) // GAPS)
         places = tuple(slot.place.index - first for slot in slots)
         whole, lengths = self._filled(batch, slots, first, count)
-        laid_out = stack(whole, lengths, self.dims.join_order)
-        drafts = sum(laid_out.sizes.pseudo_rows)
-        self._cache.reserve(max(lengths), laid_out.sizes.tree_rows + drafts)
+        laid_out = pack(whole, lengths, self.dims.join_order)
+        self._cache.reserve(max(lengths), laid_out.written)
         number = self._freshness.next_pass()
         binding = self._binding(first, count)
         # Kept until the pass is over: they are bound by address.
         values = {name: np.ascontiguousarray(value) for name, value in laid_out.values.items()}
         for name, value in values.items():
-            binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
-        rows = count * laid_out.logit_count
-        self._logits = _room_for(self._logits, rows)
-        self._drafts = _room_for(self._drafts, count * drafts)
-        sizes = laid_out.dims(self._cache.capacity)
-        for output, buffer in zip(self._logit_outputs, (self._logits, self._drafts), strict=True):
-            shape = output.sizes(sizes)
+            if name in self._inputs:
+                binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
+        self._logits = _room_for(self._logits, laid_out.logit_rows)
+        self._drafts = _room_for(self._drafts, laid_out.pseudo_rows)
+        logits, draft_logits = self._logits[: laid_out.logit_rows], self._drafts[: laid_out.pseudo_rows]
+        stacked = len(values[bindings.INPUT_IDS])
+        for output, buffer in zip(self._logit_outputs, (logits, draft_logits), strict=True):
+            shape = (stacked, len(buffer) // stacked, self.dims.vocab_size)
             binding.bind_output(output.name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
         with running(self._path):
             self._session.run_with_iobinding(binding)
-        logits = self._logits[:rows].reshape(count, laid_out.logit_count, self.dims.vocab_size)
-        draft_logits = self._drafts[: count * drafts].reshape(count, drafts, self.dims.vocab_size)
         return InPlaceResult(batch, laid_out, places, logits, draft_logits, self._cache, number, self._freshness)
 
     def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
         """See `Engine.commit`."""
         assert isinstance(result, InPlaceResult), "a result of another engine"
         self._freshness.commit(result.number)
-        sizes = result.laid_out.sizes
         for slot, rows in zip(result.batch.slots, accepted, strict=True):
-            self._cache.commit(slot_of(slot), rows, sizes.tree_rows + sum(sizes.pseudo_rows))
+            self._cache.commit(slot_of(slot), rows, result.laid_out.written)
 
     def _filled(self, batch: Batch, slots: Sequence[DenseSlot], first: int, count: int) -> tuple[list[Rows], list[int]]:
         """Return the rows of `count` places from `first` on, and how many are committed in each. What lies between the

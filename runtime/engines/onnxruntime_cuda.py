@@ -17,7 +17,7 @@ from runtime.engines.cuda import Cuda
 from runtime.engines.device_cache import CacheMemory, DeviceCache, DeviceCacheEngine, cache_of
 from runtime.engines.external_weights import GraphFiles
 from runtime.engines.layout import stack
-from runtime.engines.onnxruntime import Provider, open_session, path_of, running
+from runtime.engines.onnxruntime import Provider, check_bindings, open_session, path_of, running
 from runtime.engines.protocol import Batch, Freshness, Result
 from runtime.errors import InputError
 from runtime.rows import Phase
@@ -59,7 +59,8 @@ class OnnxRuntimeCudaEngine(DeviceCacheEngine):
         # All work on one stream, in order. TF32 would round what is multiplied to 10 bits.
         options = {"device_id": str(gpu), "user_compute_stream": str(self._cuda.stream), "use_tf32": "0"}
         providers: list[Provider] = [(provider, options), "CPUExecutionProvider"]
-        self._session = open_session(graph, dims.inputs(), dims.outputs(), providers)
+        self._session = open_session(graph, providers)
+        check_bindings(self._session, self._path, dims.inputs(), dims.outputs())
         if self._session.get_providers()[0] != provider:
             raise InputError(
                 "ONNX Runtime cannot use the GPU: its CUDA libraries did not load; install CUDA 12 and cuDNN 9, for "

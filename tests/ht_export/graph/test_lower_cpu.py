@@ -62,8 +62,8 @@ def assert_same_pass(graphs: Graphs, rows: Rows, length: int, spare: int, seed: 
         expected, found = requests.portable(0, rows), requests.lowered([0], [rows])
         keys, values = found.new(graphs.dims)
         pairs = [
-            ("logits", [found.logits[0]], [expected.logits[0]]),
-            ("draft_logits", [found.draft_logits[0]], [expected.draft_logits[0]]),
+            ("logits", [found.logits], [expected.logits[0]]),
+            ("draft_logits", [found.draft_logits], [expected.draft_logits[0]]),
             ("key_new", keys, expected.key_new),
             ("value_new", values, expected.value_new),
         ]
@@ -123,7 +123,7 @@ def test_the_cache_is_never_copied(graphs: Graphs, count: int, tokens: int, capa
         grown = resident_bytes() - before
         layer = requests.cache.arrays.nbytes // dims.num_layers
         # A layer's keys are half of its cache.
-        assert grown < layer / 3
+        assert grown < layer / 2
 
 
 def test_the_passes_of_the_parity_check(graphs: Graphs) -> None:
@@ -131,7 +131,7 @@ def test_the_passes_of_the_parity_check(graphs: Graphs) -> None:
     assert difference(LoweredEngine(graphs.path, graphs.dims), expected) < 1e-5
 
 
-def test_inputs_are_those_of_the_portable_graph_and_outputs_have_caches(graphs: Graphs) -> None:
+def test_inputs_say_which_rows_are_whose_and_outputs_have_caches(graphs: Graphs) -> None:
     model = graphs.load()
     types = {onnx.TensorProto.INT64: "int64", onnx.TensorProto.BOOL: "bool", onnx.TensorProto.FLOAT: "float32"}
 
@@ -142,7 +142,7 @@ def test_inputs_are_those_of_the_portable_graph_and_outputs_have_caches(graphs: 
             for name, tensor in found
         ]
 
-    assert read(list(model.graph.input)) == graphs.dims.inputs()
+    assert read(list(model.graph.input)) == graphs.dims.lowered_inputs()
     assert read(list(model.graph.output)) == graphs.dims.lowered_outputs()
 
 
@@ -185,14 +185,15 @@ def test_one_operator_reads_and_writes_each_layers_cache_and_nothing_else_touche
         assert list(attention.input[1:3]) == [node.output[0] for node in written]
         assert [value.name for value in several.output[1:]] == [node.output[0] for node in written]
     used = Counter(name for node in all_nodes(graph) for name in node.input if "_cache_" in name)
-    (measured,) = (node for node in all_nodes(graph) if node.op_type == "Shape" and "_cache_" in node.input[0])
-    assert used == Counter([*(name for caches in inputs for name in caches * 2), measured.input[0]])
+    measured = [node.input[0] for node in all_nodes(graph) if node.op_type == "Shape" and "_cache_" in node.input[0]]
+    assert used == Counter([*(name for caches in inputs for name in caches * 2), *measured])
+    assert measured == ["key_cache_0"] * 2
     assert not any(node.op_type == "TreeAttention" for node in all_nodes(graph))
     assert not graphs.load().functions
 
 
 def test_a_lowered_graph_says_that_it_takes_any_number_of_requests(graphs: Graphs) -> None:
-    assert {entry.key: entry.value for entry in graphs.load().metadata_props}["requests"] == "any"
+    assert {entry.key: entry.value for entry in graphs.load().metadata_props}["requests"] == "packed"
     assert graphs.lowered.max_batch > 1
 
 
@@ -279,7 +280,9 @@ def test_attention_that_nothing_prepares_by_row_is_lowered_too() -> None:
         )
     }
     feed |= {"tree_mask": np.array([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], dtype=bool), "cache_length": np.array([length])}
-    expected, found = (session.run(None, feed) for session in sessions)
+    expected = sessions[0].run(None, feed)
+    unused = {"slot_rows": np.zeros((1, 1), np.int64), "row_slots": np.zeros(1, np.int64)}
+    found = sessions[1].run(None, feed | unused | {"row_places": unused["row_slots"]})
     for ours, theirs in zip(found[:2], expected[:2], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
     for cache, new, name in zip(found[2:], ("key", "value"), ("key_cache_0", "value_cache_0"), strict=True):

@@ -153,7 +153,7 @@ def test_a_request_goes_on_from_rows_that_were_kept_or_are_anothers(
     engine: OnnxRuntimeCpuEngine, portable: OnnxRuntimeEngine
 ) -> None:
     def follow(slot: DenseSlot) -> np.ndarray:
-        return run_one(engine, rows_of([17, 18], slot.length, engine.dims), slot).logits[0].copy()
+        return run_one(engine, rows_of([17, 18], slot.length, engine.dims), slot).logits.copy()
 
     tokens = [11, 12, 13, 14, 15]
     first = engine.new_slot()
@@ -244,7 +244,7 @@ def test_outputs_hold_until_the_next_pass_only_and_are_refused_afterwards(engine
     first = run_one(engine, rows_of([3, 4, 5], 0, engine.dims), cache)
     kept = first.logits.copy()
     engine.commit(first, [range(3)])
-    np.testing.assert_array_equal(first.outputs(0).logits[2], kept[0, 2])
+    np.testing.assert_array_equal(first.outputs(0).logits[2], kept[2])
     with pytest.raises(RuntimeError, match="a pass is committed once"):
         engine.commit(first, [range(3)])
     second = run_one(engine, rows_of([6, 7, 8], 3, engine.dims), cache)
@@ -264,7 +264,7 @@ def test_a_pass_has_the_logits_that_were_asked_for_and_no_more(engine: OnnxRunti
         ends = (np.arange(wanted), NOTHING, NOTHING)
         rows = lay_out(tree, ends, engine.dims.join_order, 0, logit_rows=np.arange(wanted))
         found = run_one(engine, rows, engine.new_slot())
-        assert found.logits.shape == found.draft_logits.shape == (1, wanted, vocab)
+        assert found.logits.shape == found.draft_logits.shape == (wanted, vocab)
         outputs = found.outputs(0)
         assert len(outputs.logits) == len(outputs.draft_logits) == wanted
 
