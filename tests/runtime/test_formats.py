@@ -58,7 +58,7 @@ def test_a_fitting_file_is_read(boxes: JsonFormat[Box], tmp_path: Path) -> None:
         ),
         (b'{"width": 1, "about": {"width": 1e999}}', "out of range"),
         (b'{"width": 1, "about": {"width": 2}}', "two widths"),
-        (b'{"width": 1, "about": {"\xff": 2}}', "decode"),
+        (b'{"width": 1, "about": {"\xff": 2}}', "code"),
         (b"[]", "object"),
         (b"", "truncated"),
         (b" " * 1001, "more than 1000 bytes"),

@@ -32,6 +32,7 @@ from runtime import (
     Tokens,
     TreeSizes,
 )
+from runtime.scheduling.prefixes import SHORTEST
 
 PROMPTS = ["Hello", "x" * 40, "The sky is blue, the sky is", "a", "Why?", "Ünïcödé"]
 
@@ -184,7 +185,11 @@ def test_several_answers_to_one_prompt_are_those_of_their_seeds(generator: Gener
 def test_answers_to_one_prompt_share_its_rows(small: Callable[..., Generator]) -> None:
     generator = small()
     results = generator.generate("x" * 60, n=3, max_new_tokens=4, sampling=Sampling(temperature=1.0, seed=0))
-    assert [result.cached_prompt_tokens for result in results] == [0, *[results[0].prompt_tokens - 1] * 2]
+    first, *others = (result.cached_prompt_tokens for result in results)
+    # Where only a few rows are missing nobody waits for them.
+    least = results[0].prompt_tokens - 1 - SHORTEST
+    assert first == 0
+    assert all(cached >= least for cached in others)
     generator = small(prefix_cache_bytes=0)
     results = generator.generate("x" * 60, n=3, max_new_tokens=4, sampling=Sampling(temperature=1.0, seed=0))
     assert [result.cached_prompt_tokens for result in results] == [0, 0, 0]
