@@ -39,6 +39,7 @@ QUICK_REPEATS = 4
 QUICK_COUNTS = (2, 4, 8)
 BATCHES = (2, 4, 8, 16)
 QUICK_BATCH_SECONDS = 6.0
+QUICK_BATCH_REPEATS = 8
 # Rows of a pass that fills the cache.
 FILL_CHUNK = 64
 # The quantile of the repeats that counts: what disturbs a pass makes it longer only.
@@ -152,28 +153,29 @@ def measure_batches(
     """Return the menus of passes of so many requests (`counts`, which ascend) that the engine takes together, all of
     them of one of `sizes`, the first of which are those of plain decoding.
 
-    Where `seconds` are short there are fewer repeats, and menus for the first counts alone.
+    All sizes take turns, as in `measure`. Where `seconds` are short there are fewer repeats, and menus for the first
+    counts alone.
     """
     start = time.perf_counter()
     found: list[BatchMenu] = []
     counts = [count for count in counts if 1 < count <= min(engine.max_batch, engine.max_slots)]
-    total = len(counts) * len(contexts) * len(sizes)
+    total = len(counts) * len(contexts) * (repeats + 1)
     for number, count in enumerate(counts):
         rows: list[list[float]] = []
         for place, context in enumerate(contexts):
             steps = _Steps(engine, sizes, new_drafter, count)
             steps.fill(context, float("inf"))
-            taken = []
-            for done, size in enumerate(sizes):
-                # Sets up what steps of this shape need.
-                steps.time(size)
-                times = [steps.time(size)]
-                while len(times) < repeats and time.perf_counter() - start < seconds * (number + 1) / len(counts):
+            end = start + seconds * (number * len(contexts) + place + 1) / len(counts) / len(contexts)
+            # The first turn sets up what steps of each shape need.
+            taken: list[list[float]] = [[] for _ in sizes]
+            for turn in range(repeats + 1):
+                if turn > 1 and time.perf_counter() > end:
+                    break
+                for size, times in zip(sizes, taken, strict=True):
                     times.append(steps.time(size))
-                taken.append(float(np.quantile(times, QUANTILE)))
                 if progress:
-                    progress((number * len(contexts) + place) * len(sizes) + done + 1, total)
-            rows.append(taken)
+                    progress((number * len(contexts) + place) * (repeats + 1) + turn + 1, total)
+            rows.append([float(np.quantile(times[1:], QUANTILE)) for times in taken])
         found.append(BatchMenu(count, Menu(tuple(sizes), tuple(contexts), np.array(rows))))
         if time.perf_counter() - start > seconds:
             break
@@ -279,7 +281,7 @@ def quick_batches(
     small = [one for one in every if one.tree_rows == 2][:3]
     sizes = list(dict.fromkeys([every[0], *small, every[-1]]))
     return measure_batches(
-        engine, sizes, contexts, QUICK_COUNTS, QUICK_REPEATS, QUICK_BATCH_SECONDS, new_drafter=new_drafter
+        engine, sizes, contexts, QUICK_COUNTS, QUICK_BATCH_REPEATS, QUICK_BATCH_SECONDS, new_drafter=new_drafter
     )
 
 

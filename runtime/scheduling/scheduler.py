@@ -21,6 +21,7 @@ from runtime.scheduling.metrics import Metrics
 from runtime.scheduling.pace import Pace
 from runtime.scheduling.pool import CachePool, in_blocks
 from runtime.scheduling.prefixes import SHORTEST, Prefix, Prefixes, common
+from runtime.scheduling.row_budget import RowBudget
 from runtime.scheduling.shared_sizes import SharedSizes
 
 # Seconds of waiting that are worth as much as one step of priority: so that nobody waits for ever.
@@ -60,7 +61,9 @@ class Scheduler:
     batch_menus: Sequence[BatchMenu] = ()
 
     def __post_init__(self) -> None:
-        self._shared = SharedSizes(self.batch_menus)
+        # What packs rows takes them one by one; the others bring all requests to one size.
+        choice = RowBudget if self.engine.packs else SharedSizes
+        self._shared: RowBudget | SharedSizes = choice(self.batch_menus)
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.pool = CachePool(self.limits.cache_rows)
@@ -247,6 +250,7 @@ class Scheduler:
 
     def _pass(self, group: Iterable[tuple[Job, int]]) -> int:
         """Run one pass of the jobs of `group`, each with the chunk of its prompt; return how many tree rows it had."""
+        begun = time.perf_counter()
         jobs: list[Job] = []
         for job, chunk in group:
             with self._alone(job):
@@ -298,6 +302,7 @@ class Scheduler:
             raise _EngineFailedError from error
         self.metrics.passed(batch, accepted)
         self._shared.learn([len(job.state.tokens) - before for job, before in grown])
+        self._shared.took(batch, time.perf_counter() - begun)
         for job, failure in failures:
             self._fail(job, failure)
         for job, before in grown:

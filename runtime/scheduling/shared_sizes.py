@@ -9,47 +9,19 @@ of plain decoding; then drafts rest, and are tried again now and then.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from runtime.arrays import FloatArray
 from runtime.drafting.drafter import Offer
-from runtime.drafting.sizing import (
-    DRAFT_VALUE_STEP,
-    FIRST_CREDIT,
-    FIRST_PAUSE,
-    LONGEST_PAUSE,
-    MEMORY,
-    MOST_CREDIT,
-    PASS_CREDIT,
-    RATE_PASSES,
-    AdaptiveSizes,
-    BatchMenu,
-    Menu,
-)
+from runtime.drafting.sizing import AdaptiveSizes, BatchMenu, Menu
+from runtime.engines.protocol import Batch
+from runtime.scheduling.experience import Experience
 from runtime.scheduling.job import Job
 from runtime.tree import TreeSizes
 
 # Of the drafts of each depth, about the most that are accepted where transfer layers are at their best.
 BEST = 0.75
-
-
-@dataclass
-class _State:
-    """What has been learned with about so many requests; tokens and time are those of one request's share."""
-
-    draft_value: float
-    tokens: float = RATE_PASSES
-    time: float = RATE_PASSES
-    credit: float = FIRST_CREDIT
-    pause: int = FIRST_PAUSE
-    idle: int = 0
-
-    @property
-    def rate(self) -> float:
-        """Tokens of a request in the time of a plain pass, lately."""
-        return self.tokens / self.time
 
 
 def _most_tokens(menu: Menu) -> FloatArray:
@@ -63,18 +35,16 @@ class SharedSizes:
 
     def __init__(self, menus: Sequence[BatchMenu]) -> None:
         self._menus = sorted(menus, key=lambda menu: menu.requests)
-        self._states: dict[int, _State] = {}
+        self._states: dict[int, Experience] = {}
         # That of the pass chosen last, and its time in plain passes.
-        self._last: tuple[_State, float] | None = None
+        self._last: tuple[Experience, float] | None = None
 
     def prepare(self, jobs: Sequence[Job]) -> None:
         """Let the drafts of these jobs, which decode together, rest or not: before any of them makes an offer."""
         found = self._menu(len(jobs))
         rests = False
         if found is not None:
-            state = self._state(found, jobs)
-            # It was chosen to draft nothing, and it is not time to try again.
-            rests = 0 < state.idle <= state.pause
+            rests = self._state(found, jobs).rests
         for job in jobs:
             if job.offer is None and isinstance(job.state.drafter.sizing, AdaptiveSizes):
                 job.state.drafter.rests = rests
@@ -103,17 +73,16 @@ class SharedSizes:
 
     def learn(self, tokens: Sequence[int]) -> None:
         """Take note of how many tokens the pass chosen last made certain for each request."""
-        if self._last is None or not tokens:
-            return
-        state, time = self._last
-        gained = sum(tokens) / len(tokens)
-        state.tokens = MEMORY * state.tokens + gained
-        state.time = MEMORY * state.time + time
-        state.credit = min(state.credit + gained - time + PASS_CREDIT, MOST_CREDIT)
+        if self._last is not None and tokens:
+            state, time = self._last
+            state.learn(sum(tokens) / len(tokens), time)
+
+    def took(self, batch: Batch, seconds: float) -> None:
+        """See `RowBudget.took`: here times stay what was measured, as a GPU is nobody else's."""
 
     @staticmethod
     def _best(
-        menu: Menu, state: _State, offering: Sequence[tuple[Job, Offer, AdaptiveSizes]]
+        menu: Menu, state: Experience, offering: Sequence[tuple[Job, Offer, AdaptiveSizes]]
     ) -> tuple[int, list[float], float]:
         """Return the number of the best size on the menu, what it promises each request, and its time."""
         count = len(offering)
@@ -126,12 +95,10 @@ class SharedSizes:
         worth = (believed[:, None] * promised + state.draft_value * left).mean(axis=0) - max(1.0, state.rate) * time
         drafted = sum(offer.drafted for _, offer, _ in offering)
         if drafted:
-            gain = float(worth.max() - worth[menu.tree_rows == 1].max())
-            state.draft_value += DRAFT_VALUE_STEP * (gain - state.draft_value)
-            state.pause = FIRST_PAUSE if gain > 0.0 else min(2 * state.pause, LONGEST_PAUSE)
-        # As in `AdaptiveSizes`: drafts tried again must be able to pay for verifying them.
-        risk = np.where(menu.drafts & (not drafted), 2.0, 1.0)
-        affordable = risk * (time - 1.0) <= state.credit
+            state.learn_worth(float(worth.max() - worth[menu.tree_rows == 1].max()))
+        affordable = np.array(
+            [state.affords(one, drafted > 0, drafts) for one, drafts in zip(time.tolist(), menu.drafts, strict=True)]
+        )
         best = int(np.argmax(np.where(affordable, worth, -np.inf)))
         state.idle = state.idle + 1 if best == 0 else 0
         if state.idle > state.pause:
@@ -141,7 +108,7 @@ class SharedSizes:
                 best = int(np.argmax(np.where(tried, worth, -np.inf)))
                 state.idle = 0
             else:
-                state.pause = min(2 * state.pause, LONGEST_PAUSE)
+                state.lengthen_pause()
                 state.idle = 1
         return best, promised[:, best].tolist(), float(time[best])
 
@@ -158,9 +125,9 @@ class SharedSizes:
             return BatchMenu(requests, plain)
         return next((menu for menu in self._menus if menu.requests >= requests), largest)
 
-    def _state(self, menu: BatchMenu, jobs: Sequence[Job]) -> _State:
+    def _state(self, menu: BatchMenu, jobs: Sequence[Job]) -> Experience:
         if menu.requests not in self._states:
             sizings = [job.state.drafter.sizing for job in jobs]
             values = [sizing.draft_value for sizing in sizings if isinstance(sizing, AdaptiveSizes)]
-            self._states[menu.requests] = _State(sum(values) / max(len(values), 1))
+            self._states[menu.requests] = Experience(sum(values) / max(len(values), 1))
         return self._states[menu.requests]

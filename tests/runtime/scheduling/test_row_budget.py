@@ -1,0 +1,163 @@
+"""One budget of rows for all requests of a pass: simulated texts say which drafts are right, a rule the time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from runtime.decode import DecodingState
+from runtime.drafting.best_first import likely_ends
+from runtime.drafting.drafter import Drafter, Offer
+from runtime.drafting.sizing import AdaptiveSizes, BatchMenu, FixedSizes, Menu
+from runtime.drafting.transfer_drafts import TransferDrafts
+from runtime.scheduling.job import Job
+from runtime.scheduling.row_budget import RowBudget
+from runtime.scheduling.scheduler import MANY
+from runtime.tree import Tree, TreeSizes, chain
+from tests.runtime.drafting.test_sizing import PLAIN, SIZES, Text, always, menu_of, never
+
+REQUESTS = 4
+
+
+def relative(requests: int, row: float, rows: int, pseudo_rows: int) -> float:
+    return 1.0 + 0.05 * (rows + pseudo_rows > 0) + row * (rows + 0.47 * pseudo_rows)
+
+
+def batch_menu(requests: int, row: float) -> BatchMenu:
+    """Return the menu of passes whose every row adds `row` plain passes, all requests' rows counted."""
+    times = [relative(requests, row, requests * (one.tree_rows - 1), requests * sum(one.pseudo_rows)) for one in SIZES]
+    return BatchMenu(requests, Menu(SIZES, (128,), np.array([times])))
+
+
+def job_of(sizing: AdaptiveSizes | FixedSizes | None = None) -> Job:
+    sizing = sizing or AdaptiveSizes(menu_of(0.03, 0.013))
+    return Job(DecodingState([1], Drafter(sizing, [TransferDrafts()]), 8, (0, 1, 2)), MANY)
+
+
+@dataclass
+class Decoded:
+    tokens: int
+    time: float
+    chosen: list[list[TreeSizes]]
+    offers: int
+
+    def rate(self, requests: int) -> float:
+        """Tokens of one request in the time of a plain pass."""
+        return self.tokens / self.time / requests
+
+
+def decode(texts: Sequence[Text], found: BatchMenu, row: float, steps: int = 400) -> Decoded:
+    """Decode so many steps of `texts` together, all by one budget."""
+    budget = RowBudget([found])
+    jobs = [job_of() for _ in texts]
+    position, drafted = [0] * len(texts), [3] * len(texts)
+    result = Decoded(0, 0.0, [], 0)
+    for _ in range(steps):
+        budget.prepare(jobs)
+        trees: list[Tree] = []
+        for index, (job, text) in enumerate(zip(jobs, texts, strict=True)):
+            drafter = job.state.drafter
+            if drafter.rests:
+                drafted[index] = 0
+                tree = chain([0])
+            else:
+                result.offers += 1
+                tree = text.tree(position[index] % text.tokens, drafted[index], drafter.sizing.most_rows)
+            trees.append(tree)
+            job.offer = Offer(tree, 128, drafted[index] > 0)
+        sizes = budget.choose(jobs)
+        gained, rows, pseudo_rows = [], 0, 0
+        for index, (job, text) in enumerate(zip(jobs, texts, strict=True)):
+            tree = trees[index].first(sizes[job].tree_rows)
+            rows += len(tree) - 1
+            node = accepted = 0
+            at = position[index] % text.tokens
+            while accepted < drafted[index] and (child := tree.child(node, text.right[at][accepted])) is not None:
+                node, accepted = child, accepted + 1
+            job.state.drafter.accept([0] * (accepted + 1))
+            gained.append(accepted + 1)
+            position[index] += accepted + 1
+            ends = likely_ends(tree, sizes[job].pseudo_rows)
+            pseudo_rows += sum(map(len, ends))
+            drafted[index] = next((k for k, nodes in enumerate(ends) if node not in nodes), len(ends))
+            job.offer = None
+        budget.learn(gained)
+        result.tokens += sum(gained)
+        result.time += relative(len(texts), row, rows, pseudo_rows)
+        result.chosen.append([sizes[job] for job in jobs])
+    return result
+
+
+def texts(honest: bool = True, requests: int = REQUESTS) -> list[Text]:
+    return [Text(3000, always if honest else never, seed=seed) for seed in range(requests)]
+
+
+@pytest.mark.parametrize(("row", "least"), [(0.002, 1.8), (0.02, 1.4), (0.06, 1.05)])
+def test_rows_are_used_as_far_as_they_pay(row: float, least: float) -> None:
+    found = decode(texts(), batch_menu(REQUESTS, row), row)
+    assert found.rate(REQUESTS) > least
+
+
+@pytest.mark.parametrize("row", [0.3, 0.6, 2.0])
+def test_where_no_row_can_pay_it_is_plain_decoding_and_hardly_more(row: float) -> None:
+    found = decode(texts(), batch_menu(REQUESTS, row), row)
+    assert found.rate(REQUESTS) > 0.97
+    if row > 0.5:
+        # Drafts rest: hardly ever is anybody asked for an offer.
+        assert found.offers < 0.2 * REQUESTS * len(found.chosen)
+
+
+def test_drafts_that_are_never_right_cost_little() -> None:
+    found = decode(texts(honest=False), batch_menu(REQUESTS, 0.06), 0.06)
+    assert found.rate(REQUESTS) > 0.95
+
+
+def test_rows_go_to_those_whose_drafts_are_right() -> None:
+    mixed = [*texts(requests=2), *(Text(3000, never, seed=seed) for seed in range(2))]
+    found = decode(mixed, batch_menu(REQUESTS, 0.04), 0.04)
+    rows = np.array([[sizes.tree_rows - 1 for sizes in chosen] for chosen in found.chosen[100:]]).mean(axis=0)
+    assert rows[:2].min() > 1.3 * rows[2:].max()
+    assert found.rate(REQUESTS) > 1.0
+
+
+def test_a_surer_candidate_is_taken_before_another_requests_and_for_the_same_price() -> None:
+    budget = RowBudget([batch_menu(2, 0.2)])
+    jobs = [job_of(), job_of()]
+    for job, probability in zip(jobs, (0.9, 0.1), strict=True):
+        tree = Tree(np.array([5, 6]), np.array([-1, 0]), np.array([0, 1]), np.array([1.0, probability]))
+        job.offer = Offer(tree, 128, drafted=True)
+    budget.prepare(jobs)
+    sizes = budget.choose(jobs)
+    assert [sizes[job].tree_rows for job in jobs] == [2, 1]
+
+
+def test_one_request_chooses_for_itself() -> None:
+    budget = RowBudget([batch_menu(2, 0.06)])
+    job = job_of()
+    job.offer = Offer(chain([0]), 10, drafted=False)
+    budget.prepare([job])
+    assert budget.choose([job]) == {}
+
+
+def test_sizes_of_its_own_stay_a_requests_own() -> None:
+    budget = RowBudget([batch_menu(2, 0.002)])
+    fixed, free = job_of(FixedSizes(PLAIN)), job_of()
+    for job in (fixed, free):
+        job.offer = Offer(chain([0]), 10, drafted=False)
+    budget.prepare([fixed, free])
+    assert list(budget.choose([fixed, free])) == [free]
+
+
+def test_far_more_requests_than_were_measured_decode_plainly_and_nothing_is_chosen_without_times() -> None:
+    jobs = [job_of() for _ in range(5)]
+    for job in jobs:
+        job.offer = Offer(chain([0]), 10, drafted=False)
+    budget = RowBudget([batch_menu(2, 0.002)])
+    for _ in range(20):
+        budget.prepare(jobs)
+        assert set(budget.choose(jobs).values()) == {PLAIN}
+        budget.learn([1] * 5)
+    assert RowBudget([]).choose(jobs) == {}
