@@ -131,10 +131,10 @@ class Service:
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting) + self._incoming,
             "max_queue": self.max_queue,
-            "cache_rows": scheduler.pool.rows,
-            "reserved_rows": scheduler.pool.reserved,
-            "most_reserved_rows": scheduler.pool.most_reserved,
-            "kept_prefixes": len(scheduler.prefixes),
+            "cache_rows": scheduler.slots.pool.rows,
+            "reserved_rows": scheduler.slots.pool.reserved,
+            "most_reserved_rows": scheduler.slots.pool.most_reserved,
+            "kept_prefixes": len(scheduler.slots.prefixes),
         }
 
     def _check_open(self) -> None:

@@ -132,7 +132,8 @@ def decode(
     from runtime.decode import DecodingState
     from runtime.drafting.sizing import AdaptiveSizes, Menu
     from runtime.scheduling.job import Job
-    from runtime.scheduling.scheduler import MANY, Limits, run
+    from runtime.scheduling.scheduler import Limits, run
+    from runtime.scheduling.slots import MANY
 
     chosen: Counter[TreeSizes] = Counter()
     rates, values = [], []

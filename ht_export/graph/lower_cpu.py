@@ -11,7 +11,6 @@ pass takes is decided in the graph, so that there is one set of weights. Inputs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ht_export.graph.domains import CONTRIB, DOMAIN
+from ht_export.graph.nodes import Nodes, typed
 from runtime import bindings
 from runtime.bindings import CACHE_LENGTH, GraphDims, key_cache
 
@@ -66,61 +66,6 @@ class _Visible:
     places: ir.Value
 
 
-class _Nodes:
-    """Appends nodes: before another one of a graph, or to a list that becomes a branch of an `If`."""
-
-    def __init__(self, name: str, append: Callable[[ir.Node], None], constant: Callable[..., ir.Value]) -> None:
-        self._name = name
-        self._append = append
-        self.constant = constant
-        self._count = 0
-
-    def add(
-        self,
-        operator: str,
-        inputs: Sequence[ir.Value | None],
-        attributes: dict[str, Any] | None = None,
-        outputs: int = 1,
-        domain: str = "",
-    ) -> list[ir.Value]:
-        """Append a node; return its outputs, named as no others in the graph or its branches are."""
-        self._count += 1
-        names = [f"{self._name}_{self._count}_{index}" for index in range(outputs)]
-        node = ir.node(operator, inputs, attributes or {}, domain=domain, outputs=[ir.val(name) for name in names])
-        self._append(node)
-        return list(node.outputs)
-
-    def one(
-        self, operator: str, inputs: Sequence[ir.Value | None], attributes: dict[str, Any] | None = None
-    ) -> ir.Value:
-        """Append a node with one output; return that."""
-        return self.add(operator, inputs, attributes)[0]
-
-    def choose(
-        self, condition: ir.Value, yes: Callable[[_Nodes], list[ir.Value]], no: Callable[[_Nodes], list[ir.Value]]
-    ) -> list[ir.Value]:
-        """Append an `If`: what `yes` or `no` returns, by `condition`; return its outputs."""
-        self._count += 1
-        branches = {}
-        kinds: list[ir.Value] = []
-        for name, make in (("then_branch", yes), ("else_branch", no)):
-            nodes: list[ir.Node] = []
-            kinds = make(_Nodes(f"{self._name}_{self._count}_{name[:4]}", nodes.append, self.constant))
-            branches[name] = ir.Graph([], kinds, nodes=nodes, name=f"{self._name}_{self._count}_{name}")
-        self._count -= 1
-        found = self.add("If", [condition], branches, outputs=len(kinds))
-        for value, kind in zip(found, kinds, strict=True):
-            value.type = kind.type
-        return found
-
-
-def _typed(value: ir.Value, dtype: ir.DataType, rank: int) -> ir.Value:
-    """State the type and the rank of an output of a branch."""
-    value.type = ir.TensorType(dtype)
-    value.shape = ir.Shape([None] * rank)
-    return value
-
-
 class _Lowering:
     def __init__(self, graph: ir.Graph, dims: GraphDims) -> None:
         self.graph = graph
@@ -137,7 +82,7 @@ class _Lowering:
         self.visible: dict[tuple[ir.Value, ir.Value | None], _Visible] = {}
         self.before: ir.Node | None = None
         self.constants: dict[tuple[str, str], ir.Value] = {}
-        self.nodes = _Nodes("lowered", self.insert, self.constant)
+        self.nodes = Nodes("lowered", self.insert, self.constant)
         self.sizes: dict[str, ir.Value] = {}
         # G, the query heads that share a key/value head.
         self.shared = dims.query_heads // dims.key_value_heads
@@ -168,7 +113,7 @@ class _Lowering:
         rows = [self.by_row(query, heads), self.by_row(key, kv_heads), self.by_row(value, kv_heads)]
         numbers = {name: attribute.as_float() for name, attribute in attention.attributes.items()}
 
-        def grouped(nodes: _Nodes) -> list[ir.Value]:
+        def grouped(nodes: Nodes) -> list[ir.Value]:
             found = nodes.add(
                 "GroupQueryAttention",
                 [*rows, key_cache, value_cache, visible.lengths, visible.longest, None, None, None, visible.bias],
@@ -176,9 +121,9 @@ class _Lowering:
                 outputs=3,
                 domain=CONTRIB,
             )
-            return [_typed(one, ir.DataType.FLOAT, rank) for one, rank in zip(found, (3, 4, 4), strict=True)]
+            return [typed(one, ir.DataType.FLOAT, rank) for one, rank in zip(found, (3, 4, 4), strict=True)]
 
-        def scattered(nodes: _Nodes) -> list[ir.Value]:
+        def scattered(nodes: Nodes) -> list[ir.Value]:
             queries, *new = (self.taken_apart(nodes, one, visible) for one in rows)
             keys, values = (
                 nodes.one("TensorScatter", [cache, one, self.cache_length], {"axis": 2})
@@ -193,7 +138,7 @@ class _Lowering:
             one_behind_the_other = nodes.one("Reshape", [swapped, self.constant([1, -1, heads * self.dims.head_dim])])
             flat = nodes.one("Gather", [one_behind_the_other, visible.places], {"axis": 1})
             return [
-                _typed(one, ir.DataType.FLOAT, rank) for one, rank in zip((flat, keys, values), (3, 4, 4), strict=True)
+                typed(one, ir.DataType.FLOAT, rank) for one, rank in zip((flat, keys, values), (3, 4, 4), strict=True)
             ]
 
         out, keys, values = self.nodes.choose(self.sizes["together"], scattered, grouped)
@@ -231,7 +176,7 @@ class _Lowering:
         to_int64 = {"to": int(ir.DataType.INT64)}
         visible, hidden = self.constant(0, np.float32), self.constant(np.finfo(np.float32).min, np.float32)
 
-        def for_one(nodes: _Nodes) -> list[ir.Value]:
+        def for_one(nodes: Nodes) -> list[ir.Value]:
             if first is None:
                 cached = nodes.one("Concat", [one, count, self.cache_length], {"axis": 0})
                 seen_of_it = nodes.one("ConstantOfShape", [cached], {"value": ir.tensor(np.array([True]))})
@@ -240,9 +185,9 @@ class _Lowering:
                 slots = nodes.one("Range", [self.constant(0), length, self.constant(1)])
                 seen_of_it = nodes.one("GreaterOrEqual", [slots, nodes.one("Unsqueeze", [first, self.constant([2])])])
             seen = nodes.one("Unsqueeze", [nodes.one("Concat", [seen_of_it, mask], {"axis": -1}), one])
-            return [_typed(nodes.one("Where", [seen, visible, hidden]), ir.DataType.FLOAT, 4)]
+            return [typed(nodes.one("Where", [seen, visible, hidden]), ir.DataType.FLOAT, 4)]
 
-        def for_one_row_each(nodes: _Nodes) -> list[ir.Value]:
+        def for_one_row_each(nodes: Nodes) -> list[ir.Value]:
             # Of the cache as much is read as is valid for each: only what is too far back is hidden.
             if first is None:
                 each = nodes.one(
@@ -250,13 +195,13 @@ class _Lowering:
                 )
                 shape = nodes.one("Gather", [each, self.constant([0, 1, 1, 3])])
                 zeros = nodes.one("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, np.float32))})
-                return [_typed(zeros, ir.DataType.FLOAT, 4)]
+                return [typed(zeros, ir.DataType.FLOAT, 4)]
             slots = nodes.one("Range", [self.constant(0), longest, self.constant(1)])
             seen = nodes.one("GreaterOrEqual", [slots, nodes.one("Unsqueeze", [first, self.constant([2])])])
             bias = nodes.one("Where", [nodes.one("Unsqueeze", [seen, one]), visible, hidden])
-            return [_typed(bias, ir.DataType.FLOAT, 4)]
+            return [typed(bias, ir.DataType.FLOAT, 4)]
 
-        def for_several(nodes: _Nodes) -> list[ir.Value]:
+        def for_several(nodes: Nodes) -> list[ir.Value]:
             # Rows that join in a later layer have numbers from `count` on, and are none of this one.
             slot_rows = self.inputs[bindings.SLOT_ROWS]
             here = nodes.one(
@@ -300,25 +245,25 @@ class _Lowering:
             mask_of_heads = nodes.one("Reshape", [repeated, nodes.one("Concat", packed, {"axis": 0})])
             bias = nodes.one("Where", [mask_of_heads, visible, hidden])
             return [
-                _typed(bias, ir.DataType.FLOAT, 4),
-                *(_typed(value, ir.DataType.INT64, rank) for value, rank in ((rows, 2), (by_head, 1), (places, 1))),
+                typed(bias, ir.DataType.FLOAT, 4),
+                *(typed(value, ir.DataType.INT64, rank) for value, rank in ((rows, 2), (by_head, 1), (places, 1))),
             ]
 
-        def no_bias(nodes: _Nodes) -> list[ir.Value]:
+        def no_bias(nodes: Nodes) -> list[ir.Value]:
             shape = self.constant([1, 1, 1, 1])
             nothing = nodes.one("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, np.float32))})
-            return [_typed(nothing, ir.DataType.FLOAT, 4)]
+            return [typed(nothing, ir.DataType.FLOAT, 4)]
 
-        def no_rows(nodes: _Nodes) -> list[ir.Value]:
+        def no_rows(nodes: Nodes) -> list[ir.Value]:
             found = []
             for rank in (2, 1, 1):
                 shape, nothing = self.constant([1] * rank), ir.tensor(np.zeros(1, np.int64))
-                found.append(_typed(nodes.one("ConstantOfShape", [shape], {"value": nothing}), ir.DataType.INT64, rank))
+                found.append(typed(nodes.one("ConstantOfShape", [shape], {"value": nothing}), ir.DataType.INT64, rank))
             return found
 
-        def for_rows(nodes: _Nodes) -> list[ir.Value]:
+        def for_rows(nodes: Nodes) -> list[ir.Value]:
             (bias,) = nodes.choose(self.sizes["several"], for_one_row_each, for_one)
-            return [_typed(bias, ir.DataType.FLOAT, 4), *no_bias(nodes), *no_rows(nodes)]
+            return [typed(bias, ir.DataType.FLOAT, 4), *no_bias(nodes), *no_rows(nodes)]
 
         bias, seen, rows, by_head, places = nodes.choose(
             self.sizes["together"], lambda branch: [*no_bias(branch), *for_several(branch)], for_rows
@@ -327,7 +272,7 @@ class _Lowering:
         lengths, longest = (nodes.one("Cast", [value], to_int32) for value in (lengths, longest))
         return _Visible(lengths, longest, bias, seen, rows, by_head, places)
 
-    def taken_apart(self, nodes: _Nodes, rows: ir.Value, visible: _Visible) -> ir.Value:
+    def taken_apart(self, nodes: Nodes, rows: ir.Value, visible: _Visible) -> ir.Value:
         """Return `rows` [1, R, Hkv N] by slot and head, [P, Hkv, W, N]."""
         by_slot = nodes.one("Reshape", [nodes.one("Gather", [rows, visible.rows], {"axis": 1}), visible.by_head])
         return nodes.one("Transpose", [by_slot], {"perm": [0, 2, 1, 3]})

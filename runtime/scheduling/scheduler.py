@@ -13,23 +13,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from runtime.drafting.sizing import BatchMenu
-from runtime.engines.protocol import Batch, Engine, Kept, Slot
+from runtime.engines.protocol import Batch, Engine
 from runtime.errors import DeadlineError, EngineError, InputError, ServiceError, one_line
 from runtime.rows import Rows
 from runtime.scheduling.job import Job
 from runtime.scheduling.metrics import Metrics
 from runtime.scheduling.pace import Pace
-from runtime.scheduling.pool import CachePool, in_blocks
-from runtime.scheduling.prefixes import SHORTEST, Prefix, Prefixes, common
 from runtime.scheduling.row_budget import RowBudget
 from runtime.scheduling.shared_sizes import SharedSizes
+from runtime.scheduling.slots import MANY, Slots
 
 # Seconds of waiting that are worth as much as one step of priority: so that nobody waits for ever.
 AGING_SECONDS = 30.0
 # Rows that must be free beside a prompt's before it begins, or it would soon have to leave again.
 MARGIN = 32
-# Rows without limit.
-MANY = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -66,9 +63,7 @@ class Scheduler:
         self._shared: RowBudget | SharedSizes = choice(self.batch_menus)
         self.waiting: list[Job] = []
         self.running: list[Job] = []
-        self.pool = CachePool(self.limits.cache_rows)
-        self.prefixes = Prefixes()
-        self._kept_rows = 0
+        self.slots = Slots(self.engine, self.limits.cache_rows, self.limits.prefix_rows)
         self._pace = Pace(self.limits.max_stall_s)
         self._most_running = min(self.limits.max_batch, self.engine.max_slots)
         self.failure: EngineError | None = None
@@ -117,9 +112,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise `AssertionError` unless the pool accounts for every slot in use, and for no other."""
-        running = [job.slot for job in self.running if job.slot is not None]
-        self.pool.check([*running, *(kept.rows for kept in self.prefixes)])
-        assert self._kept_rows == sum(kept.rows.length for kept in self.prefixes), "the rows of kept prefixes"
+        self.slots.check(self.running)
 
     def fail(self, error: EngineError) -> None:
         """End all jobs by `error`, and take no more."""
@@ -130,7 +123,7 @@ class Scheduler:
         """End all jobs by `error`, and drop all that is kept."""
         for job in [*self.running, *self.waiting]:
             self._fail(job, error)
-        self._forget(MANY)
+        self.slots.forget()
 
     @property
     def _limit(self) -> int:
@@ -161,11 +154,12 @@ class Scheduler:
             if len(self.running) >= self._most_running:
                 break
             # Whatever is of use to it is the last to make way.
-            there = self._longest_prefix(job.state.prompt[:-1])[1]
-            if self._waits_for_prefix(job, there):
+            prompt = job.state.prompt
+            there = self.slots.longest_prefix(prompt[:-1], self.running)[1]
+            if self.slots.comes_soon(prompt, there, self.running):
                 continue
-            needed = max(len(job.state.prompt), job.state.committed) + MARGIN
-            if not self._has_room(min(needed, job.most_rows)):
+            needed = max(len(prompt), job.state.committed) + MARGIN
+            if not self.slots.has_room(min(needed, job.most_rows)):
                 break
             self.waiting.remove(job)
             self._start(job)
@@ -175,51 +169,16 @@ class Scheduler:
         return job.priority + (now - job.submitted) / AGING_SECONDS
 
     def _start(self, job: Job) -> None:
-        slot = self.engine.new_slot()
-        self.pool.admit(slot)
         tokens = job.tokens
         # The last token's pass makes the first drafts: a prompt is never all there.
         most = job.state.committed or len(tokens) - 1
-        source, length = self._longest_prefix(tokens[:most])
-        if source is not None and self.pool.reserve(slot, length):
-            self.engine.copy(source, slot, length)
+        slot = self.slots.open(tokens[:most], self.running)
         first = not job.started
         job.begin(slot)
         if first:
             self.metrics.started(job)
         self.running.append(job)
         self.metrics.most_running = max(self.metrics.most_running, len(self.running))
-
-    def _longest_prefix(self, tokens: Sequence[int]) -> tuple[Slot | Kept | None, int]:
-        """Return the rows that share the longest beginning with `tokens`, kept or in use, and its length."""
-        if not self.limits.prefix_rows:
-            return None, 0
-        kept, length = self.prefixes.longest(tokens)
-        found: Slot | Kept | None = kept.rows if kept else None
-        if kept:
-            self.prefixes.use(kept)
-        for job in self.running:
-            assert job.slot is not None
-            if job.slot.length > length:
-                shared = min(common(job.tokens, tokens), job.slot.length)
-                if shared >= SHORTEST and shared > length:
-                    found, length = job.slot, shared
-        return found, length
-
-    def _waits_for_prefix(self, job: Job, there: int) -> bool:
-        """Return whether a running request is about to compute a longer beginning of the job's prompt than the tokens
-        that are `there`.
-        """
-        if not self.limits.prefix_rows:
-            return False
-        prompt = job.state.prompt
-        for one in self.running:
-            assert one.slot is not None
-            if not one.decodes:
-                shared = min(common(one.state.prompt, prompt), len(prompt) - 1)
-                if shared - max(there, one.slot.length) >= SHORTEST:
-                    return True
-        return False
 
     def _groups(self, decoding: list[Job]) -> Iterator[list[Job]]:
         most = self.engine.max_batch
@@ -324,70 +283,26 @@ class Scheduler:
     def _reserve(self, job: Job, rows: int) -> bool:
         """Have room for `rows` more rows of `job`, whoever must leave; return False where that is the job itself."""
         assert job.slot is not None
-        while not self.pool.reserve(job.slot, job.slot.length + rows):
-            if self._forget(1):
-                continue
+        while not self.slots.reserve(job.slot, rows):
             victim = max(self.running, key=lambda one: (-one.priority, one.arrival))
             self._preempt(victim)
             if victim is job:
                 return False
         return True
 
-    def _has_room(self, rows: int) -> bool:
-        """Return whether `rows` rows are free, once kept prefixes have made way."""
-        return self.pool.free >= rows or (self._forget(rows - self.pool.free) and self.pool.free >= rows)
-
-    def _forget(self, rows: int) -> bool:
-        """Free kept prefixes of `rows` rows or more, or all; return whether there were any."""
-        freed = False
-        target = self.pool.free + rows
-        while self.pool.free < target and (kept := self.prefixes.oldest()) is not None:
-            self._drop(kept)
-            freed = True
-        return freed
-
-    def _drop(self, kept: Prefix) -> None:
-        self._kept_rows -= kept.rows.length
-        self.pool.close(kept.rows)
-
     def _preempt(self, job: Job) -> None:
         """Take `job` out of its slot: it waits in front of those that came after it, and computes its rows again."""
         self.running.remove(job)
-        self._release(job.leave())
+        self.slots.release(job.leave())
         job.preemptions += 1
         self.metrics.preemptions += 1
         self.waiting.append(job)
 
     def _retire(self, job: Job) -> None:
-        """Take `job`, which is over, out of its slot; keep its rows for others where that is asked for."""
+        """Take `job`, which is over, out of its slot."""
         self.running.remove(job)
         slot = job.leave()
-        tokens = tuple(job.tokens[: slot.length])
-        if SHORTEST <= len(tokens) <= self.limits.prefix_rows:
-            self._keep(tokens, slot)
-        self._release(slot)
-
-    def _keep(self, tokens: tuple[int, ...], slot: Slot) -> None:
-        """Keep the rows of `tokens`, which `slot` has, where there is memory for both."""
-        for kept in self.prefixes.covered_by(tokens):
-            self._drop(kept)
-        rows = len(tokens)
-        while self._kept_rows + rows > self.limits.prefix_rows or self.pool.free < in_blocks(rows):
-            if not self._forget(1):
-                return
-        try:
-            copies = self.engine.keep(slot, rows)
-        except (InputError, MemoryError):
-            # There is less memory than was thought: what would have been of use is computed again.
-            return
-        self.pool.admit(copies)
-        self.pool.reserve(copies, rows)
-        self.prefixes.add(Prefix(tokens, copies))
-        self._kept_rows += rows
-
-    def _release(self, slot: Slot) -> None:
-        self.pool.close(slot)
-        self.engine.release(slot)
+        self.slots.retire(slot, job.tokens[: slot.length])
 
     # What goes wrong.
 
@@ -403,7 +318,7 @@ class Scheduler:
         """End `job` by `error`: its alone."""
         if job in self.running:
             self.running.remove(job)
-            self._release(job.leave())
+            self.slots.release(job.leave())
         elif job in self.waiting:
             self.waiting.remove(job)
         self.metrics.failed += 1

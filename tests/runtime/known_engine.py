@@ -16,7 +16,8 @@ from runtime.engines.host_cache import HostCacheEngine, HostResult, cache_of
 from runtime.engines.layout import stack
 from runtime.engines.protocol import Batch, Engine
 from runtime.scheduling.job import Job
-from runtime.scheduling.scheduler import MANY, Limits, run
+from runtime.scheduling.scheduler import Limits, run
+from runtime.scheduling.slots import MANY
 
 Text = tuple[int, ...]
 # Returns the base model's logits [V] after a text.

@@ -48,9 +48,9 @@ def test_what_was_measured_badly_is_corrected(
         rows, pseudo_rows = PASSES[rng.integers(len(PASSES))]
         seconds = 0.02 * slower * relative(true, rows, pseudo_rows) * rng.uniform(0.95, 1.05)
         times.learn(128, rows, pseudo_rows, seconds)
-    assert times.plain(128) == pytest.approx(0.02 * slower, rel=0.1)
+    assert times.plain(128) == pytest.approx(0.02 * slower, rel=0.2)
     for rows, pseudo_rows in PASSES:
-        assert times.relative(rows, pseudo_rows) == pytest.approx(relative(true, rows, pseudo_rows), rel=0.15)
+        assert times.relative(rows, pseudo_rows) == pytest.approx(relative(true, rows, pseudo_rows), rel=0.25)
 
 
 @given(costs, st.lists(st.floats(1e-6, 1e3), max_size=30))

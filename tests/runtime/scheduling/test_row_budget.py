@@ -15,7 +15,7 @@ from runtime.drafting.sizing import AdaptiveSizes, BatchMenu, FixedSizes, Menu
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.scheduling.job import Job
 from runtime.scheduling.row_budget import RowBudget
-from runtime.scheduling.scheduler import MANY
+from runtime.scheduling.slots import MANY
 from runtime.tree import Tree, TreeSizes, chain
 from tests.runtime.drafting.test_sizing import PLAIN, SIZES, Text, always, menu_of, never
 

@@ -28,7 +28,8 @@ from runtime.sampling import Sampling
 from runtime.sampling.choice import Choice
 from runtime.sampling.sampler import Sampler
 from runtime.scheduling.job import Job
-from runtime.scheduling.scheduler import MANY, Limits, Scheduler, run
+from runtime.scheduling.scheduler import Limits, Scheduler, run
+from runtime.scheduling.slots import MANY
 from runtime.tree import Tree, TreeSizes
 from tests.runtime.known_engine import KnownEngine, jobs_of
 from tests.runtime.test_decode import DIMS, VOCAB, known_engine, plain, request_for
@@ -258,8 +259,8 @@ def test_any_schedule_gives_each_request_the_text_it_has_alone(
         if one.cancelled is None or one.cancelled < one.at:
             assert tokens == expected
             assert told(job).ended
-    assert scheduler.pool.most_reserved <= rows
-    assert len(scheduler.pool) == len(scheduler.prefixes)
+    assert scheduler.slots.pool.most_reserved <= rows
+    assert len(scheduler.slots.pool) == len(scheduler.slots.prefixes)
 
 
 def test_the_youngest_of_the_lowest_priority_makes_room_and_comes_back() -> None:
@@ -430,7 +431,7 @@ def test_when_the_engine_fails_every_request_is_told_and_no_more_are_taken() -> 
         assert str(told(job).error) == "the engine failed (RuntimeError: CUDA_ERROR_OUT_OF_MEMORY); load it anew"
     with pytest.raises(EngineError, match="CUDA_ERROR"):
         scheduler.add(Job(request_for(drafter_of(PLAIN), [1]), 64))
-    assert not scheduler.pool.reserved
+    assert not scheduler.slots.pool.reserved
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit(3), StopIteration(), KeyboardInterrupt()])

@@ -16,8 +16,9 @@ from runtime.drafting.sizing import AdaptiveSizes, BatchMenu, FixedSizes, Menu
 from runtime.drafting.source import Context
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.scheduling.job import Job
-from runtime.scheduling.scheduler import MANY, Limits, Scheduler
+from runtime.scheduling.scheduler import Limits, Scheduler
 from runtime.scheduling.shared_sizes import SharedSizes
+from runtime.scheduling.slots import MANY
 from runtime.tree import Tree, TreeSizes, chain
 from tests.runtime.drafting.test_sizing import PLAIN, SIZES, Text, always, menu_of, never
 from tests.runtime.test_decode import DIMS, known_engine, plain
