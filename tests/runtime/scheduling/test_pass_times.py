@@ -13,7 +13,7 @@ from runtime.tree import TreeSizes
 
 PLAIN = TreeSizes.plain(3)
 SIZES = (PLAIN, TreeSizes(2, (0, 0, 0)), TreeSizes(2, (2, 0, 0)), TreeSizes(4, (4, 2, 2)))
-costs = st.tuples(st.floats(0.0, 0.4), st.floats(0.01, 0.06), st.floats(0.005, 0.03))
+costs = st.tuples(st.floats(0.0, 0.3), st.floats(0.01, 0.06), st.floats(0.005, 0.03))
 PASSES = [(0, 0), (3, 2), (8, 0), (12, 8), (0, 4), (30, 30)]
 
 
