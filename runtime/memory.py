@@ -12,7 +12,7 @@ UNKNOWN = 4 << 30
 
 def available_bytes() -> int:
     """Return how many bytes may still be used, as far as the system tells: by its memory, and by a container's."""
-    found = [value for value in (_of_machine(), _of_container()) if value is not None]
+    found = [value for value in (_of_machine(), container_bytes()) if value is not None]
     return min(found, default=UNKNOWN)
 
 
@@ -31,7 +31,8 @@ def _of_machine() -> int | None:
     return None
 
 
-def _of_container() -> int | None:
+def container_bytes() -> int | None:
+    """Return how many bytes the container that this process is in may still use; None where it has no limit."""
     folder = Path("/sys/fs/cgroup")
     try:
         # As the kernel documents for cgroup v2. The limit is "max" where there is none.

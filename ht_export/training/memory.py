@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import psutil
 import torch
@@ -15,9 +14,9 @@ from ht_export.model.families import head_dim
 from ht_export.model.transfer import TransferLayers
 from ht_export.training.losses import CHUNK_ROWS
 from runtime.errors import InputError
+from runtime.memory import container_bytes
 
 MEBIBYTE = 1 << 20
-CGROUP = Path("/sys/fs/cgroup")
 # Allocators hold on to more than is in use.
 SLACK = 1.25
 
@@ -83,15 +82,9 @@ def free_memory(device: torch.device) -> int:
         # Memory that PyTorch holds for later would otherwise count as used.
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return min([psutil.virtual_memory().available, *_container_room()])
-
-
-def _container_room() -> list[int]:
-    try:
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return []
-    return [] if limit == "max" else [max(0, int(limit) - int(used))]
+    room = container_bytes()
+    available = int(psutil.virtual_memory().available)
+    return available if room is None else min(available, room)
 
 
 def peak_memory(device: torch.device) -> int:

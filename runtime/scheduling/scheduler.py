@@ -172,7 +172,7 @@ class Scheduler:
         tokens = job.tokens
         # The last token's pass makes the first drafts: a prompt is never all there.
         most = job.state.committed or len(tokens) - 1
-        slot = self.slots.open(tokens[:most], self.running)
+        slot = self.slots.begin(tokens[:most], self.running)
         first = not job.started
         job.begin(slot)
         if first:

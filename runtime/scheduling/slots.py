@@ -35,7 +35,7 @@ class Slots:
         self.pool.check([*slots, *(kept.rows for kept in self.prefixes)])
         assert self._kept_rows == sum(kept.rows.length for kept in self.prefixes), "the rows of kept prefixes"
 
-    def open(self, tokens: Sequence[int], running: Iterable[Job]) -> Slot:
+    def begin(self, tokens: Sequence[int], running: Iterable[Job]) -> Slot:
         """Return a new slot that has the rows of the longest known beginning of `tokens`."""
         slot = self._engine.new_slot()
         self.pool.admit(slot)
