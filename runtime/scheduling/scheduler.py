@@ -19,7 +19,7 @@ from runtime.rows import Rows
 from runtime.scheduling.job import Job
 from runtime.scheduling.metrics import Metrics
 from runtime.scheduling.pace import Pace
-from runtime.scheduling.pool import CachePool, in_blocks
+from runtime.scheduling.pool import CachePool, Footprint, in_blocks
 from runtime.scheduling.prefixes import SHORTEST, Prefix, Prefixes, common
 from runtime.scheduling.shared_sizes import SharedSizes
 
@@ -35,7 +35,8 @@ MANY = 1 << 40
 class Limits:
     """What a scheduler may use: `max_batch` requests that run at once, `cache_rows` rows of cache, of them up to
     `prefix_rows` for prompts that may come again; chunks of prompts of up to `prompt_chunk` tokens, of fewer where
-    running requests would wait for more than `max_stall_s` seconds.
+    running requests would wait for more than `max_stall_s` seconds. `footprint` tells what slots take that all have the
+    same room.
     """
 
     max_batch: int = 1 << 20
@@ -43,6 +44,7 @@ class Limits:
     prefix_rows: int = 0
     prompt_chunk: int = 128
     max_stall_s: float = 0.2
+    footprint: Footprint | None = None
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Scheduler:
         self._shared = SharedSizes(self.batch_menus)
         self.waiting: list[Job] = []
         self.running: list[Job] = []
-        self.pool = CachePool(self.limits.cache_rows)
+        self.pool = CachePool(self.limits.cache_rows, self.limits.footprint)
         self.prefixes = Prefixes()
         self._kept_rows = 0
         self._pace = Pace(self.limits.max_stall_s)
@@ -164,8 +166,8 @@ class Scheduler:
             needed = max(len(job.state.prompt), job.state.committed) + MARGIN
             if not self._has_room(min(needed, job.most_rows)):
                 break
-            self.waiting.remove(job)
             self._start(job)
+            self.waiting.remove(job)
 
     @staticmethod
     def _urgency(job: Job, now: float) -> float:
@@ -273,9 +275,11 @@ class Scheduler:
             result = self.engine.run(batch)
         except InputError as error:
             # The pass does not fit the engine, which itself goes on.
-            for job, _, _ in ready:
-                self._fail(job, error)
-            return 0
+            if len(ready) == 1:
+                self._fail(ready[0][0], error)
+                return 0
+            # Each keeps the rows that it wants: by itself it runs, or is the one that does not fit.
+            return sum(self._pass([(job, self._limit)]) for job, _, _ in ready if job.slot is not None)
         except Exception as error:
             raise _EngineFailedError from error
         accepted: list[Sequence[int]] = []
@@ -329,8 +333,11 @@ class Scheduler:
         return True
 
     def _has_room(self, rows: int) -> bool:
-        """Return whether `rows` rows are free, once kept prefixes have made way."""
-        return self.pool.free >= rows or (self._forget(rows - self.pool.free) and self.pool.free >= rows)
+        """Return whether there is room for one more slot of `rows` rows, once kept prefixes have made way."""
+        while not self.pool.has_room(rows):
+            if not self._forget(1):
+                return False
+        return True
 
     def _forget(self, rows: int) -> bool:
         """Free kept prefixes of `rows` rows or more, or all; return whether there were any."""
@@ -375,7 +382,7 @@ class Scheduler:
         except (InputError, MemoryError):
             # There is less memory than was thought: what would have been of use is computed again.
             return
-        self.pool.admit(copies)
+        self.pool.admit(copies, kept=True)
         self.pool.reserve(copies, rows)
         self.prefixes.add(Prefix(tokens, copies))
         self._kept_rows += rows
