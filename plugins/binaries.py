@@ -57,6 +57,8 @@ def best_architecture(major: int, minor: int, held: Iterable[int]) -> int | None
 
 COMBINE = Variant(0, True)
 COMMIT = Variant(0, False)
+# The name of the copy of accepted rows. Earlier releases had one under another name, which took other parameters.
+COMMIT_ENTRY = "commit_rows_kernel"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from plugins.binaries import ARCHITECTURES, COMBINE, COMMIT, HEAD_DIMS, Form, Kernel, KernelBinaries, Variant
-from plugins.kernel import attention_kernel, combine_kernel, commit_kernel
+from plugins.kernel import attention_kernel, combine_kernel, commit_rows_kernel
 from plugins.tiling import BLOCK_M, MAX_SPLITS
 
 PLAIN = Form()
@@ -34,10 +34,12 @@ POINTERS = {
     "sources": "*i64",
     "targets": "*i64",
     "source_rows": "*i32",
+    "lengths": "*i64",
     "accepted": "*i32",
+    "counts": "*i32",
 }
 NUMBERS = {"scale": "fp32", "cap": "fp32", "kv_heads": "i32", "rows": "i32", "packed_rows": "i32", "capacity": "i32",
-           "splits": "i32", "length": "i32"}  # fmt: skip
+           "splits": "i32", "first": "i32", "most": "i32"}  # fmt: skip
 # Their rows start wherever the row count puts them, or they hold single bytes.
 UNALIGNED = ("tree_mask",)
 
@@ -108,7 +110,7 @@ def compile_commit(dtype: str, head_dim: int, architectures: Iterable[int]) -> K
     """Compile the copy of accepted rows into the cache, which knows no type but its width."""
     element = tl.int32 if dtype == "float32" else tl.int16
     constants = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "ELEMENT": element}
-    kernels = {sm: {COMMIT: _compile(commit_kernel, sm, "", {}, constants, 1, 1)} for sm in architectures}
+    kernels = {sm: {COMMIT: _compile(commit_rows_kernel, sm, "", {}, constants, 1, 1)} for sm in architectures}
     return KernelBinaries(dtype, head_dim, kernels)
 
 

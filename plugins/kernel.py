@@ -156,24 +156,33 @@ def combine_kernel(
 
 
 @triton.jit
-def commit_kernel(
-    sources,  # int64 [N]: addresses of N arrays of new keys or values, [Hkv, rows, D]
-    targets,  # int64 [N]: addresses of their caches, [Hkv, S, D]
+def commit_rows_kernel(
+    sources,  # int64 [N]: addresses of N arrays of new keys or values, [B, Hkv, rows, D]
+    targets,  # int64 [N]: addresses of their caches, [places, Hkv, S, D]
     source_rows,  # int32 [N]
-    accepted,  # int32 [number of accepted rows]
-    length,  # rows of the cache that are valid already
+    lengths,  # int64 [B]: rows of the cache that are valid already
+    accepted,  # int32 [B, most]: rows to copy, in order
+    counts,  # int32 [B]: how many of them, 0 to `most`
+    first,  # the place of request 0; the others' are those after it
+    most,
     capacity,  # S
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ELEMENT: tl.constexpr,
 ):
-    """Copy accepted rows behind the valid ones. Grid: (accepted rows, Hkv, N)."""
-    index = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    """Copy the accepted rows of every request behind its valid ones. Grid: (B * most, Hkv, N)."""
+    index = tl.program_id(0) % most
+    # Caches of many requests have more elements than 32 bits count.
+    request = (tl.program_id(0) // most).to(tl.int64)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
     array = tl.program_id(2)
     d = tl.arange(0, BLOCK_D)
+    # Nothing of what lies behind a request's own accepted rows.
+    copied = d < tl.where(index < tl.load(counts + request), D, 0)
     source = tl.load(sources + array).to(tl.pointer_type(ELEMENT))
     target = tl.load(targets + array).to(tl.pointer_type(ELEMENT))
-    row = tl.load(accepted + index)
-    values = tl.load(source + (head * tl.load(source_rows + array) + row) * D + d, mask=d < D)
-    tl.store(target + (head * capacity + length + index) * D + d, values, mask=d < D)
+    row = tl.load(accepted + request * most + index)
+    end = tl.load(lengths + request)
+    values = tl.load(source + ((request * heads + head) * tl.load(source_rows + array) + row) * D + d, mask=copied)
+    tl.store(target + (((first + request) * heads + head) * capacity + end + index) * D + d, values, mask=copied)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from plugins.binaries import COMBINE, COMMIT, Form, Kernel, KernelBinaries, Variant
+from plugins.binaries import COMBINE, COMMIT, COMMIT_ENTRY, Form, Kernel, KernelBinaries, Variant
 from plugins.tiling import statistics_count, tile, workspace_bytes
 
 POINTER, NUMBER, FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
@@ -190,34 +190,61 @@ class Launcher:
 
 
 @dataclass(frozen=True)
-class CommitTable:
-    """Device addresses of the arrays of a commit: sources [N], targets [N] and source rows [N], as `commit_kernel`
-    names them, and of the accepted rows.
+class Commit:
+    """The commit of the accepted rows of all B requests of a pass, as `commit_rows_kernel` names what it takes.
+
+    Device addresses of `sources` [N], `targets` [N] and `source_rows` [N], of `lengths` [B], `accepted` [B, most] and
+    `counts` [B]. The requests are in places of caches of S = `capacity` rows, one after the other from `first` on.
     """
 
     sources: int
     targets: int
     source_rows: int
+    lengths: int
     accepted: int
+    counts: int
     arrays: int
+    batch: int
+    kv_heads: int
+    first: int
+    most: int
+    capacity: int
 
 
 class CommitLauncher:
-    """The copy of accepted rows into the cache, on the current CUDA device."""
+    """The copy of accepted rows into the cache, on the current CUDA device. Raises `ValueError` when it was not
+    compiled for that, or by an earlier release.
+    """
 
     def __init__(self, binaries: KernelBinaries) -> None:
+        for kernels in binaries.kernels.values():
+            if COMMIT not in kernels or kernels[COMMIT].entry != COMMIT_ENTRY:
+                raise ValueError(
+                    "its kernels are of an earlier release, which committed one request at a time; export it again"
+                )
         self._kernels = LoadedKernels(binaries)
 
-    def __call__(self, table: CommitTable, count: int, kv_heads: int, length: int, capacity: int, stream: int) -> None:
-        """Enqueue the copy of `count` accepted rows behind `length` valid ones of caches of S = `capacity` rows."""
-        self._kernels.enqueue(commit_launch(table, count, kv_heads, length, capacity), stream)
+    def __call__(self, commit: Commit, stream: int) -> None:
+        """Enqueue a commit on `stream`."""
+        self._kernels.enqueue(commit_launch(commit), stream)
 
 
-def commit_launch(table: CommitTable, count: int, kv_heads: int, length: int, capacity: int) -> Launch:
-    """Return the launch of a commit; see `CommitLauncher`."""
-    pointers = (table.sources, table.targets, table.source_rows, table.accepted)
+def commit_launch(commit: Commit) -> Launch:
+    """Return the one launch of a commit, in which some request accepts a row."""
+    pointers = (
+        commit.sources,
+        commit.targets,
+        commit.source_rows,
+        commit.lengths,
+        commit.accepted,
+        commit.counts,
+    )
     return Launch(
         COMMIT,
-        (count, kv_heads, table.arrays),
-        (*((pointer, POINTER) for pointer in pointers), (length, NUMBER), (capacity, NUMBER), *SCRATCH),
+        (commit.batch * commit.most, commit.kv_heads, commit.arrays),
+        (
+            *((pointer, POINTER) for pointer in pointers),
+            *((number, NUMBER) for number in (commit.first, commit.most, commit.capacity)),
+            *SCRATCH,
+        ),
     )

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Self, Unpack, overload
 
@@ -17,6 +18,7 @@ from runtime.bundle.tuning_file import Tuning
 from runtime.checks import check_threads, number, whole
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.sizing import Sizing
+from runtime.engines.device_engine import DeviceEngine
 from runtime.engines.opening import open_engine, runs_on_cpu
 from runtime.engines.protocol import Engine
 from runtime.errors import BusyError, InputError
@@ -26,6 +28,7 @@ from runtime.preparation import MOST_ANSWERS, Preparation, RequestOptions, promp
 from runtime.prompts import Prompt, Prompts, Tokens
 from runtime.request import Request
 from runtime.sampling.noise import Noise
+from runtime.scheduling.pool import Footprint
 from runtime.scheduling.scheduler import Limits, Scheduler
 from runtime.service import Service
 from runtime.tuning import device_name, load_or_measure
@@ -54,9 +57,11 @@ class Generator:
     tokens, as `<|im_end|>` in a message otherwise does; each request may say it anew.
 
     Up to `max_batch` requests run at once, and up to `max_queue` wait. Keys and values of all of them take up to
-    `cache_bytes` of memory (None for a quarter of what is free, a part of which the engine may not use), of which those
-    of prompts that have ended may keep `prefix_cache_bytes` (None for a quarter of it), for prompts that begin alike; 0
-    turns that off. A prompt is run in parts so small that requests under way wait for no more than `max_stall_ms`.
+    `cache_bytes` of memory (None for a quarter of what is free, a part of which the engine may not use); on a GPU it is
+    `gpu_memory_bytes` of the GPU's (None for a share of what is free once the weights are loaded: three quarters for a
+    plan, half for an ONNX engine, as ONNX Runtime needs some itself). Prompts that have ended may keep
+    `prefix_cache_bytes` of it (None for a quarter), for prompts that begin alike; 0 turns that off. A prompt is run in
+    parts so small that requests under way wait for no more than `max_stall_ms`.
 
     As a context manager it is closed at the end. Copies made by a fork refuse to work.
     """
@@ -75,6 +80,7 @@ class Generator:
         max_stall_ms: float = MAX_STALL_MS,
         cache_bytes: int | None = None,
         prefix_cache_bytes: int | None = None,
+        gpu_memory_bytes: int | None = None,
     ) -> None:
         path = Path(engine)
         check_readable(path)
@@ -83,23 +89,32 @@ class Generator:
         self._max_batch = max_batch = whole("max_batch", max_batch, 1, MOST_BATCH)
         max_queue = whole("max_queue", max_queue, 1, MOST_QUEUE)
         stall = number("max_stall_ms", max_stall_ms, 1.0, LONGEST_STALL_MS)
-        for name, given in (("cache_bytes", cache_bytes), ("prefix_cache_bytes", prefix_cache_bytes)):
+        sizes = {
+            "cache_bytes": cache_bytes,
+            "prefix_cache_bytes": prefix_cache_bytes,
+            "gpu_memory_bytes": gpu_memory_bytes,
+        }
+        for name, given in sizes.items():
             if given is not None:
                 whole(name, given)
         bundle = read_bundle(path, verify_weights=verify_weights)
         self._bundle = bundle
         self.about: EngineFile = bundle.about
         with bundle.files as files:
-            self.engine: Engine = open_engine(files, self.about, device, threads)
-        cache_rows, prefix_rows = _rows(self.engine, self.about, cache_bytes, prefix_cache_bytes)
-        self._preparation = Preparation(bundle, None, cache_rows, escape_special_tokens=escape_special_tokens)
+            self.engine: Engine = open_engine(files, self.about, device, threads, gpu_memory_bytes)
+        memory = _memory(self.engine, self.about, cache_bytes, prefix_cache_bytes)
+        self._preparation = Preparation(
+            bundle, None, memory.request_rows, memory.option, escape_special_tokens=escape_special_tokens
+        )
         if adapt:
             name = device_name(self.engine, threads)
             on_cpu = runs_on_cpu(self.about, device)
             self._preparation.tuning = load_or_measure(
                 path, self.engine, self.about, name, self.new_drafter, on_cpu=on_cpu
             )
-        limits = Limits(max_batch, cache_rows, prefix_rows, self.about.prompt_chunk, stall / 1000)
+        limits = Limits(
+            max_batch, memory.rows, memory.prefix_rows, self.about.prompt_chunk, stall / 1000, memory.footprint
+        )
         menus = self.tuning.batches if self.tuning else ()
         self._service = Service(Scheduler(self.engine, limits, batch_menus=menus), max_queue)
         # Also at the interpreter's end, for programs that never close it.
@@ -274,20 +289,40 @@ def _canceller(service: Service, job: Any) -> Callable[[], None]:
     return lambda: service.cancel(job)
 
 
-def _rows(engine: Engine, about: EngineFile, cache_bytes: int | None, prefix_bytes: int | None) -> tuple[int, int]:
-    """Return the rows of the cache, and of kept prefixes. Raises `InputError` where they are too few for anything."""
+@dataclass(frozen=True)
+class _Memory:
+    """Rows of keys and values: of all requests and kept prefixes, of the latter alone, and of one request at most; the
+    `option` that allows them, and what slots take where all of them have the same room.
+    """
+
+    rows: int
+    prefix_rows: int
+    request_rows: int
+    option: str
+    footprint: Footprint | None = None
+
+
+def _memory(engine: Engine, about: EngineFile, cache_bytes: int | None, prefix_bytes: int | None) -> _Memory:
+    """Return the rows that there is memory for. Raises `InputError` where they are too few for anything."""
     row = engine.row_bytes
-    if cache_bytes is None and engine.gpu_name is None:
-        cache_bytes = default_cache_bytes(row * about.max_context)
-    elif cache_bytes is None:
-        # The engine has memory for its slots already; on top come a few kept prefixes.
-        cache_bytes = row * about.max_context * (engine.max_slots + 1)
-    rows = cache_bytes // row
+    on_gpu = engine if isinstance(engine, DeviceEngine) else None
+    if on_gpu is None:
+        option = "cache_bytes"
+        given = default_cache_bytes(row * about.max_context) if cache_bytes is None else cache_bytes
+        rows = most = given // row
+    elif cache_bytes is not None:
+        raise InputError("cache_bytes is for engines on the CPU; on a GPU give gpu_memory_bytes in its place")
+    else:
+        option = "gpu_memory_bytes"
+        rows, most = on_gpu.budget.rows, on_gpu.budget.slot_rows
+        given = rows * row
     least = about.tree.tree_rows * (1 + about.dims.num_steps) + 2
-    if rows < least:
+    if most < least:
         raise InputError(
-            f"cache_bytes is {cache_bytes}, and this engine needs {least * row} for the shortest request ({row} for "
-            "each token); give more"
+            f"{option} is {given}, and this engine needs {least * row} for the shortest request ({row} for each "
+            "token); give more"
         )
     prefix_rows = rows // 4 if prefix_bytes is None else min(prefix_bytes // row, rows)
-    return rows, prefix_rows
+    if on_gpu is None:
+        return _Memory(rows, prefix_rows, most, option)
+    return _Memory(rows, prefix_rows, on_gpu.request_rows, option, on_gpu.budget.footprint)

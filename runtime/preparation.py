@@ -61,13 +61,18 @@ class RequestOptions(TypedDict, total=False):
 
 
 class Preparation:
-    """Makes jobs of prompts for the engine of `bundle`, whose slots hold up to `cache_rows` rows in all."""
+    """Makes jobs of prompts for the engine of `bundle`, a request of which may take up to `cache_rows` rows, as the
+    `option` of that name allows.
+    """
 
-    def __init__(self, bundle: Bundle, tuning: Tuning | None, cache_rows: int, *, escape_special_tokens: bool) -> None:
+    def __init__(
+        self, bundle: Bundle, tuning: Tuning | None, cache_rows: int, option: str, *, escape_special_tokens: bool
+    ) -> None:
         self._bundle = bundle
         self.about = bundle.about
         self.tuning = tuning
         self._cache_rows = cache_rows
+        self._option = option
         self._prompts = PromptEncoder(bundle.tokenizer, bundle.chat, self.about.dims.vocab_size)
         self._escape = escape_special_tokens
 
@@ -126,7 +131,7 @@ class Preparation:
         if rows > self._cache_rows:
             raise InputError(
                 f"the prompt's {len(ids)} tokens and up to {most} new ones need {rows} rows of the cache, and "
-                f"cache_bytes allows {self._cache_rows}; raise it, or lower max_new_tokens"
+                f"{self._option} allows {self._cache_rows}; raise it, or lower max_new_tokens"
             )
         delivery = Delivery(answer)
         return Job(state, rows, priority, deadline, delivery), delivery

@@ -167,6 +167,8 @@ class Service:
         try:
             while self._next():
                 self.scheduler.step()
+        except EngineError as error:
+            self.scheduler.fail(error)
         except BaseException as error:
             # A fault of ours: nobody may wait for ever.
             LOG.exception("the engine's thread has failed")

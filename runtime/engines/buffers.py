@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from plugins.launch import CommitTable
+from plugins.launch import Commit
 from runtime import bindings
 from runtime.arrays import IntArray
 from runtime.bindings import BYTES, GraphDims, dynamic_dims
 from runtime.bundle.engine_file import Limits
-from runtime.engines.cuda import Cuda
+from runtime.engines.cuda import Cuda, DeviceMemory
 from runtime.engines.device_cache import DeviceCache
 from runtime.engines.layout import BatchInputs
 from runtime.engines.protocol import Batch, Freshness
-from runtime.rows import HostOutputs, PickedRows
+from runtime.rows import HostOutputs, LogitRows, PickedRows
 from runtime.tree import TreeSizes
 
 ALIGNMENT = 256
@@ -27,54 +27,87 @@ ALIGNMENT = 256
 class PassBuffers:
     """The inputs of a pass but for the cache, in one block of pinned memory and one on the device; and its outputs.
 
-    `limits` are those of the plan.
+    There is room for any pass of one request within `limits`, those of the plan, from the beginning, and for several as
+    they come: then some of it moves, and `generation` changes.
     """
 
     def __init__(self, cuda: Cuda, dims: GraphDims, limits: Limits) -> None:
         self._cuda = cuda
         self._dims = dims
+        self._limits = limits
+        self.generation = 0
         steps = dims.num_steps
         # A prompt chunk drafts at its last row only.
-        most = max(limits.max_rows * (1 + steps), limits.chunk + steps)
-        tree_rows = max(limits.max_rows, limits.chunk)
-        largest = dynamic_dims(tree_rows, (limits.max_rows,) * steps, limits.max_rows, 0) | {"R": most}
+        self._most = max(limits.max_rows * (1 + steps), limits.chunk + steps)
+        self._most_tree = max(limits.max_rows, limits.chunk)
+        self._logit_bytes = 4 * dims.vocab_size
+        self._row_host = cuda.pinned(self._logit_bytes)
+        # Of the logits of small passes all come to the host.
+        self._logits_host = cuda.pinned(limits.max_rows * self._logit_bytes)
+        self._table_host = cuda.pinned(2 * dims.num_layers * (8 + 8 + 4))
+        self._table = cuda.allocate(len(self._table_host))
+        self._table_of: tuple[int, ...] = ()
+        self._logits = _GrowingRows(cuda, self._logit_bytes, limits.max_rows)
+        self._drafts = _GrowingRows(cuda, self._logit_bytes, max(1, limits.max_rows * steps))
+        # Keys and values of all layers; arrays of so many rows end where another may begin.
+        self._new_row = dims.key_value_heads * dims.head_dim * BYTES[dims.dtype]
+        self._new = _GrowingRows(cuda, 2 * dims.num_layers * self._new_row, _align(self._most))
+        self._batch = 1
+        self._place_inputs()
+
+    def fit(self, laid_out: BatchInputs) -> None:
+        """Have room for a pass. Raises `DeviceMemoryError` where the GPU has too little memory."""
+        sizes, batch = laid_out.sizes, len(laid_out.pseudo)
+        pseudo = sum(sizes.pseudo_rows)
+        found = (
+            (self._logits, batch * laid_out.logit_count),
+            (self._drafts, batch * pseudo),
+            (self._new, batch * (sizes.tree_rows + pseudo)),
+        )
+        if batch <= self._batch and all(count <= rows.count for rows, count in found):
+            return
+        # What is replaced may still be copied from.
+        self._cuda.synchronise()
+        self.generation += 1
+        if batch > self._batch:
+            self._batch = batch
+            self._place_inputs()
+        for rows, count in found:
+            rows.fit(count)
+
+    def _place_inputs(self) -> None:
+        most, batch = self._limits.max_rows, self._batch
+        largest = dynamic_dims(self._most_tree, (most,) * self._dims.num_steps, most, 0, batch) | {"R": self._most}
         self._offsets: dict[str, int] = {}
         end = 0
         # The mask last: it is the largest by far, and a small pass sends its beginning alone.
-        for binding in sorted(dims.inputs(), key=lambda binding: binding.name == bindings.TREE_MASK):
+        for binding in sorted(self._dims.inputs(), key=lambda binding: binding.name == bindings.TREE_MASK):
             if not binding.name.startswith(bindings.CACHE_PREFIXES):
                 self._offsets[binding.name] = end
                 end += _align(math.prod(binding.sizes(largest)) * (1 if binding.dtype == "bool" else 8))
         self._used = end
-        self._host = cuda.pinned(end)
-        self._device = cuda.allocate(end)
-        self._new_size = _align(dims.key_value_heads * most * dims.head_dim * BYTES[dims.dtype])
-        self._new = cuda.allocate(2 * dims.num_layers * self._new_size)
-        row = 4 * dims.vocab_size
-        self._logits_host = cuda.pinned(limits.max_rows * row)
-        self._logits = cuda.allocate(limits.max_rows * row)
-        self._drafts_host = cuda.pinned(row)
-        self._drafts = cuda.allocate(max(1, limits.max_rows * steps) * row)
-        self._accepted_host = cuda.pinned(4 * tree_rows)
-        self._accepted = cuda.allocate(4 * tree_rows)
-        self._table_host = cuda.pinned(2 * dims.num_layers * (8 + 8 + 4))
-        self._table = cuda.allocate(len(self._table_host))
-        self._table_of: tuple[int, ...] = ()
+        self._host = self._cuda.pinned(end)
+        self._device = self._cuda.allocate(end)
+        # The number of rows that each request accepts, then the rows.
+        size = _align(4 * batch) + 4 * batch * self._most_tree
+        self._accepted_host = self._cuda.pinned(size)
+        self._accepted = self._cuda.allocate(size)
 
-    def addresses(self, cache: DeviceCache) -> dict[str, int]:
-        """Return the device address of every input and output, `cache`'s among them."""
+    def addresses(self, cache: DeviceCache, first: int) -> dict[str, int]:
+        """Return the device address of every input and output, among them those of `cache` from place `first` on."""
         found = {name: self._device.address + offset for name, offset in self._offsets.items()}
         for layer in range(self._dims.num_layers):
-            found[bindings.key_cache(layer)], found[bindings.value_cache(layer)] = cache.addresses(layer)
+            found[bindings.key_cache(layer)], found[bindings.value_cache(layer)] = cache.addresses(layer, first)
             found[bindings.key_new(layer)], found[bindings.value_new(layer)] = self.new(layer)
         found[bindings.LOGITS] = self._logits.address
         found[bindings.DRAFT_LOGITS] = self._drafts.address
         return found
 
     def new(self, layer: int) -> tuple[int, int]:
-        """Return the addresses of the new keys and values [Hkv, R_l, D] of `layer`."""
-        start = self._new.address + 2 * layer * self._new_size
-        return start, start + self._new_size
+        """Return the addresses of the new keys and values [B, Hkv, R_l, D] of `layer`."""
+        size = self._new.count * self._new_row
+        start = self._new.address + 2 * layer * size
+        return start, start + size
 
     def rows_alive(self, sizes: TreeSizes, layer: int) -> int:
         """Return R_l of a pass of these sizes."""
@@ -92,80 +125,148 @@ class PassBuffers:
         """Enqueue the copy of the inputs to the device, as many bytes as passes of these shapes have."""
         self._cuda.upload(self._device.address, self._host, self._used)
 
-    def download_logits(self, rows: int) -> None:
-        """Enqueue the copy of the first rows of logits to the host."""
-        self._cuda.download(self._logits_host, self._logits.address, 4 * rows * self._dims.vocab_size)
+    def comes_whole(self, rows: int) -> bool:
+        """Return whether the logits of a pass, of so many rows of all requests together, all come to the host."""
+        return rows <= self._limits.max_rows
 
-    def logits(self, rows: int) -> NDArray[np.float32]:
-        """Return the base model's logits [rows, V] of the last pass; the next pass overwrites them."""
+    def download_logits(self, rows: int) -> None:
+        """Enqueue the copy of the logits of a pass to the host, where they come whole."""
+        if self.comes_whole(rows):
+            self._cuda.download(self._logits_host, self._logits.address, rows * self._logit_bytes)
+
+    def logits(self, rows: int) -> LogitRows:
+        """Return the base model's logits [rows, V] of the last pass, all requests' after each other; the next pass
+        overwrites them.
+        """
+        if not self.comes_whole(rows):
+            return FetchedRows(self._logit, rows)
         vocab = self._dims.vocab_size
         return self._logits_host.view(np.float32)[: rows * vocab].reshape(rows, vocab)
 
-    def draft(self, row: int) -> NDArray[np.float32]:
-        """Fetch the draft logits [V] of one pseudo row of the last pass."""
-        self._cuda.download(self._drafts_host, self._drafts.address + row * len(self._drafts_host))
+    def drafts(self, rows: int) -> LogitRows:
+        """Return the draft logits [rows, V] of the last pass, all requests' after each other."""
+        return FetchedRows(self._draft, rows)
+
+    def _logit(self, row: int) -> NDArray[np.float32]:
+        return self._fetch(self._logits.address, row)
+
+    def _draft(self, row: int) -> NDArray[np.float32]:
+        return self._fetch(self._drafts.address, row)
+
+    def _fetch(self, start: int, row: int) -> NDArray[np.float32]:
+        self._cuda.download(self._row_host, start + row * self._logit_bytes)
         self._cuda.synchronise()
-        return self._drafts_host.view(np.float32).copy()
+        return self._row_host.view(np.float32).copy()
 
-    def commit_table(self, cache: DeviceCache, accepted: Sequence[int], sizes: TreeSizes) -> CommitTable:
-        """Send what the commit of `accepted` rows of a pass of these `sizes` needs; return where it is.
-
-        Sources are the new keys and values of each layer, targets those of `cache`.
+    def commit(self, cache: DeviceCache, first: int, sizes: TreeSizes, accepted: Sequence[Sequence[int]]) -> Commit:
+        """Send what the commit of the `accepted` rows [B] of the last pass needs, which had these `sizes` and began at
+        place `first` of `cache`; return where it is.
         """
-        self._accepted_host.view(np.int32)[: len(accepted)] = accepted
-        self._cuda.upload(self._accepted.address, self._accepted_host, 4 * len(accepted))
+        batch, most = len(accepted), max(map(len, accepted))
+        counts_size = _align(4 * batch)
+        ints = self._accepted_host.view(np.int32)
+        ints[:batch] = [len(rows) for rows in accepted]
+        table = ints[counts_size // 4 :][: batch * most].reshape(batch, most)
+        for request, rows in enumerate(accepted):
+            table[request, : len(rows)] = rows
+        self._cuda.upload(self._accepted.address, self._accepted_host, counts_size + 4 * batch * most)
         layers = self._dims.num_layers
         count = 2 * layers
-        wanted = (cache.addresses(0)[0], cache.capacity, sizes.tree_rows, *sizes.pseudo_rows)
-        # Most steps send the table of the step before.
+        # Most steps commit by the table of the step before.
+        wanted = (self.generation, cache.generation, sizes.tree_rows, *sizes.pseudo_rows)
         if wanted != self._table_of:
             alive = [self.rows_alive(sizes, layer) for layer in range(layers)]
-            table = self._table_host
-            sources = [address for layer in range(layers) for address in self.new(layer)]
-            table[: 8 * count].view(np.int64)[:] = sources
+            host = self._table_host
+            host[: 8 * count].view(np.int64)[:] = [address for layer in range(layers) for address in self.new(layer)]
             targets = [address for layer in range(layers) for address in cache.addresses(layer)]
-            table[8 * count : 16 * count].view(np.int64)[:] = targets
-            table[16 * count :].view(np.int32)[:] = np.repeat(alive, 2)
-            self._cuda.upload(self._table.address, table)
+            host[8 * count : 16 * count].view(np.int64)[:] = targets
+            host[16 * count :].view(np.int32)[:] = np.repeat(alive, 2)
+            self._cuda.upload(self._table.address, host)
             self._table_of = wanted
         start = self._table.address
-        return CommitTable(start, start + 8 * count, start + 16 * count, self._accepted.address, count)
+        return Commit(
+            sources=start,
+            targets=start + 8 * count,
+            source_rows=start + 16 * count,
+            # As the pass had them: nothing was committed since.
+            lengths=self._device.address + self._offsets[bindings.CACHE_LENGTH],
+            accepted=self._accepted.address + counts_size,
+            counts=self._accepted.address,
+            arrays=count,
+            batch=batch,
+            kv_heads=self._dims.key_value_heads,
+            first=first,
+            most=most,
+            capacity=cache.capacity,
+        )
 
 
-class DraftRows:
-    """The draft logits of the last pass, each row fetched when it is asked for: only one node's rows ever are."""
+class _GrowingRows:
+    """Device memory of `count` rows, which moves when more are needed; what was there is lost then."""
 
-    def __init__(self, buffers: PassBuffers, count: int) -> None:
-        self._buffers = buffers
+    def __init__(self, cuda: Cuda, row_bytes: int, count: int) -> None:
+        self._cuda = cuda
+        self._row_bytes = row_bytes
+        self.count = count
+        self._memory: DeviceMemory | None = cuda.allocate(count * row_bytes)
+
+    @property
+    def address(self) -> int:
+        assert self._memory is not None
+        return self._memory.address
+
+    def fit(self, count: int) -> None:
+        """Have room for `count` rows; for a power of two, so that it is not for each pass anew."""
+        if count > self.count:
+            self._memory = None
+            self.count = max(ALIGNMENT, 1 << (count - 1).bit_length())
+            self._memory = self._cuda.allocate(self.count * self._row_bytes)
+
+
+class FetchedRows:
+    """Rows of logits of the last pass, each fetched when it is asked for: few ever are."""
+
+    def __init__(self, fetch: Callable[[int], NDArray[np.float32]], count: int) -> None:
+        self._fetch = fetch
         self._count = count
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, row: int) -> NDArray[np.float32]:
-        return self._buffers.draft(row)
+        return self._fetch(row)
 
 
 @dataclass(frozen=True)
 class DeviceResult:
-    """Pass `number` on a GPU, of one request, laid out in these `sizes`: logits [M, V] on the host, all else where the
-    pass left it; `pseudo` are the rows of the draft logits that are the request's own. See `Result`.
+    """Pass `number` on a GPU, laid out as `laid_out` says, over the places of the cache from `first` on: all of it is
+    where the pass left it. `places` [B] are those of the requests among all that were run. See `Result`.
     """
 
     batch: Batch
+    laid_out: BatchInputs
+    first: int
+    places: tuple[int, ...]
     buffers: PassBuffers
-    sizes: TreeSizes
-    logits: NDArray[np.float32]
-    pseudo: IntArray
     number: int
     freshness: Freshness
 
     def outputs(self, index: int) -> HostOutputs:
         """See `Result.outputs`."""
         self.freshness.check(self.number)
-        rows = self.batch.rows[index]
-        drafts = DraftRows(self.buffers, sum(self.sizes.pseudo_rows))
-        return HostOutputs(rows, self.logits[: len(rows.logit_rows)], PickedRows(drafts, self.pseudo))
+        rows, place, laid_out = self.batch.rows[index], self.places[index], self.laid_out
+        drafts = sum(laid_out.sizes.pseudo_rows)
+        start = place * laid_out.logit_count + np.arange(len(rows.logit_rows), dtype=np.int64)
+        logits = self.buffers.logits(len(laid_out.pseudo) * laid_out.logit_count)
+        draft_logits = self.buffers.drafts(len(laid_out.pseudo) * drafts)
+        return HostOutputs(
+            rows, _picked(logits, start), PickedRows(draft_logits, place * drafts + laid_out.pseudo[place])
+        )
+
+
+def _picked(rows: LogitRows, index: IntArray) -> LogitRows:
+    """Return those rows; of an array, whose rows are neighbours, a part."""
+    return rows[index[0] : index[0] + len(index)] if isinstance(rows, np.ndarray) else PickedRows(rows, index)
 
 
 def _align(size: int) -> int:

@@ -16,6 +16,10 @@ from runtime.errors import InputError
 HINT = "pip install 'cuda-bindings>=12.8,<14'"
 
 
+class DeviceMemoryError(InputError):
+    """There is too little memory on the GPU."""
+
+
 class Cuda:
     """The primary context of one GPU, and a stream of its own. Raises `InputError` where there is none."""
 
@@ -62,23 +66,28 @@ class Cuda:
         self.check(self.driver.cuCtxSetCurrent(self._context))
 
     def allocate(self, size: int) -> DeviceMemory:
-        """Return `size` bytes of device memory, all zero. Raises `InputError` when there is too little."""
+        """Return `size` bytes of device memory, all zero. Raises `DeviceMemoryError` when there is too little."""
         try:
             address = int(self.check(self.driver.cuMemAlloc(max(size, 1))))
         except RuntimeError as error:
-            raise InputError(
+            raise DeviceMemoryError(
                 f"the GPU has too little memory: {size >> 20} MiB are needed and {self.free_memory() >> 20} MiB are "
-                f"free ({error}); lower --max-context when exporting, or use a larger GPU"
+                f"free ({error}); give a lower gpu_memory_bytes or max_batch, end other programs that use the GPU, or "
+                "use a larger one"
             ) from error
-        self.check(self.driver.cuMemsetD8Async(address, 0, max(size, 1), self.stream))
+        self.clear(address, max(size, 1))
         return DeviceMemory(self, address, size)
+
+    def clear(self, address: int, size: int) -> None:
+        """Enqueue that `size` bytes of device memory become zero."""
+        self.check(self.driver.cuMemsetD8Async(address, 0, size, self.stream))
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
         """Return `size` bytes of host memory that the device copies to and from directly."""
         address = int(self.check(self.driver.cuMemHostAlloc(max(size, 1), 0)))
         held = (ctypes.c_uint8 * size).from_address(address)
         # Views of the array hold on to `held`, not to the array.
-        weakref.finalize(held, self.driver.cuMemFreeHost, address)
+        weakref.finalize(held, _free_pinned, self.driver, self.stream, address)
         return np.ctypeslib.as_array(held)
 
     def upload(self, target: int, source: NDArray, size: int | None = None) -> None:
@@ -88,6 +97,10 @@ class Cuda:
     def download(self, target: NDArray, source: int, size: int | None = None) -> None:
         """Enqueue a copy of device memory to pinned host memory."""
         self.check(self.driver.cuMemcpyDtoHAsync(target.ctypes.data, source, size or target.nbytes, self.stream))
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Enqueue a copy of `size` bytes on the device, between places that do not overlap."""
+        self.check(self.driver.cuMemcpyDtoDAsync(target, source, size, self.stream))
 
     def copy_rows(
         self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int
@@ -147,6 +160,12 @@ class Cuda:
 
     def _attribute(self, name: Any) -> int:
         return int(self.check(self.driver.cuDeviceGetAttribute(name, self.device)))
+
+
+def _free_pinned(driver: Any, stream: int, address: int) -> None:
+    # Work that is enqueued, such as the last commit of a text, may still copy from it.
+    driver.cuStreamSynchronize(stream)
+    driver.cuMemFreeHost(address)
 
 
 class DeviceMemory:

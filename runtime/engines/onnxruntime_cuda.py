@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.bindings import GraphDims
+from runtime.bindings import BYTES, CACHE_LENGTH, GraphDims
 from runtime.bundle.engine_file import Limits
-from runtime.engines.buffers import DeviceResult, PassBuffers
+from runtime.engines.buffers import DeviceResult
 from runtime.engines.cuda import Cuda
-from runtime.engines.device_cache import CacheMemory, DeviceCache, DeviceCacheEngine, cache_of
+from runtime.engines.device_engine import DeviceEngine
 from runtime.engines.external_weights import GraphFiles
-from runtime.engines.layout import stack
+from runtime.engines.layout import BatchInputs, shared_sizes
 from runtime.engines.onnxruntime import Provider, check_bindings, open_session, path_of, running
-from runtime.engines.protocol import Batch, Freshness, Result
+from runtime.engines.protocol import Batch
 from runtime.errors import InputError
 from runtime.rows import Phase
 from runtime.tree import TreeSizes
@@ -28,17 +28,22 @@ PROVIDER = "CUDAExecutionProvider"
 BFLOAT16 = 16
 # There are buffers for trees of this many rows, or of the engine's own if those are more.
 MAX_ROWS = 64
+# Requests of a pass. More of them gain little: a pass of 32 rows reads the weights as a pass of one does, and with
+# trees computes for hundreds.
+MAX_BATCH = 32
+# Of the memory that is free once the weights are there, the share for keys and values: ONNX Runtime takes what it
+# computes with out of the rest, as it comes, and more the more requests there are.
+SHARE = (1, 2)
 
 
-class OnnxRuntimeCudaEngine(DeviceCacheEngine):
+class OnnxRuntimeCudaEngine(DeviceEngine):
     """An ONNX Runtime session on NVIDIA GPU number `gpu`. `tree` are the engine's usual sizes, `chunk` the prompt
-    tokens of a pass. Raises `InputError` where there is no GPU, or no ONNX Runtime that can use it.
+    tokens of a pass. Keys and values take up to `memory_bytes` of the GPU's memory, None for `SHARE` of what is free.
+    Raises `InputError` where there is no GPU, too little memory, or no ONNX Runtime that can use it.
     """
 
     # The device whose memory the graph's inputs and outputs are in, as ONNX Runtime calls it.
     device = "cuda"
-    max_batch = 1
-    max_slots = 1
 
     def __init__(
         self,
@@ -49,15 +54,14 @@ class OnnxRuntimeCudaEngine(DeviceCacheEngine):
         max_context: int,
         *,
         gpu: int = 0,
+        memory_bytes: int | None = None,
     ) -> None:
-        self.dims = dims
         self._path = path_of(graph)
-        self._limits = Limits(1, max_context, max(MAX_ROWS, tree.tree_rows), chunk)
         provider = _provider()
         self._gpu = gpu
-        self._cuda = Cuda(gpu)
+        cuda = Cuda(gpu)
         # All work on one stream, in order. TF32 would round what is multiplied to 10 bits.
-        options = {"device_id": str(gpu), "user_compute_stream": str(self._cuda.stream), "use_tf32": "0"}
+        options = {"device_id": str(gpu), "user_compute_stream": str(cuda.stream), "use_tf32": "0"}
         providers: list[Provider] = [(provider, options), "CPUExecutionProvider"]
         self._session = open_session(graph, providers)
         check_bindings(self._session, self._path, dims.inputs(), dims.outputs())
@@ -66,25 +70,27 @@ class OnnxRuntimeCudaEngine(DeviceCacheEngine):
                 "ONNX Runtime cannot use the GPU: its CUDA libraries did not load; install CUDA 12 and cuDNN 9, for "
                 "example with pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
-        self._buffers = PassBuffers(self._cuda, dims, self._limits)
-        self._freshness = Freshness()
-        self._cache_memory = CacheMemory(self._cuda, dims, self._limits.capacity)
+        limits = Limits(MAX_BATCH, max_context, max(MAX_ROWS, tree.tree_rows), chunk)
+        super().__init__(cuda, dims, limits, memory_bytes, SHARE)
 
-    def run(self, batch: Batch) -> DeviceResult:
-        """See `Engine.run`. Raises `InputError` for more rows than there are buffers for."""
-        self._cuda.use()
-        (slot,) = batch.slots
-        cache = cache_of(slot)
-        laid_out = stack(batch.rows, batch.lengths, self.dims.join_order)
-        sizes = laid_out.sizes
+    def _check(self, batch: Batch) -> None:
+        sizes = shared_sizes(batch.rows)
         most = self._limits.chunk if batch.phase is Phase.PROMPT else self._limits.max_rows
         if (rows := max(sizes.tree_rows, *sizes.pseudo_rows)) > most:
             raise InputError(f"a pass of {rows} rows; this engine takes at most {most}, use fewer")
-        number = self._freshness.next_pass()
+
+    def _places(self, batch: Batch) -> tuple[int, bool]:
+        # Without graphs any number of requests does as well as another, and one may be wherever it is.
+        return len(batch), len(batch) > 1
+
+    def _sizes(self, batch: Batch) -> None:
+        return None
+
+    def _run(self, batch: Batch, laid_out: BatchInputs, first: int) -> None:
         self._buffers.write(laid_out)
         self._buffers.upload()
-        values = laid_out.dims(cache.capacity)
-        addresses = self._buffers.addresses(cache)
+        values = laid_out.dims(self.cache.capacity)
+        addresses = self._buffers.addresses(self.cache, first)
         binding = self._session.io_binding()
         for value in self.dims.inputs():
             where = (self.device, self._gpu, _element(value.dtype), value.sizes(values), addresses[value.name])
@@ -94,35 +100,24 @@ class OnnxRuntimeCudaEngine(DeviceCacheEngine):
             binding.bind_output(value.name, *where)
         with running(self._path):
             self._session.run_with_iobinding(binding)
-        self._buffers.download_logits(laid_out.logit_count)
-        self._cuda.synchronise()
-        logits = self._buffers.logits(laid_out.logit_count)
-        return DeviceResult(batch, self._buffers, sizes, logits, laid_out.pseudo[0], number, self._freshness)
+        self._buffers.download_logits(values["B"] * laid_out.logit_count)
 
-    def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
-        """See `Engine.commit`: copies the accepted rows behind those of the cache."""
-        assert isinstance(result, DeviceResult), "a result of another engine"
-        self._freshness.commit(result.number)
-        self._cuda.use()
-        for slot, rows in zip(result.batch.slots, accepted, strict=True):
-            cache = cache_of(slot)
-            if not rows:
-                continue
-            cache.reserve(len(rows))
-            self._copy(cache, result.sizes, rows)
-            cache.length += len(rows)
-
-    def _copy(self, cache: DeviceCache, sizes: TreeSizes, rows: Sequence[int]) -> None:
-        row = self._cache_memory.row_bytes
-        for layer in range(self.dims.num_layers):
-            pitch = self._buffers.rows_alive(sizes, layer) * row
-            for source, target in zip(self._buffers.new(layer), cache.addresses(layer), strict=True):
-                end = target + cache.length * row
-                for first, count in _runs(rows):
-                    self._cuda.copy_rows(
-                        end, cache.capacity * row, source + first * row, pitch, count * row, self.dims.key_value_heads
-                    )
-                    end += count * row
+    def _commit_rows(self, result: DeviceResult, accepted: Sequence[Sequence[int]]) -> None:
+        """See `DeviceEngine._commit_rows`: by copies, as an engine that is no plan has no kernels with it."""
+        dims, sizes = self.dims, result.laid_out.sizes
+        row = dims.head_dim * BYTES[dims.dtype]
+        heads = dims.key_value_heads
+        lengths = result.laid_out.values[CACHE_LENGTH].tolist()
+        for layer in range(dims.num_layers):
+            alive = self._buffers.rows_alive(sizes, layer) * row
+            pitch = self.cache.capacity * row
+            for source, target in zip(self._buffers.new(layer), self.cache.addresses(layer, result.first), strict=True):
+                for place, rows in enumerate(accepted):
+                    end = target + place * heads * pitch + lengths[place] * row
+                    for first, count in _runs(rows):
+                        start = source + place * heads * alive + first * row
+                        self._cuda.copy_rows(end, pitch, start, alive, count * row, heads)
+                        end += count * row
 
 
 def _provider() -> str:

@@ -21,22 +21,30 @@ def runs_on_cpu(about: EngineFile, device: str | None) -> bool:
     return about.plan is None and (device is None or not device.startswith("cuda"))
 
 
-def open_engine(files: EngineFiles, about: EngineFile, device: str | None = None, threads: int | None = None) -> Engine:
+def open_engine(
+    files: EngineFiles,
+    about: EngineFile,
+    device: str | None = None,
+    threads: int | None = None,
+    gpu_memory_bytes: int | None = None,
+) -> Engine:
     """Return the engine of `files`, which `about` describes, on "cpu", "cuda" or "cuda:1", the second GPU; None is the
     CPU, but for plans.
 
-    `threads` are of the CPU. Raises `EngineFileError` when a file is damaged, and `InputError` for an engine that
-    cannot run here.
+    `threads` are of the CPU, `gpu_memory_bytes` of a GPU, for keys and values. Raises `EngineFileError` when a file is
+    damaged, and `InputError` for an engine that cannot run here.
     """
     path = files.path
     gpu = gpu_of(device)
     on_gpu = gpu is not None or about.plan is not None
     if on_gpu and threads is not None:
         raise InputError("threads is for engines on the CPU; leave it out")
+    if not on_gpu and gpu_memory_bytes is not None:
+        raise InputError("gpu_memory_bytes is for engines on a GPU; leave it out, or give cache_bytes")
     if about.plan is not None:
         if device == "cpu":
             raise InputError(f"{path} is a TensorRT plan, which runs on a GPU only; export an .onnx engine for the CPU")
-        return _open_plan(files, about, about.plan, gpu or 0)
+        return _open_plan(files, about, about.plan, gpu or 0, gpu_memory_bytes)
     if about.dims.dtype == "bfloat16" and not on_gpu:
         raise InputError(
             f"{path} is in bfloat16, in which ONNX Runtime computes on a GPU only; use device cuda, or export it with "
@@ -46,7 +54,15 @@ def open_engine(files: EngineFiles, about: EngineFile, device: str | None = None
     if on_gpu:
         from runtime.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 
-        return OnnxRuntimeCudaEngine(graph, about.dims, about.tree, about.prompt_chunk, about.max_context, gpu=gpu or 0)
+        return OnnxRuntimeCudaEngine(
+            graph,
+            about.dims,
+            about.tree,
+            about.prompt_chunk,
+            about.max_context,
+            gpu=gpu or 0,
+            memory_bytes=gpu_memory_bytes,
+        )
     if files.cpu_graph is not None:
         from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine
 
@@ -68,12 +84,20 @@ def gpu_of(device: str | None) -> int | None:
     return int(found[1] or 0)
 
 
-def _open_plan(files: EngineFiles, about: EngineFile, plan: PlanFile, gpu: int) -> Engine:
+def _open_plan(files: EngineFiles, about: EngineFile, plan: PlanFile, gpu: int, memory_bytes: int | None) -> Engine:
     from runtime.engines.tensorrt import TensorRTEngine
 
     binaries = parse_kernels(files.kernels, files.path.with_name(plan.kernels.name))
     return TensorRTEngine(
-        files.path, about.dims, plan, about.graph.sha256, about.tree, binaries, opened=files.plan, gpu=gpu
+        files.path,
+        about.dims,
+        plan,
+        about.graph.sha256,
+        about.tree,
+        binaries,
+        opened=files.plan,
+        gpu=gpu,
+        memory_bytes=memory_bytes,
     )
 
 

@@ -1,12 +1,13 @@
 """A TensorRT plan on an NVIDIA GPU, of TensorRT or of TensorRT for RTX.
 
 Everything that a pass touches stays on the GPU: weights, the cache, new keys and values, logits. The host sends one
-small block of inputs, and reads the logits of the tree and the draft logits of the accepted node. Passes that decode
-are brought to few shapes, each of which is captured as a CUDA graph and replayed.
+small block of inputs, and reads logits of the tree and draft logits of the accepted node. Passes that decode are
+brought to few shapes, each of which is captured as a CUDA graph and replayed; also in the number of requests.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BufferedReader
@@ -19,30 +20,34 @@ from plugins.tensorrt_plugin import VERSION, failures, register
 from runtime import bindings
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import PlanFile
-from runtime.engines.buffers import DeviceResult, PassBuffers
+from runtime.engines.buffers import DeviceResult
 from runtime.engines.cuda import Cuda
-from runtime.engines.device_cache import CacheMemory, DeviceCache, DeviceCacheEngine, cache_of
-from runtime.engines.layout import BatchInputs, bucket, shared_sizes, stack
+from runtime.engines.device_cache import DeviceCache, in_places
+from runtime.engines.device_engine import DeviceEngine
+from runtime.engines.layout import BatchInputs, bucket, shared_sizes
 from runtime.engines.plans import RuntimeCache, check_device, deserialise, import_product, make_logger
-from runtime.engines.protocol import Batch, Freshness, Result
-from runtime.errors import EngineFileError, InputError
+from runtime.engines.protocol import Batch
+from runtime.errors import EngineError, EngineFileError, InputError
 from runtime.rows import Phase
 from runtime.tree import TreeSizes
 
 VERIFICATION, PROMPT = 0, 1
+# Of the memory that is free once weights, scratch memory and buffers are there, the share for keys and values: passes
+# of many requests need some of the rest, and so do contexts and graphs.
+SHARE = (3, 4)
+# Shapes that are held with a context and a graph, each of which takes some memory: a few sizes of trees, times six
+# capacities or numbers of requests that are in use for a time.
+MOST_PASSES = 32
 
 
-class TensorRTEngine(DeviceCacheEngine):
+class TensorRTEngine(DeviceEngine):
     """The plan at `path`; `about` is what `engine.json` says of it, `plan_hash` its SHA-256, `usual` the sizes of most
-    passes. `use_graphs=False` launches every kernel of every pass, for comparison.
+    passes. Keys and values take up to `memory_bytes` of the GPU's memory, None for `SHARE` of what is free.
+    `use_graphs=False` launches every kernel of every pass, for comparison.
 
     Raises `EngineFileError` when the plan is not of this TensorRT version or GPU, and `InputError` when there is no GPU
-    or library to run it.
+    or library to run it, or too little memory.
     """
-
-    # Plans take more; the commit kernel, and the memory of caches, take one.
-    max_batch = 1
-    max_slots = 1
 
     def __init__(
         self,
@@ -56,13 +61,12 @@ class TensorRTEngine(DeviceCacheEngine):
         use_graphs: bool = True,
         opened: BufferedReader | None = None,
         gpu: int = 0,
+        memory_bytes: int | None = None,
     ) -> None:
-        self.dims = dims
-        self._limits = about.limits
         self._usual = usual
         self._trt = import_product(about)
-        self._cuda = Cuda(gpu)
-        check_device(path, about, self._cuda)
+        cuda = Cuda(gpu)
+        check_device(path, about, cuda)
         self._log = make_logger(self._trt)
         if about.attention == "plugin":
             _register_plugin(self._trt, path, about)
@@ -74,74 +78,73 @@ class TensorRTEngine(DeviceCacheEngine):
         self._runtime_cache = RuntimeCache(self._engine, plan_hash)
         self._use_graphs = use_graphs
         # Contexts run one after the other, and so can share it.
-        self._scratch = self._cuda.allocate(int(self._engine.device_memory_size_v2))
-        self._buffers = PassBuffers(self._cuda, dims, about.limits)
-        self._freshness = Freshness()
-        self._cache_memory = CacheMemory(self._cuda, dims, about.limits.capacity)
+        self._scratch = cuda.allocate(int(self._engine.device_memory_size_v2))
+        super().__init__(cuda, dims, about.limits, memory_bytes, SHARE)
         self._prompt: _Context | None = None
-        self._passes: dict[tuple[int, ...], _CapturedPass] = {}
+        # The least recently used first.
+        self._passes: OrderedDict[tuple[int, ...], _CapturedPass] = OrderedDict()
+        self._passes_of = self._addressed
+        # The shapes that came again and could not be captured.
+        self.refused = 0
 
     @property
     def captured(self) -> tuple[int, int]:
-        """The number of shapes that are captured as a CUDA graph, and of all shapes that decoding has had."""
+        """The number of shapes that are captured as a CUDA graph, and of all shapes of decoding that are held."""
         return sum(one.graph is not None for one in self._passes.values()), len(self._passes)
 
-    def run(self, batch: Batch) -> DeviceResult:
-        """See `Engine.run`. Raises `InputError` for more rows than the plan was built for."""
-        self._cuda.use()
-        (slot,) = batch.slots
-        cache = cache_of(slot)
-        self._check_limits(batch, cache)
-        number = self._freshness.next_pass()
+    @property
+    def _addressed(self) -> tuple[int, int]:
+        """What the addresses of passes follow from: graphs hold for one such pair alone."""
+        return self._buffers.generation, self.cache.generation
+
+    def _places(self, batch: Batch) -> tuple[int, bool]:
+        # Prompts have no graph, whose addresses must stay: one of them may be wherever it is.
+        together = len(batch) > 1 or batch.phase is Phase.DECODE
+        return in_places(len(batch), self.max_batch), together
+
+    def _sizes(self, batch: Batch) -> TreeSizes | None:
         if batch.phase is Phase.PROMPT:
-            laid_out = stack(batch.rows, batch.lengths, self.dims.join_order)
-            self._run_prompt(laid_out, cache)
-        else:
-            laid_out = stack(
-                batch.rows, batch.lengths, self.dims.join_order, bucket(batch.rows, self._usual, self._limits.max_rows)
-            )
-            self._buffers.write(laid_out)
-            found = self._pass(laid_out.sizes, cache)
-            found.run()
-            if found.runs == 2:
-                # Rare, and by then whatever this shape needs has been compiled.
-                self._runtime_cache.save()
-        self._cuda.synchronise()
-        logits = self._buffers.logits(laid_out.logit_count)
-        return DeviceResult(batch, self._buffers, laid_out.sizes, logits, laid_out.pseudo[0], number, self._freshness)
+            return None
+        return bucket(batch.rows, self._usual, self._limits.max_rows)
 
-    def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
-        """See `Engine.commit`: copies the accepted rows behind those of the cache."""
-        assert isinstance(result, DeviceResult), "a result of another engine"
-        self._freshness.commit(result.number)
-        self._cuda.use()
-        for slot, rows in zip(result.batch.slots, accepted, strict=True):
-            cache = cache_of(slot)
-            if not rows:
-                continue
-            cache.reserve(len(rows))
-            table = self._buffers.commit_table(cache, rows, result.sizes)
-            heads = self.dims.key_value_heads
-            self._commit(table, len(rows), heads, cache.length, cache.capacity, self._cuda.stream)
-            cache.length += len(rows)
-
-    def _run_prompt(self, laid_out: BatchInputs, cache: DeviceCache) -> None:
-        """Run a prompt chunk, of whatever length: too many shapes for a graph of each."""
-        if self._prompt is None:
-            self._prompt = _Context(self, PROMPT)
-        self._prompt.set_shapes(laid_out.sizes, laid_out.logit_count, cache)
+    def _run(self, batch: Batch, laid_out: BatchInputs, first: int) -> None:
         self._buffers.write(laid_out)
-        self._prompt.enqueue()
+        if batch.phase is Phase.PROMPT:
+            # Of whatever length: too many shapes for a graph of each.
+            if self._prompt is None:
+                self._prompt = _Context(self, PROMPT)
+            self._prompt.set_shapes(laid_out, self.cache, first)
+            self._prompt.enqueue()
+            return
+        found = self._pass(laid_out)
+        found.run()
+        if found.runs == 2:
+            # Rare, and by then whatever this shape needs has been compiled.
+            self._runtime_cache.save()
+            self.refused += self._use_graphs and found.graph is None
 
-    def _pass(self, sizes: TreeSizes, cache: DeviceCache) -> _CapturedPass:
-        key = (sizes.tree_rows, *sizes.pseudo_rows, cache.capacity)
-        if key not in self._passes:
-            context = _Context(self, VERIFICATION)
-            context.set_shapes(sizes, sizes.tree_rows, cache)
-            self._passes[key] = _CapturedPass(self._cuda, context, self._use_graphs)
-        return self._passes[key]
+    def _commit_rows(self, result: DeviceResult, accepted: Sequence[Sequence[int]]) -> None:
+        commit = self._buffers.commit(self.cache, result.first, result.laid_out.sizes, accepted)
+        self._commit(commit, self._cuda.stream)
 
-    def _check_limits(self, batch: Batch, cache: DeviceCache) -> None:
+    def _pass(self, laid_out: BatchInputs) -> _CapturedPass:
+        if self._passes_of != self._addressed:
+            # Memory that they read or write is somewhere else now.
+            self._passes.clear()
+            self._passes_of = self._addressed
+        sizes = laid_out.sizes
+        key = (len(laid_out.pseudo), sizes.tree_rows, *sizes.pseudo_rows, self.cache.capacity)
+        if key in self._passes:
+            self._passes.move_to_end(key)
+            return self._passes[key]
+        while len(self._passes) >= MOST_PASSES:
+            self._passes.popitem(last=False)
+        context = _Context(self, VERIFICATION)
+        context.set_shapes(laid_out, self.cache, 0)
+        found = self._passes[key] = _CapturedPass(self._cuda, context, self._use_graphs)
+        return found
+
+    def _check(self, batch: Batch) -> None:
         limits = self._limits
         is_prompt = batch.phase is Phase.PROMPT
         flag = "--chunk" if is_prompt else "--max-rows"
@@ -155,9 +158,9 @@ class TensorRTEngine(DeviceCacheEngine):
                     f"{name} has {count} rows, and this plan was built for 1 to {most}; use fewer, or export it again "
                     f"with {flag} {count}"
                 )
-        if cache.length >= limits.max_context:
+        if (longest := max(batch.lengths)) >= limits.max_context:
             raise InputError(
-                f"{cache.length + 1} tokens of context are more than the {limits.max_context} that this plan was "
+                f"{longest + 1} tokens of context are more than the {limits.max_context} that this plan was "
                 "built for; export it again with a larger --max-context"
             )
 
@@ -190,13 +193,13 @@ class _Context:
         self._plan = engine._engine
         self._profile = profile
         self._scratch = engine._scratch
-        self._set: tuple[int, ...] = ()
+        self._set: tuple[object, ...] = ()
         self._logit_rows = 0
         self._context = self._create(engine._runtime_cache)
         if self._context is None:
-            raise InputError(
+            raise EngineError(
                 f"the plan cannot be run ({self._log.last_errors()}); the GPU has {self._cuda.free_memory() >> 20} MiB "
-                "of memory free"
+                "of memory free: where that is little, load it with a lower gpu_memory_bytes"
             )
         self._context.set_device_memory(self._scratch.address, self._scratch.size)
         if not self._context.set_optimization_profile_async(profile, self._cuda.stream):
@@ -218,12 +221,16 @@ class _Context:
         cache.configure(config)
         return plan.create_execution_context(config)
 
-    def set_shapes(self, sizes: TreeSizes, logit_rows: int, cache: DeviceCache) -> None:
-        """Set the shapes of the next passes, which read `cache`. Raises `InputError` for one outside the profile."""
-        wanted = (sizes.tree_rows, *sizes.pseudo_rows, logit_rows, cache.capacity)
+    def set_shapes(self, laid_out: BatchInputs, cache: DeviceCache, first: int) -> None:
+        """Set the shapes of the next passes, which read `cache` from its place `first` on. Raises `InputError` for one
+        outside the profile.
+        """
+        values = laid_out.dims(cache.capacity)
+        wanted = (*values.items(), first, self._buffers.generation, cache.generation)
         if wanted == self._set:
             return
-        values = bindings.dynamic_dims(sizes.tree_rows, sizes.pseudo_rows, logit_rows, cache.capacity)
+        # Half of it may be set when something is wrong.
+        self._set = ()
         for binding in self._dims.inputs():
             shape = binding.sizes(values)
             if not self._context.set_input_shape(binding.name, shape):
@@ -232,11 +239,11 @@ class _Context:
                     f"{binding.name} of shape {shape} is outside what this plan was built for, {tuple(least)} to "
                     f"{tuple(most)}; export it again with a larger {_flag(binding.name, self._profile)}"
                 )
-        for name, address in self._buffers.addresses(cache).items():
+        for name, address in self._buffers.addresses(cache, first).items():
             if not self._context.set_tensor_address(name, address):
                 raise RuntimeError(f"{name} cannot be at {address:#x} ({self._log.last_errors()})")
         self._set = wanted
-        self._logit_rows = logit_rows
+        self._logit_rows = values["B"] * laid_out.logit_count
 
     def may_be_captured(self) -> bool:
         """Return whether the library can run with these shapes while a graph is captured."""

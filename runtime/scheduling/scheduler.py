@@ -19,6 +19,7 @@ from runtime.rows import Rows
 from runtime.scheduling.job import Job
 from runtime.scheduling.metrics import Metrics
 from runtime.scheduling.pace import Pace
+from runtime.scheduling.pool import Footprint
 from runtime.scheduling.row_budget import RowBudget
 from runtime.scheduling.shared_sizes import SharedSizes
 from runtime.scheduling.slots import MANY, Slots
@@ -33,7 +34,8 @@ MARGIN = 32
 class Limits:
     """What a scheduler may use: `max_batch` requests that run at once, `cache_rows` rows of cache, of them up to
     `prefix_rows` for prompts that may come again; chunks of prompts of up to `prompt_chunk` tokens, of fewer where
-    running requests would wait for more than `max_stall_s` seconds.
+    running requests would wait for more than `max_stall_s` seconds. `footprint` tells what slots take that all have the
+    same room.
     """
 
     max_batch: int = 1 << 20
@@ -41,6 +43,7 @@ class Limits:
     prefix_rows: int = 0
     prompt_chunk: int = 128
     max_stall_s: float = 0.2
+    footprint: Footprint | None = None
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Scheduler:
         self._shared: RowBudget | SharedSizes = choice(self.batch_menus)
         self.waiting: list[Job] = []
         self.running: list[Job] = []
-        self.slots = Slots(self.engine, self.limits.cache_rows, self.limits.prefix_rows)
+        self.slots = Slots(self.engine, self.limits.cache_rows, self.limits.prefix_rows, self.limits.footprint)
         self._pace = Pace(self.limits.max_stall_s)
         self._most_running = min(self.limits.max_batch, self.engine.max_slots)
         self.failure: EngineError | None = None
@@ -161,8 +164,8 @@ class Scheduler:
             needed = max(len(prompt), job.state.committed) + MARGIN
             if not self.slots.has_room(min(needed, job.most_rows)):
                 break
-            self.waiting.remove(job)
             self._start(job)
+            self.waiting.remove(job)
 
     @staticmethod
     def _urgency(job: Job, now: float) -> float:
@@ -236,9 +239,11 @@ class Scheduler:
             result = self.engine.run(batch)
         except InputError as error:
             # The pass does not fit the engine, which itself goes on.
-            for job, _, _ in ready:
-                self._fail(job, error)
-            return 0
+            if len(ready) == 1:
+                self._fail(ready[0][0], error)
+                return 0
+            # Each keeps the rows that it wants: by itself it runs, or is the one that does not fit.
+            return sum(self._pass([(job, self._limit)]) for job, _, _ in ready if job.slot is not None)
         except Exception as error:
             raise _EngineFailedError from error
         accepted: list[Sequence[int]] = []

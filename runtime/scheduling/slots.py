@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from runtime.engines.protocol import Engine, Kept, Slot
 from runtime.errors import InputError
 from runtime.scheduling.job import Job
-from runtime.scheduling.pool import CachePool, in_blocks
+from runtime.scheduling.pool import CachePool, Footprint, in_blocks
 from runtime.scheduling.prefixes import SHORTEST, Prefix, Prefixes, common
 
 # Rows without limit.
@@ -15,13 +15,14 @@ MANY = 1 << 40
 
 
 class Slots:
-    """Slots of `engine` in a pool of `cache_rows` rows, up to `prefix_rows` of them for prompts that may come again.
+    """Slots of `engine` in a pool of `cache_rows` rows, up to `prefix_rows` of them for prompts that may come again;
+    `footprint` as for `CachePool`.
 
     Where there is too little room, what is kept makes way.
     """
 
-    def __init__(self, engine: Engine, cache_rows: int, prefix_rows: int) -> None:
-        self.pool = CachePool(cache_rows)
+    def __init__(self, engine: Engine, cache_rows: int, prefix_rows: int, footprint: Footprint | None = None) -> None:
+        self.pool = CachePool(cache_rows, footprint)
         self.prefixes = Prefixes()
         self._engine = engine
         self._prefix_rows = prefix_rows
@@ -84,8 +85,11 @@ class Slots:
         return True
 
     def has_room(self, rows: int) -> bool:
-        """Return whether `rows` rows are free, once kept prefixes have made way."""
-        return self.pool.free >= rows or (self.forget(rows - self.pool.free) and self.pool.free >= rows)
+        """Return whether there is room for one more slot of `rows` rows, once kept prefixes have made way."""
+        while not self.pool.has_room(rows):
+            if not self.forget(1):
+                return False
+        return True
 
     def forget(self, rows: int = MANY) -> bool:
         """Free kept prefixes of `rows` rows or more, or all; return whether there were any."""
@@ -120,7 +124,7 @@ class Slots:
         except (InputError, MemoryError):
             # There is less memory than was thought: what would have been of use is computed again.
             return
-        self.pool.admit(copies)
+        self.pool.admit(copies, kept=True)
         self.pool.reserve(copies, rows)
         self.prefixes.add(Prefix(tokens, copies))
         self._kept_rows += rows

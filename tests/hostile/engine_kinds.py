@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import runtime.engines.tensorrt
 import runtime.generator
-from plugins.binaries import COMMIT, Kernel, KernelBinaries
+from plugins.binaries import COMMIT, COMMIT_ENTRY, Kernel, KernelBinaries
 from runtime import EngineError, Generator, InputError
 from runtime.bundle.engine_file import EngineFile, read_engine_file
 from runtime.bundle.placing import check_replaceable
@@ -239,7 +239,7 @@ def _plans(folder: Path) -> Kind:
     for file in (GRAPH, LOWERED, WEIGHTS):
         (folder / file).unlink()
     (folder / PLAN).write_bytes(b"a plan")
-    commit = {COMMIT: Kernel("commit_kernel", 32, 0, b"\x7fELF")}
+    commit = {COMMIT: Kernel(COMMIT_ENTRY, 32, 0, b"\x7fELF")}
     kernels = KernelBinaries("float32", about["dims"]["head_dim"], {80: commit, 90: commit}).to_bytes()
     (folder / KERNELS).write_bytes(kernels)
     about["plan"] = {

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plugins.compile import tunings
-from plugins.kernel import attention_kernel, combine_kernel, commit_kernel
-from plugins.launch import POINTER, Buffers, Launch, Scores, Shapes, launches, workspace_size
+from plugins.kernel import attention_kernel, combine_kernel, commit_rows_kernel
+from plugins.launch import POINTER, Buffers, Commit, Launch, Scores, Shapes, commit_launch, launches, workspace_size
 from plugins.reference import tree_attention
 from runtime.rows import lay_out
 from runtime.tree import Tree
@@ -116,24 +116,68 @@ def test_the_kernel_computes_its_definition(
     np.testing.assert_allclose(output.float().numpy(), expected, atol=TOLERANCE[dtype])
 
 
-def test_accepted_rows_are_copied_behind_the_valid_ones() -> None:
-    rng = np.random.default_rng(0)
-    kv_heads, capacity, head_dim, length = 3, 40, 24, 17
-    alive, accepted = (9, 9, 14, 14), (0, 2, 5)
-    new = [torch.from_numpy(rng.integers(0, 99, (kv_heads, rows, head_dim)).astype(np.int16)) for rows in alive]
-    caches = [torch.zeros(kv_heads, capacity, head_dim, dtype=torch.int16) for _ in alive]
-    addresses = [torch.tensor([tensor.data_ptr() for tensor in tensors]) for tensors in (new, caches)]
-    commit_kernel[(len(accepted), kv_heads, len(alive))](
-        *addresses,
-        torch.tensor(alive, dtype=torch.int32),
-        torch.tensor(accepted, dtype=torch.int32),
-        length,
-        capacity,
-        D=head_dim,
-        BLOCK_D=32,
-        ELEMENT=tl.int16,
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_accepted_rows_of_every_request_are_copied_behind_its_valid_ones(data: st.DataObject) -> None:
+    integer = lambda least, most: data.draw(st.integers(least, most))  # noqa: E731
+    element = data.draw(st.sampled_from([tl.int16, tl.int32]))
+    dtype = torch.int16 if element is tl.int16 else torch.int32
+    batch, kv_heads, head_dim = integer(1, 4), integer(1, 3), data.draw(st.sampled_from([8, 24, 64]))
+    tree_rows = integer(1, 6)
+    # Pseudo rows join at later layers; accepted rows are of the tree.
+    alive = [tree_rows + more for more in data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))]
+    lengths = data.draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch))
+    rows = st.lists(st.integers(0, tree_rows - 1), unique=True)
+    accepted = [sorted(data.draw(rows)) for _ in range(batch)]
+    # A chunk of a prompt accepts its rows in their order, and a request may accept nothing: all of them must not.
+    if not any(accepted):
+        accepted[integer(0, batch - 1)] = [integer(0, tree_rows - 1)]
+    most = max(map(len, accepted))
+    first, behind = integer(0, 2), integer(0, 2)
+    capacity = max(lengths) + most + integer(0, 3)
+    rng = np.random.default_rng(integer(0, 2**31))
+    new, caches = (
+        [
+            torch.from_numpy(rng.integers(-999, 999, shape)).to(dtype)
+            for shape in ((places, kv_heads, rows, head_dim) for rows in counts)
+        ]
+        for places, counts in ((batch, alive), (first + batch + behind, [capacity] * len(alive)))
     )
-    for source, cache in zip(new, caches, strict=True):
-        assert torch.equal(cache[:, length : length + 3], source[:, list(accepted)])
-        assert not cache[:, :length].any()
-        assert not cache[:, length + 3 :].any()
+    expected = [cache.clone() for cache in caches]
+    for source, cache in zip(new, expected, strict=True):
+        for request, (length, chosen) in enumerate(zip(lengths, accepted, strict=True)):
+            cache[first + request, :, length : length + len(chosen)] = source[request][:, chosen]
+    # What lies behind the rows that a request accepts is no row at all.
+    table = np.full((batch, most), 1 << 30, dtype=np.int32)
+    for request, chosen in enumerate(accepted):
+        table[request, : len(chosen)] = chosen
+    tensors = {
+        -1: torch.tensor([tensor.data_ptr() for tensor in new]),
+        -2: torch.tensor([tensor.data_ptr() for tensor in caches]),
+        -3: torch.tensor(alive, dtype=torch.int32),
+        -4: torch.tensor(lengths),
+        -5: torch.from_numpy(table),
+        -6: torch.tensor([len(chosen) for chosen in accepted], dtype=torch.int32),
+    }
+    sources, targets, source_rows, ends, chosen_rows, counts = tensors
+    launch = commit_launch(
+        Commit(
+            sources,
+            targets,
+            source_rows,
+            ends,
+            chosen_rows,
+            counts,
+            arrays=len(alive),
+            batch=batch,
+            kv_heads=kv_heads,
+            first=first,
+            most=most,
+            capacity=capacity,
+        )
+    )
+    arguments = [tensors[value] if kind is POINTER else value for value, kind in launch.arguments[:-2]]
+    width = triton.next_power_of_2(head_dim)
+    commit_rows_kernel[launch.grid](*arguments, D=head_dim, BLOCK_D=width, ELEMENT=element)
+    for cache, wanted in zip(caches, expected, strict=True):
+        assert torch.equal(cache, wanted)

@@ -12,15 +12,33 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton")
 
 from plugins import compile as compile_module  # noqa: E402
-from plugins.binaries import ARCHITECTURES, COMBINE, Form, Kernel, KernelBinaries, Variant  # noqa: E402
+from plugins.binaries import (  # noqa: E402
+    ARCHITECTURES,
+    COMBINE,
+    COMMIT,
+    COMMIT_ENTRY,
+    Form,
+    Kernel,
+    KernelBinaries,
+    Variant,
+)
 from plugins.compile import (  # noqa: E402
     Tuning,
     compile_attention,
     compile_combine,
+    compile_commit,
     compile_kernels,
     spilled_bytes,
 )
-from plugins.launch import Buffers, Scores, Shapes, launches, workspace_size  # noqa: E402
+from plugins.launch import (  # noqa: E402
+    Buffers,
+    Commit,
+    Scores,
+    Shapes,
+    commit_launch,
+    launches,
+    workspace_size,
+)
 from plugins.tiling import BLOCK_M, MAX_SPLITS, tile, workspace_bytes, workspace_limit  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -87,6 +105,12 @@ def test_the_launcher_passes_the_parameters_that_a_kernel_takes(form: Form) -> N
     for launch, kernel in zip(found, kernels, strict=True):
         passed = [sizes[kind.__name__] for _, kind in launch.arguments]
         assert passed == parameters(kernel)
+    for sm, compiled in compile_commit("float16", 64, (75, 90)).kernels.items():
+        commit = commit_launch(Commit(0, 1, 2, 3, 4, 5, 60, 8, 3, 0, 5, 4096))
+        assert commit.grid == (40, 3, 60)
+        assert [sizes[kind.__name__] for _, kind in commit.arguments] == parameters(compiled[COMMIT]), sm
+        # By this name an engine tells it from those of earlier releases.
+        assert compiled[COMMIT].entry == COMMIT_ENTRY
 
 
 def parameters(kernel: Kernel) -> list[int]:

@@ -1,6 +1,7 @@
 """A CUDA driver and a TensorRT that run on the CPU, strictly, to test what drives them without a GPU.
 
-Device memory is host memory, and every access must lie within one allocation. Work on a stream is done when the stream
+Device memory is host memory, and every access must lie within one allocation; what was freed has no address again, is
+not a number, and cannot be used, by a captured graph either. Work on a stream is done when the stream
 is synchronised and not before, so that a copy from a buffer overwritten too early, or a result read too early, shows.
 Calls are checked against the signatures of the real `cuda.bindings`. A "plan" is a file with the path of an ONNX graph,
 which ONNX Runtime runs on what lies at the addresses that the context was given.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import itertools
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -35,10 +37,12 @@ class SimulatedDriver:
         self._capability = capability
         self._memory = memory
         self._allocations: dict[int, Any] = {}
+        self._freed: list[Any] = []
         self._pinned: dict[int, Any] = {}
         self._queue: list[Work] = []
         self._captured: list[Work] | None = None
         self._graphs: dict[int, list[Work]] = {}
+        self._handles = itertools.count(1)
         self.launched_graphs = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -111,12 +115,17 @@ class SimulatedDriver:
         return _allocate(self._allocations, size)
 
     def _cuMemFree(self, address: int) -> None:
-        del self._allocations[address]
+        assert not self._queue, "memory is freed while work that may use it waits"
+        assert not self.capturing, "memory cannot be freed while a stream is captured"
+        memory = self._allocations.pop(address)
+        memory.fill(0xFF)
+        self._freed.append(memory)
 
     def _cuMemHostAlloc(self, size: int, flags: int) -> int:
         return _allocate(self._pinned, size)
 
     def _cuMemFreeHost(self, address: int) -> None:
+        assert not self._queue, "memory is freed while work that may use it waits"
         del self._pinned[address]
 
     def _cuMemsetD8Async(self, target: int, value: int, size: int, stream: int) -> None:
@@ -128,14 +137,25 @@ class SimulatedDriver:
     def _cuMemcpyDtoHAsync(self, target: int, source: int, size: int, stream: int) -> None:
         self.enqueue(lambda: np.copyto(_within(self._pinned, target, size), self.at(source, size)))
 
+    def _cuMemcpyDtoDAsync(self, target: int, source: int, size: int, stream: int) -> None:
+        assert target + size <= source or source + size <= target, "a copy onto itself"
+        self.enqueue(lambda: np.copyto(self.at(target, size), self.at(source, size)))
+
     def _cuMemcpy2DAsync(self, copy: Any, stream: int) -> None:
         fields = ("srcDevice", "srcPitch", "dstDevice", "dstPitch", "WidthInBytes", "Height")
         source, source_pitch, target, target_pitch, width, height = (int(getattr(copy, name)) for name in fields)
+        assert 0 < width <= min(source_pitch, target_pitch), "rows overlap the next ones"
+        sources, targets = (
+            [start + row * pitch for row in range(height)]
+            for start, pitch in ((source, source_pitch), (target, target_pitch))
+        )
+        if max(source, target) < min(sources[-1], targets[-1]) + width:
+            for one in sources:
+                assert all(abs(one - other) >= width for other in targets), "a copy onto itself"
 
         def work() -> None:
-            for row in range(height):
-                copied = self.at(source + row * source_pitch, width)
-                np.copyto(self.at(target + row * target_pitch, width), copied)
+            for one, other in zip(sources, targets, strict=True):
+                np.copyto(self.at(other, width), self.at(one, width))
 
         self.enqueue(work)
 
@@ -157,7 +177,8 @@ class SimulatedDriver:
         return captured
 
     def _cuGraphInstantiate(self, graph: list[Work], flags: int) -> int:
-        handle = len(self._graphs) + 1
+        # No handle comes twice: a graph that was freed is none.
+        handle = next(self._handles)
         self._graphs[handle] = graph
         return handle
 
@@ -185,25 +206,34 @@ class SimulatedDriver:
         return kernel
 
     def _cuLaunchKernel(self, function: bytes, *launch: Any) -> None:
-        rows, heads, arrays = launch[:3]
-        assert min(rows, heads, arrays) > 0, "CUDA refuses a grid without blocks"
+        blocks, heads, arrays = launch[:3]
+        assert min(blocks, heads, arrays) > 0, "CUDA refuses a grid without blocks"
         # As the bindings put arguments into memory.
         for value, kind in zip(*launch[8], strict=True):
             assert isinstance(value, int) if kind is ctypes.c_void_p else kind(value) is not None
-        assert function == b"commit_kernel"
-        sources, targets, source_rows, accepted, length, capacity = launch[8][0][:6]
+        assert function == b"commit_rows_kernel"
+        assert heads == self._dims.key_value_heads
+        *pointers, first, most, capacity = launch[8][0][:9]
+        sources, targets, source_rows, lengths, accepted, counts = pointers
+        assert all(pointer % 16 == 0 for pointer in pointers), "the kernel was compiled for aligned pointers"
+        batch = blocks // most
         width = self._dims.head_dim * BYTES[self._dims.dtype]
 
         def work() -> None:
-            chosen = self.at(accepted, 4 * rows).view(np.int32)
+            chosen = self.at(accepted, 4 * batch * most).view(np.int32).reshape(batch, most)
+            ends = self.at(lengths, 8 * batch).view(np.int64).tolist()
+            numbers = self.at(counts, 4 * batch).view(np.int32).tolist()
             for array in range(arrays):
                 source = int(self.at(sources + 8 * array, 8).view(np.int64)[0])
                 target = int(self.at(targets + 8 * array, 8).view(np.int64)[0])
                 pitch = int(self.at(source_rows + 4 * array, 4).view(np.int32)[0])
-                for head in range(heads):
-                    for index, row in enumerate(chosen.tolist()):
-                        copied = self.at(source + (head * pitch + row) * width, width)
-                        np.copyto(self.at(target + (head * capacity + length + index) * width, width), copied)
+                for request, head in itertools.product(range(batch), range(heads)):
+                    for index, row in enumerate(chosen[request, : numbers[request]].tolist()):
+                        place = (first + request) * heads + head
+                        assert 0 <= row < pitch, "a row that the pass did not have"
+                        assert 0 <= ends[request] + index < capacity, "a row behind the last of its place"
+                        copied = self.at(source + ((request * heads + head) * pitch + row) * width, width)
+                        np.copyto(self.at(target + (place * capacity + ends[request] + index) * width, width), copied)
 
         self.enqueue(work)
 

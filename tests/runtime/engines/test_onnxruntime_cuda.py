@@ -1,8 +1,6 @@
 """ONNX Runtime on a simulated GPU: the session is the CPU's, and reads and writes at the addresses it is bound to."""
 
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,55 +9,21 @@ import pytest
 
 from runtime import Generator, InputError, TreeSizes
 from runtime.bundle.engine_file import read_engine_file
-from runtime.engines import device_cache, onnxruntime_cuda
-from runtime.engines.external_weights import GraphFiles
-from runtime.engines.onnxruntime import open_session
-from runtime.engines.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaEngine
+from runtime.engines import onnxruntime_cuda
+from runtime.engines.onnxruntime_cuda import PROVIDER
 from runtime.engines.protocol import Slot
 from runtime.rows import prompt_rows
 
 pytest.importorskip("cuda.bindings")
 
 from tests.passes import run_one
-from tests.runtime.engines.simulated_gpu import SimulatedDriver
+from tests.runtime.engines.gpu_engines import use_gpu_of_onnxruntime
 
 
 @pytest.fixture
 def engine(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tiny engine, with a simulated GPU to run on."""
-    driver = SimulatedDriver(read_engine_file(tiny_engine).dims)
-    bindings = ModuleType("cuda.bindings")
-    bindings.driver = driver  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-    monkeypatch.setattr(device_cache, "SMALLEST_CAPACITY", 16)
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [PROVIDER, "CPUExecutionProvider"])
-    monkeypatch.setattr(OnnxRuntimeCudaEngine, "device", "cpu")
-    opened = open_session
-
-    class Session:
-        """Runs when the stream does."""
-
-        def __init__(self, graph: GraphFiles, providers: list[Any]) -> None:
-            ((name, options), _) = providers
-            assert (name, options) == (PROVIDER, {"device_id": "0", "user_compute_stream": "7", "use_tf32": "0"})
-            self._session = opened(graph, ["CPUExecutionProvider"])
-
-        def get_inputs(self) -> list[Any]:
-            return list(self._session.get_inputs())
-
-        def get_outputs(self) -> list[Any]:
-            return list(self._session.get_outputs())
-
-        def get_providers(self) -> list[str]:
-            return [PROVIDER]
-
-        def io_binding(self) -> Any:
-            return self._session.io_binding()
-
-        def run_with_iobinding(self, binding: Any) -> None:
-            driver.enqueue(lambda: self._session.run_with_iobinding(binding))
-
-    monkeypatch.setattr(onnxruntime_cuda, "open_session", Session)
+    use_gpu_of_onnxruntime(tiny_engine, monkeypatch)
     return tiny_engine
 
 

@@ -2,85 +2,36 @@
 
 import gc
 import json
-import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ht_export.tensorrt.limits import profiles
-from plugins.binaries import COMMIT, Kernel, KernelBinaries
-from runtime import EngineFileError, Generator, InputError, TreeSizes
-from runtime.bundle.engine_file import EngineFile, FileRecord, Limits, PlanFile, read_engine_file
+from runtime import EngineError, EngineFileError, Generator, InputError, TreeSizes
+from runtime.bundle.engine_file import EngineFile, FileRecord, read_engine_file
 from runtime.bundle.places import engine_file_path
-from runtime.decode import DecodingState
-from runtime.drafting.sizing import FixedSizes
-from runtime.engines import device_cache, tensorrt
-from runtime.engines.device_cache import DeviceCache
+from runtime.engines import tensorrt
+from runtime.engines.places import PlacedSlot
 from runtime.engines.tensorrt import TensorRTEngine
 from runtime.rows import lay_out, prompt_rows
-from runtime.scheduling.scheduler import Limits as Scheduled
-from runtime.scheduling.scheduler import run
 from runtime.tree import chain
 
 pytest.importorskip("cuda.bindings")
 
 from tests.passes import run_one
+from tests.runtime.engines.gpu_engines import LIMITS, make_plan, use_gpu
 from tests.runtime.engines.simulated_gpu import SimulatedDriver, simulated_tensorrt
-from tests.runtime.known_engine import jobs_of
-
-LIMITS = Limits(max_batch=1, max_context=200, max_rows=12, chunk=16)
 
 
 @pytest.fixture
 def plan(tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The tiny engine as a plan for the simulated GPU."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    # The tiny model's context would never need a second size.
-    monkeypatch.setattr(device_cache, "SMALLEST_CAPACITY", 16)
-    folder = tmp_path / "plan"
-    shutil.copytree(tiny_engine.parent, folder)
-    about = read_engine_file(tiny_engine)
-    (folder / "engine.onnx").unlink()
-    path = folder / "engine.plan"
-    path.write_text(str(tiny_engine))
-    kernels = folder / "engine.kernels.bin"
-    commit = {COMMIT: Kernel("commit_kernel", 32, 0, b"\x7fELF")}
-    kernels.write_bytes(KernelBinaries("float32", about.dims.head_dim, {80: commit}).to_bytes())
-    made = profiles(about.dims, LIMITS, about.tree)
-    described = PlanFile(
-        product="tensorrt-rtx",
-        version="1.7.1.116",
-        compute_capabilities=((8, 0),),
-        attention="native",
-        plugin_version=None,
-        limits=LIMITS,
-        profiles={profile.name: {name: list(map(list, r)) for name, r in profile.shapes.items()} for profile in made},
-        kernels=FileRecord.of(kernels),
-        build={},
-    )
-    record = FileRecord.of(path)
-    replace(about, graph=record, weights=None, max_context=LIMITS.max_context, plan=described).write(
-        engine_file_path(path)
-    )
+    """The tiny engine as a plan of one request for the simulated GPU."""
+    path = make_plan(tiny_engine, tmp_path, LIMITS, monkeypatch)
     use_gpu(path, monkeypatch)
     return path
-
-
-def use_gpu(plan: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> SimulatedDriver:
-    """Let `cuda.bindings` and `tensorrt_rtx` be those of a simulated GPU."""
-    about = read_engine_file(plan)
-    assert about.plan is not None
-    driver = SimulatedDriver(about.dims, **options)
-    bindings = ModuleType("cuda.bindings")
-    bindings.driver = driver  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", simulated_tensorrt(driver, about.dims, about.plan))
-    return driver
 
 
 def rewrite(path: Path, **plan_fields: Any) -> None:
@@ -148,39 +99,10 @@ def test_a_pass_that_cannot_be_captured_runs_without(
     assert generator.generate("Hello", max_new_tokens=60).tokens == expected.tokens
     assert isinstance(generator.engine, TensorRTEngine)
     captured, shapes = generator.engine.captured
-    assert (captured, shapes > 1) == (0, True)
+    assert (captured, shapes > 0, generator.engine.refused > 1) == (0, True, True)
 
 
-def test_texts_that_are_asked_for_together_have_the_one_cache_in_turn(plan: Path) -> None:
-    generator = Generator(plan)
-    prompts = ["Hello", "Hello there"]
-    expected = [generator.generate(prompt, max_new_tokens=30).text for prompt in prompts]
-    first, second = (generator.stream(prompt, max_new_tokens=30) for prompt in prompts)
-    # The second is read to its end before anybody asks the first one for more.
-    begun = next(first).text
-    assert "".join(chunk.text for chunk in second) == expected[1]
-    assert begun + "".join(chunk.text for chunk in first) == expected[0]
-
-
-def test_a_slot_is_refused_once_another_was_begun(plan: Path) -> None:
-    engine = Generator(plan).engine
-    slot = engine.new_slot()
-    rows = prompt_rows([1, 2, 3], engine.dims.join_order, 0)
-    result = run_one(engine, rows, slot)
-    newer = engine.new_slot()
-    message = "another text was begun on this engine before this one ended"
-    for use in (
-        lambda: engine.commit(result, [[0]]),
-        lambda: run_one(engine, rows, slot),
-        lambda: engine.keep(slot, 0),
-        lambda: engine.copy(engine.keep(newer, 0), slot, 0),
-    ):
-        with pytest.raises(InputError, match=message):
-            use()
-    run_one(engine, rows, newer)
-
-
-def committed(engine: TensorRTEngine, tokens: list[int]) -> DeviceCache:
+def committed(engine: TensorRTEngine, tokens: list[int]) -> PlacedSlot:
     """Return a new slot with the rows of `tokens`."""
     slot = engine.new_slot()
     for start in range(0, len(tokens), LIMITS.chunk):
@@ -190,10 +112,10 @@ def committed(engine: TensorRTEngine, tokens: list[int]) -> DeviceCache:
     return slot
 
 
-def logits_after(engine: TensorRTEngine, slot: DeviceCache, token: int) -> np.ndarray:
+def logits_after(engine: TensorRTEngine, slot: PlacedSlot, token: int) -> np.ndarray:
     """Return the logits after a token behind the rows of `slot`, which stay as they are."""
     rows = prompt_rows([token], engine.dims.join_order, slot.length)
-    return run_one(engine, rows, slot).logits.copy()
+    return np.array(run_one(engine, rows, slot).outputs(0).logits[0])
 
 
 # More than the smallest cache has, and fewer; of these all, some, and one.
@@ -238,22 +160,6 @@ def test_a_request_that_failed_commits_nothing(plan: Path) -> None:
     engine.commit(result, [()])
     assert slot.length == 3
     np.testing.assert_array_equal(logits_after(engine, slot, 6), expected)
-
-
-def test_several_requests_take_turns_in_the_one_cache_that_there_is(plan: Path, tiny_engine: Path) -> None:
-    generator = Generator(plan)
-    about = generator.about
-    texts = ["Hello", "Hello there", "x" * 40]
-    requests = []
-    for text in texts:
-        drafter = generator.new_drafter(FixedSizes(about.tree))
-        ids = generator.encode(text)
-        requests.append(DecodingState(ids, drafter, about.prompt_chunk, about.dims.join_order, max_new_tokens=20))
-    for _ in run(generator.engine, jobs_of(requests), Scheduled(prompt_chunk=about.prompt_chunk)):
-        assert sum(bool(request.tokens) and not request.ended for request in requests) <= 1
-    expected = Generator(tiny_engine, threads=1, adapt=False)
-    for text, request in zip(texts, requests, strict=True):
-        assert request.tokens == expected.generate(text, max_new_tokens=20, speculate=False).tokens
 
 
 def test_a_last_prompt_chunk_of_one_token_runs_as_a_prompt(plan: Path, tiny_engine: Path) -> None:
@@ -393,7 +299,7 @@ def test_a_context_that_cannot_be_made(plan: Path, monkeypatch: pytest.MonkeyPat
     engine = generator.engine
     assert isinstance(engine, TensorRTEngine)
     monkeypatch.setattr(type(engine._engine), "create_execution_context", lambda self, config: None)
-    with pytest.raises(InputError, match=r"the plan cannot be run \(it gives no reason\); the GPU has \d+ MiB"):
+    with pytest.raises(EngineError, match=r"the plan cannot be run \(it gives no reason\); the GPU has \d+ MiB"):
         generator.generate("Hello")
 
 

@@ -405,6 +405,41 @@ def test_rows_that_there_is_no_memory_to_keep_are_computed_again() -> None:
         assert job.cached == 0
 
 
+class Refusing(KnownEngine):
+    """Refuses a pass over 20 rows of one request, as an engine does what does not fit."""
+
+    def run(self, batch):  # type: ignore[no-untyped-def]
+        if max(batch.lengths) >= 20:
+            self.batches.append(batch)
+            raise InputError("20 rows are too many")
+        return super().run(batch)
+
+
+@pytest.mark.parametrize("sizes", [PLAIN, TreeSizes(4, (4, 2, 1))])
+def test_a_request_that_does_not_fit_the_engine_fails_alone(sizes: TreeSizes) -> None:
+    known = known_engine([True, False])
+    engine = Refusing(known.dims, known.logits, known.draft_logits, 4)
+    scheduler = Scheduler(engine, Limits(cache_rows=2048, prefix_rows=512), checked=True)
+    texts = [[1, 2], [3] * 12, [4], [5] * 11]
+    jobs = [Job(request_for(drafter_of(sizes), text, max_new_tokens=17), 64, listener=Told()) for text in texts]
+    for job in jobs:
+        scheduler.add(job)
+    while not scheduler.idle:
+        scheduler.step()
+    for text, job in zip(texts, jobs, strict=True):
+        expected = plain(text, 17)
+        if len(text) < 3:
+            assert (told(job).error, job.state.tokens) == (None, expected)
+            continue
+        assert str(told(job).error) == "20 rows are too many"
+        # It has all that was certain before.
+        assert 8 <= len(job.state.tokens) < 17
+        assert job.state.tokens == expected[: len(job.state.tokens)]
+    assert scheduler.failure is None
+    # The others were together with them, and are together still.
+    assert {4, 2} <= {len(batch) for batch in engine.batches}
+
+
 class Breaking(KnownEngine):
     """Fails in the pass after `passes`."""
 

@@ -91,7 +91,8 @@ def test_a_wrong_engine_is_found(
     def wrong(engine: TensorRTEngine, batch: Batch) -> DeviceResult:
         found = run(engine, batch)
         if len(batch.rows[0].logit_rows) > 1:
-            found.logits[:] = np.roll(found.logits, 7, axis=-1)
+            logits = found.buffers.logits(found.laid_out.logit_count)
+            logits[:] = np.roll(logits, 7, axis=-1)  # type: ignore[index, call-overload]
         return found
 
     monkeypatch.setattr(TensorRTEngine, "run", wrong)
