@@ -247,10 +247,28 @@ class Generator:
         return {**self._service.state(), **self._service.scheduler.metrics.to_dict()}
 
     def warm_up(self) -> None:
-        """Run passes of all kinds once, so that no request waits for what is set up at the first one."""
-        for count in {1, self._max_batch}:
-            for speculate in (True, False):
-                self.generate([Tokens([0])] * count, max_new_tokens=WARM_TOKENS, speculate=speculate)
+        """Run passes of all kinds, so that no request waits for what is set up at the first ones: on a GPU those of any
+        number of requests, and of all sizes that may be chosen for them, as each has a graph of its own.
+        """
+        for count in self._usual_counts():
+            for ways in self._usual_ways(count):
+                self.generate([Tokens([0])] * count, **ways)
+
+    def _usual_counts(self) -> list[int]:
+        most = min(self._max_batch, self.engine.max_slots)
+        if self.engine.gpu_name is None:
+            return sorted({1, most})
+        return sorted({*(1 << place for place in range(most.bit_length())), most})
+
+    def _usual_ways(self, count: int) -> list[RequestOptions]:
+        some = WARM_TOKENS
+        ways: list[RequestOptions] = [{"speculate": way, "max_new_tokens": some} for way in (False, True)]
+        if self.engine.gpu_name is not None and self.tuning is not None:
+            menu = self.tuning.menu
+            if count > 1:
+                menu = next((one.menu for one in self.tuning.batches if one.requests >= count), menu)
+            ways += [{"tree": sizes, "max_new_tokens": some} for sizes in menu.sizes if sizes.tree_rows > 1]
+        return ways
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, and wait until those under way have ended, for up to `timeout` seconds; return whether
