@@ -97,7 +97,7 @@ def _add_plan(plan: argparse._ArgumentGroup) -> None:
         default="auto",
         help="our tree-attention kernel, or the library's own (default: ours where it can compute the model)",
     )
-    plan.add_argument("--max-batch", type=int, default=1, metavar="B", help="sequences at once (default: 1)")
+    plan.add_argument("--max-batch", type=int, default=8, metavar="B", help="requests in one pass (default: 8)")
     plan.add_argument(
         "--max-rows", type=int, metavar="T", help="most candidates of a pass (default: 32, or --tree-rows if more)"
     )
@@ -170,8 +170,9 @@ def _summary(plan: PlanFile) -> str:
     kind = "layers with our tree attention" if plan.attention == "plugin" else "layers with fused native attention"
     return (
         f"{plan.product} {plan.version} for compute capability {built_for}: {count} {kind}, built in "
-        f"{plan.build['seconds']:.0f} s with {plan.build['peak_memory'] / 2**20:.0f} MiB; at its limits the cache "
-        f"takes {plan.build['cache_bytes_at_limits'] / 2**20:.0f} MiB of the GPU's memory"
+        f"{plan.build['seconds']:.0f} s with {plan.build['peak_memory'] / 2**20:.0f} MiB; {plan.limits.max_batch} "
+        f"requests of the longest context take {plan.build['cache_bytes_at_limits'] / 2**20:.0f} MiB of the GPU's "
+        "memory, fewer and shorter ones less"
     )
 
 

@@ -185,8 +185,7 @@ def measure_batches(
 class _Steps:
     """Steps over a cache whose rows have no meaning: their time does not depend on what they hold.
 
-    They are of `count` requests. One slot that grows is filled, as on a GPU only the newest of an engine may be used,
-    and copied to the others.
+    They are of `count` requests. One slot that grows is filled, and copied to the others.
     """
 
     def __init__(self, engine: Engine, sizes: Sequence[TreeSizes], new_drafter: NewDrafter, count: int = 1) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime import bindings
 from runtime.bindings import GraphDims, dynamic_dims
 from runtime.bundle.engine_file import MOST_BATCH, MOST_CHUNK, MOST_CONTEXT, MOST_PASS_ROWS, Limits
-from runtime.engines.device_cache import capacities
+from runtime.engines.device_cache import in_places
 from runtime.errors import InputError
 from runtime.tree import TreeSizes
 
@@ -65,11 +64,13 @@ def profiles(dims: GraphDims, limits: Limits, tree: TreeSizes) -> tuple[Profile,
     typical = min(TYPICAL_CONTEXT, limits.max_context)
     nothing, one = (0,) * dims.num_steps, (1,) * dims.num_steps
     most, batch, capacity = (limits.max_rows,) * dims.num_steps, limits.max_batch, limits.capacity
+    together = typical_batch(batch)
     verification = (
         dynamic_dims(1, nothing, 1, 0),
-        dynamic_dims(tree.tree_rows, tree.pseudo_rows, tree.tree_rows, typical),
+        dynamic_dims(tree.tree_rows, tree.pseudo_rows, tree.tree_rows, typical, together),
         dynamic_dims(limits.max_rows, most, limits.max_rows, capacity, batch),
     )
+    # Of prompts there is one in a pass, whatever else runs.
     prompt = (
         dynamic_dims(1, nothing, 1, 0),
         dynamic_dims(limits.chunk, one, 1, typical),
@@ -85,8 +86,15 @@ def _shapes(dims: GraphDims, values: tuple[dict[str, int], ...]) -> dict[str, Ra
     }
 
 
+def typical_batch(max_batch: int) -> int:
+    """Return the requests that verification is tuned for: half of the most, in places as passes have them.
+
+    With few requests a pass is bound by reading the weights, whatever it was tuned for; with many its arithmetic
+    counts, and as many as there may be are rare. A plan of one request is tuned for that.
+    """
+    return in_places(-(-max_batch // 2), max_batch)
+
+
 def cache_bytes(dims: GraphDims, limits: Limits) -> int:
-    """Return the bytes of the key and value caches at the limits, of all capacities that they grew through."""
-    element = bindings.BYTES[dims.dtype]
-    row = 2 * dims.num_layers * dims.key_value_heads * dims.head_dim * element
-    return limits.max_batch * sum(capacities(limits.capacity)) * row
+    """Return the bytes of the keys and values of as many requests as there may be, each of the longest context."""
+    return limits.max_batch * limits.capacity * dims.row_bytes

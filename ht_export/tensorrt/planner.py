@@ -21,6 +21,8 @@ from runtime.files import check_writable
 from runtime.tree import TreeSizes
 
 DEFAULT_CONTEXT = 4096
+# Requests of a pass: memory for them is taken as they come, but for what the library itself needs at the most.
+DEFAULT_BATCH = 8
 DEFAULT_ROWS = 32
 DEFAULT_CHUNK = 256
 # Plans of TensorRT for RTX run on later GPUs than they name; these get kernels too.
@@ -38,7 +40,7 @@ class PlanSettings:
     """
 
     runtime: str | None = None
-    max_batch: int = 1
+    max_batch: int = DEFAULT_BATCH
     max_rows: int | None = None
     capabilities: Sequence[Capability] = ()
     attention: str = "auto"

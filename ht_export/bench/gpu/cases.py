@@ -18,7 +18,7 @@ GRID: dict[str, tuple[Any, ...]] = {
     "heads": ((1, 1), (3, 3), (4, 2), (8, 1), (1, 4)),
     "rows": (1, 5, 16, 33, 256),
     "capacity": (0, 1, 64, 333, 2048, 5000),
-    "batch": (1, 3),
+    "batch": (1, 3, 8),
     "windowed": (False, True),
     # Low enough that scores come near it.
     "softcap": (0.0, 2.0),

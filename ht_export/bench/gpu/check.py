@@ -31,8 +31,8 @@ The kernel is compared with its definition over a grid of shapes and types, and 
 mask and against the memory bandwidth of this GPU, measured in the same run. Torch and Triton are enough for that.
 
 Of each engine: is speculative text the same as plain text; how do its outputs compare with those of an fp32 engine on
-the CPU (--reference); how long does a pass take over rows and context, with CUDA graphs and without; how fast is
-decoding. An .onnx engine needs onnxruntime-gpu, a .plan the TensorRT that built it.
+the CPU (--reference); how long does a pass take over rows and context, with CUDA graphs and without, and a step over
+requests; how fast is decoding. An .onnx engine needs onnxruntime-gpu, a .plan the TensorRT that built it.
 """
 EXAMPLES = """
 examples:
@@ -206,6 +206,9 @@ def kernel_table(kernel: dict[str, Any]) -> Iterator[str]:
         worst = ", ".join(f"{name} {error:.1e}" for name, error in checks["worst_error"].items())
         yield f"kernel: {checks['cases']} cases, {len(checks['failures'])} wrong; largest relative error: {worst}"
         yield from (f"  {failure}" for failure in checks["failures"][:5])
+    if "wrong" in kernel.get("commits", {}):
+        commits = kernel["commits"]
+        yield f"commits of many requests: {commits['cases']} cases, {commits['wrong']} wrong"
     if "copy" in kernel.get("bandwidth", {}):
         found = {name: value / 1e12 for name, value in kernel["bandwidth"].items()}
         yield f"memory: copy {found['copy']:.2f} TB/s, read {found['read']:.2f} TB/s; the greater is the limit below\n"
@@ -258,6 +261,8 @@ def engine_table(engine: dict[str, Any]) -> Iterator[str]:
     }
     if timed:
         yield from latency_table(timed)
+    if engine.get("requests", {}).get("rows"):
+        yield from requests_table(engine["requests"])
 
 
 def _worst(rows: list[dict[str, Any]]) -> str:
@@ -281,3 +286,17 @@ def latency_table(timed: dict[str, dict[str, Any]]) -> Iterator[str]:
             yield f"| {name} | {context} | {' | '.join(cells)} |"
         if found["left_out"]:
             yield f"\n{found['left_out']} more sizes {name} were left out for want of time"
+
+
+def requests_table(found: dict[str, Any]) -> Iterator[str]:
+    """Yield the milliseconds of a step of many requests, its commit included: a line for each number of them."""
+    sizes = sorted({row["tree_rows"] for row in found["rows"]})
+    yield f"\nA step of so many requests, each over {found['rows'][0]['context']} tokens, by tree rows:\n"
+    yield "| requests | " + " | ".join("plain" if size == 1 else str(size) for size in sizes) + " |"
+    yield "| ---: |" + " ---: |" * len(sizes)
+    ms = {(row["requests"], row["tree_rows"]): row["ms"] for row in found["rows"]}
+    for count in dict.fromkeys(row["requests"] for row in found["rows"]):
+        cells = (f"{ms[count, size]:.2f}" if (count, size) in ms else "-" for size in sizes)
+        yield f"| {count} | {' | '.join(cells)} |"
+    if found["left_out"]:
+        yield f"\n{found['left_out']} more sizes were left out for want of time"

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ht_export.bench.gpu.parts import Sections, attempt, finite, note
-from ht_export.bench.gpu.passes import TOLERANCE, compare_outputs, compare_shapes, is_within, pass_times
+from ht_export.bench.gpu.passes import TOLERANCE, compare_outputs, compare_shapes, is_within, pass_times, request_times
 from ht_export.example_prompts import HELD_OUT_TOPICS, QUESTIONS
 from runtime import GenerationResult, Generator, InputError, TreeSizes
 from runtime.bundle.engine_file import EngineFile, Limits, read_engine_file
@@ -35,8 +35,8 @@ LATENCY_SECONDS = 60.0
 
 
 def engine_part(path: Path, reference: Path | None, prompts: int, max_new_tokens: int, seed: int) -> Sections:
-    """Yield "about", "decoding", "shapes", "reference" where there is one, and "latency" of the engine at `path`; of a
-    plan "latency_without_graphs" too.
+    """Yield "about", "decoding", "shapes", "reference" where there is one, "latency" and "requests" of the engine at
+    `path`; of a plan "latency_without_graphs" too.
     """
     about = read_engine_file(path)
     limits = pass_limits(about)
@@ -46,6 +46,8 @@ def engine_part(path: Path, reference: Path | None, prompts: int, max_new_tokens
     # The engine above is freed first: the weights of two may not fit.
     gc.collect()
     yield "latency", attempt(lambda: latency(path, about, limits, seed, use_graphs=True))
+    gc.collect()
+    yield "requests", attempt(lambda: over_requests(path, about, limits, seed))
     if about.plan is not None:
         gc.collect()
         yield "latency_without_graphs", attempt(lambda: latency(path, about, limits, seed, use_graphs=False))
@@ -95,9 +97,9 @@ def pass_limits(about: EngineFile) -> Limits:
     """Return what the engine can run in a pass on the GPU."""
     if about.plan is not None:
         return about.plan.limits
-    from runtime.engines.onnxruntime_cuda import MAX_ROWS
+    from runtime.engines.onnxruntime_cuda import MAX_BATCH, MAX_ROWS
 
-    return Limits(1, about.max_context, max(MAX_ROWS, about.tree.tree_rows), about.prompt_chunk)
+    return Limits(MAX_BATCH, about.max_context, max(MAX_ROWS, about.tree.tree_rows), about.prompt_chunk)
 
 
 def describe(about: EngineFile, limits: Limits) -> dict[str, Any]:
@@ -284,6 +286,14 @@ def latency(path: Path, about: EngineFile, limits: Limits, seed: int, *, use_gra
     if use_graphs and (refused := getattr(engine, "refused", 0)):
         found["faults"] = [f"{refused} shapes could not be captured as a CUDA graph"]
     return found
+
+
+def over_requests(path: Path, about: EngineFile, limits: Limits, seed: int) -> dict[str, Any]:
+    """Return the median time of steps by the number of requests, and how many sizes there was no time for."""
+    engine = open_engine(path, about, True)
+    end = time.monotonic() + LATENCY_SECONDS
+    measured = list(request_times(engine, limits, seed, lambda: time.monotonic() < end))
+    return {"rows": [row for row in measured if row is not None], "left_out": measured.count(None)}
 
 
 def is_tie(relative_gap: float | None, dtype: str) -> bool:

@@ -18,6 +18,7 @@ from ht_export.bench.gpu.cases import (
     reference,
     relative_error,
 )
+from ht_export.bench.gpu.commits import CompiledCommit, check_commits
 from ht_export.bench.gpu.compiled import Kernel
 from ht_export.bench.gpu.parts import Sections, attempt, finite, note
 from ht_export.bench.gpu.timing import measure_bandwidth, time_kernel
@@ -25,10 +26,11 @@ from plugins.launch import Scores
 
 # Enough to see what is wrong; after an illegal access every further case fails too.
 MOST_FAILURES = 20
+COMMITS = 100
 
 
 def kernel_part(count: int, seed: int) -> Sections:
-    """Yield "skipped" where the kernel cannot run; else "checks", "graph", "bandwidth" and "speed"."""
+    """Yield "skipped" where the kernel cannot run; else "checks", "graph", "commits", "bandwidth" and "speed"."""
     missing = what_is_missing()
     if missing:
         yield "skipped", missing
@@ -40,6 +42,7 @@ def kernel_part(count: int, seed: int) -> Sections:
     kernel = Kernel()
     yield "checks", attempt(lambda: check_kernel(kernel, count, seed))
     yield "graph", attempt(lambda: check_graph(kernel, seed))
+    yield "commits", attempt(lambda: check_commits(CompiledCommit(), COMMITS, seed))
     note("timing the kernel")
     yield "bandwidth", (bandwidth := attempt(measure_bandwidth))
     yield "speed", attempt(lambda: {"rows": time_kernel(kernel, bandwidth["bytes_per_second"])})

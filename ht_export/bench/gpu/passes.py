@@ -23,6 +23,7 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1.5e-1}
 TREE_ROWS = (1, 4, 8, 16, 32)
 CONTEXTS = (128, 512, 2048)
 WARMUP, REPEATS = 5, 30
+REQUESTS = (1, 2, 4, 8, 16, 32, 64)
 # Enough for the cache to outgrow its first capacity.
 COMPARED_CONTEXT = 300
 
@@ -124,6 +125,40 @@ def pass_times(
                 "ms": median,
                 "quartiles_ms": [low, high],
             }
+
+
+def request_times(
+    engine: Engine, limits: Limits, seed: int, in_time: Callable[[], bool]
+) -> Iterator[dict[str, Any] | None]:
+    """Yield the median time of a step of so many requests, as many as the engine takes, over the shortest context: a
+    pass and the commit of its root, for trees of several sizes; None once it is too late for it.
+    """
+    rng = np.random.default_rng(seed)
+    # Every repeat makes the context longer by one.
+    steps = 2 * (WARMUP + REPEATS)
+    context = max(1, min(contexts(limits)[0], limits.max_context - steps - 1))
+    most = min(engine.max_batch, engine.max_slots)
+    for count in [count for count in REQUESTS if count <= most]:
+        first = engine.new_slot()
+        fill(engine, first, rng, context, limits.chunk)
+        slots = [first, *(engine.new_slot() for _ in range(count - 1))]
+        for slot in slots[1:]:
+            engine.copy(first, slot, context)
+        for tree_rows in tree_sizes(limits)[:2]:
+            if not in_time():
+                yield None
+                continue
+            pseudo = pseudo_rows(engine.dims, tree_rows)
+            times = []
+            for _ in range(WARMUP + REPEATS):
+                rows = [random_rows(engine.dims, rng, slot.length, tree_rows, pseudo) for slot in slots]
+                start = time.perf_counter()
+                engine.commit(engine.run(Batch.of(rows, slots)), [(0,)] * count)
+                times.append((time.perf_counter() - start) * 1e3)
+            ms = statistics.median(times[WARMUP:])
+            yield {"requests": count, "context": context, "tree_rows": tree_rows, "ms": ms}
+        for slot in slots:
+            engine.release(slot)
 
 
 def contexts(limits: Limits) -> list[int]:

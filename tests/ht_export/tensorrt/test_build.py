@@ -46,8 +46,8 @@ def test_every_attention_becomes_the_plugin_and_the_plan_is_described(plugin_pla
     # One of each profile.
     assert about.plan.build["engine_layers"]["custom_layer"] == 2 * 4
     assert about.plan.compute_capabilities == ((8, 0),)
-    assert about.plan.limits == Limits(max_batch=1, max_context=128, max_rows=8, chunk=16)
-    assert about.plan.profiles["verification"]["input_ids"] == [[1, 1], [1, 4], [1, 8]]
+    assert about.plan.limits == Limits(max_batch=8, max_context=128, max_rows=8, chunk=16)
+    assert about.plan.profiles["verification"]["input_ids"] == [[1, 1], [4, 4], [8, 8]]
     assert about.weights is None
     assert about.max_context == 128
     assert about.parity["largest_relative_difference"] < 1e-4
@@ -156,7 +156,7 @@ def test_defaults_fit_the_context() -> None:
     planner = planner_for()
     planner.settings = PlanSettings(runtime="tensorrt-rtx")
     prepared = planner.prepare(dims_with(), TreeSizes(4, (4,)), (None, None), 20, 1 << 20, Path())
-    assert prepared.limits == Limits(max_batch=1, max_context=20, max_rows=20, chunk=20)
+    assert prepared.limits == Limits(max_batch=8, max_context=20, max_rows=20, chunk=20)
 
 
 def test_a_gpu_that_nothing_was_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from ht_export.tensorrt.limits import cache_bytes, check_limits, profiles
+from ht_export.tensorrt.limits import cache_bytes, check_limits, profiles, typical_batch
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import Limits
 from runtime.errors import InputError
@@ -26,6 +26,14 @@ def test_profiles_span_the_limits_and_are_tuned_for_the_tree() -> None:
     assert prompt.shapes["logit_rows"] == ((1, 1), (1, 1), (2, 1))
 
 
+def test_verification_is_tuned_for_half_of_the_requests_that_there_may_be() -> None:
+    assert [typical_batch(most) for most in (1, 2, 3, 4, 6, 8, 12, 16, 1024)] == [1, 1, 2, 2, 4, 4, 8, 8, 512]
+    verification, prompt = profiles(DIMS, replace(LIMITS, max_batch=8), TREE)
+    assert verification.shapes["input_ids"] == ((1, 1), (4, 16), (8, 32))
+    assert verification.shapes["key_cache_0"] == ((1, 3, 0, 64), (4, 3, 512, 64), (8, 3, 2112, 64))
+    assert prompt.shapes["input_ids"] == ((1, 1), (1, 256), (8, 256))
+
+
 def test_every_shape_of_a_profile_grows_from_least_to_most() -> None:
     small = Limits(max_batch=1, max_context=8, max_rows=4, chunk=8)
     for limits, tree in ((LIMITS, TREE), (small, TreeSizes(2, (2, 1)))):
@@ -35,7 +43,7 @@ def test_every_shape_of_a_profile_grows_from_least_to_most() -> None:
 
 
 def test_the_cache_at_the_limits() -> None:
-    assert cache_bytes(DIMS, LIMITS) == 2 * (256 + 512 + 1024 + 2112) * (2 * 4 * 3 * 64 * 2)
+    assert cache_bytes(DIMS, LIMITS) == 2 * 2112 * (2 * 4 * 3 * 64 * 2)
     assert cache_bytes(replace(DIMS, dtype="float32"), LIMITS) == 2 * cache_bytes(DIMS, LIMITS)
 
 

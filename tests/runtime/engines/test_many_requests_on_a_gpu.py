@@ -329,6 +329,23 @@ def test_few_graphs_are_held_and_those_used_last(
     assert driver.launched_graphs > 10
 
 
+def test_after_warming_up_few_requests_or_many_find_their_graphs(
+    tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(tiny_engine, tmp_path, MANY, monkeypatch)
+    use_gpu(plan, monkeypatch)
+    generator = Generator(plan)
+    engine = generator.engine
+    assert isinstance(engine, TensorRTEngine)
+    generator.warm_up()
+    captured, shapes = engine.captured
+    assert captured
+    for count in range(1, 7):
+        for speculate in (True, False):
+            generator.generate([Tokens([7, count])] * count, max_new_tokens=3, speculate=speculate)
+    assert engine.captured[1] == shapes
+
+
 def test_a_plan_of_an_earlier_release_says_what_to_do(
     tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from ht_export.bench import cli
-from ht_export.bench.gpu import cases, check, engines, passes, timing
+from ht_export.bench.gpu import cases, check, commits, engines, passes, timing
 from ht_export.bench.gpu import parts as gpu_parts
+from ht_export.bench.gpu.commits import CommitCase, check_commits
 from ht_export.bench.gpu.kernel import check_kernel
 from plugins.launch import Scores
 from runtime.bundle.engine_file import read_engine_file
@@ -67,6 +68,7 @@ def test_a_plan_is_checked_without_torch(
         found = [(row["context"], row["tree_rows"], row["pseudo_rows"]) for row in engine[section]["rows"]]
         assert found == [(128, 1, 0), (128, 4, 12), (128, 8, 24)]
         assert all(row["ms"] > 0 for row in engine[section]["rows"])
+    assert [(row["requests"], row["tree_rows"]) for row in engine["requests"]["rows"]] == [(1, 1), (1, 4)]
     assert sys.modules["cuda.bindings"].driver.launched_graphs
     printed = capsys.readouterr().out
     assert "kernel: not checked: torch cannot be imported" in printed
@@ -81,6 +83,10 @@ def test_an_onnx_engine_is_checked(onnx_on_gpu: Path, tmp_path: Path) -> None:
     assert engine["decoding"]["same_text"] == 2
     assert [row["tree_rows"] for row in engine["latency"]["rows"]] == [1, 4, 8, 16, 32]
     assert "latency_without_graphs" not in engine
+    counts = [1, 2, 4, 8, 16, 32]
+    assert [(row["requests"], row["tree_rows"]) for row in engine["requests"]["rows"]] == [
+        (count, size) for count in counts for size in (1, 4)
+    ]
 
 
 def test_a_wrong_engine_is_found(
@@ -230,6 +236,7 @@ REPORT = {
     "kernel": {
         "checks": {"cases": 9, "worst_error": {"float16": 4e-4}, "failures": [{"rows": 5}], "faults": ["1 of 9 wrong"]},
         "graph": {"error": "RuntimeError: capture"},
+        "commits": {"cases": 100, "wrong": 0, "faults": []},
         "bandwidth": {"copy": 2.9e12, "read": 3.1e12, "bytes_per_second": 3.1e12},
         "speed": {
             "rows": [
@@ -259,6 +266,14 @@ REPORT = {
                 ],
                 "left_out": 1,
             },
+            "requests": {
+                "rows": [
+                    {"requests": 1, "context": 128, "tree_rows": 1, "ms": 1.25},
+                    {"requests": 8, "context": 128, "tree_rows": 1, "ms": 1.5},
+                    {"requests": 8, "context": 128, "tree_rows": 4, "ms": 2.0},
+                ],
+                "left_out": 0,
+            },
         }
     ],
 }
@@ -274,6 +289,10 @@ def test_a_stored_report_is_printed() -> None:
         "| ms | context | plain | 16 |",
         "| as it runs | 128 | 1.25 | 1.50 |",
         "| as it runs | 512 | 1.38 | - |",
+        "commits of many requests: 100 cases, 0 wrong",
+        "| requests | plain | 4 |",
+        "| 1 | 1.25 | - |",
+        "| 8 | 1.50 | 2.00 |",
         "\n3 faults",
         "- kernel, checks: 1 of 9 wrong",
         "- kernel, graph: RuntimeError: capture",
@@ -330,6 +349,34 @@ def test_a_wrong_kernel_fails(kernel: Callable) -> None:
     assert len(found["failures"]) > 8
     assert "are wrong, the first" in found["faults"][0]
     json.dumps(found, allow_nan=False)
+
+
+def forgets_the_lengths(case: CommitCase) -> None:
+    move(replace(case, lengths=[0] * len(case.lengths)), case)
+
+
+def commits_where_nothing_was_accepted(case: CommitCase) -> None:
+    move(replace(case, accepted=[rows or [0] for rows in case.accepted]), case)
+
+
+def commits_elsewhere(case: CommitCase) -> None:
+    move(replace(case, first=0), case)
+
+
+def move(done: CommitCase, case: CommitCase) -> None:
+    for cache, found in zip(case.caches, commits.committed(done), strict=True):
+        cache.copy_(found)
+
+
+def test_right_commits_pass() -> None:
+    assert check_commits(lambda case: move(case, case), 20, 0, device="cpu") == {"cases": 20, "wrong": 0, "faults": []}
+
+
+@pytest.mark.parametrize("commit", [forgets_the_lengths, commits_where_nothing_was_accepted, commits_elsewhere])
+def test_wrong_commits_fail(commit: Callable) -> None:
+    found = check_commits(commit, 20, 0, device="cpu")
+    assert found["wrong"] > 1
+    assert "of 20 commits are wrong, the first number" in found["faults"][0]
 
 
 def test_a_draw_of_cases_leaves_nothing_out() -> None:
