@@ -57,6 +57,8 @@ def best_architecture(major: int, minor: int, held: Iterable[int]) -> int | None
 
 COMBINE = Variant(0, True)
 COMMIT = Variant(0, False)
+# Choices on the device: the largest logits, their weights or scores, what is collected.
+PEAK, WEIGH, COLLECT = CHOOSE = (Variant(1, False), Variant(1, True), Variant(2, False))
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,18 @@ class Noise:
         self._start = position
         self._keys: list[np.uint64] = []
 
-    def uniforms(self, position: int, tokens: IntArray) -> FloatArray:
-        """Return numbers between 0 and 1, both left out, of `tokens` [N] at `position`."""
+    def key(self, position: int) -> np.uint64:
+        """Return the key of a `position`."""
         while len(self._keys) <= position - self._start:
             # One count of the counter gives four words; the others are left unused.
             self._keys.append(self._bits.random_raw(4)[0])
+        return self._keys[position - self._start]
+
+    def uniforms(self, position: int, tokens: IntArray) -> FloatArray:
+        """Return numbers between 0 and 1, both left out, of `tokens` [N] at `position`."""
         words = (tokens + 1).astype(np.uint64)
         words *= GAMMA
-        words += self._keys[position - self._start]
+        words += self.key(position)
         first, second, third = SHIFTS
         words ^= words >> first
         words *= MULTIPLIERS[0]
