@@ -18,7 +18,7 @@ from runtime.engines.cuda import Cuda
 from runtime.engines.device_cache import DeviceCache
 from runtime.engines.layout import BatchInputs
 from runtime.engines.protocol import Batch, Freshness
-from runtime.rows import HostOutputs, PickedRows
+from runtime.rows import HostOutputs, Outputs, PickedRows
 from runtime.tree import TreeSizes
 
 ALIGNMENT = 256
@@ -70,6 +70,11 @@ class PassBuffers:
         found[bindings.LOGITS] = self._logits.address
         found[bindings.DRAFT_LOGITS] = self._drafts.address
         return found
+
+    @property
+    def logit_addresses(self) -> tuple[int, int]:
+        """The device addresses of the logits and of the draft logits."""
+        return self._logits.address, self._drafts.address
 
     def new(self, layer: int) -> tuple[int, int]:
         """Return the addresses of the new keys and values [Hkv, R_l, D] of `layer`."""
@@ -149,7 +154,8 @@ class DraftRows:
 @dataclass(frozen=True)
 class DeviceResult:
     """Pass `number` on a GPU, of one request, laid out in these `sizes`: logits [M, V] on the host, all else where the
-    pass left it; `pseudo` are the rows of the draft logits that are the request's own. See `Result`.
+    pass left it; `pseudo` are the rows of the draft logits that are the request's own. Where choices are made on the
+    GPU, `chosen` are the outputs, and no logits were fetched. See `Result`.
     """
 
     batch: Batch
@@ -159,10 +165,13 @@ class DeviceResult:
     pseudo: IntArray
     number: int
     freshness: Freshness
+    chosen: Sequence[Outputs] | None = None
 
-    def outputs(self, index: int) -> HostOutputs:
+    def outputs(self, index: int) -> Outputs:
         """See `Result.outputs`."""
         self.freshness.check(self.number)
+        if self.chosen is not None:
+            return self.chosen[index]
         rows = self.batch.rows[index]
         drafts = DraftRows(self.buffers, sum(self.sizes.pseudo_rows))
         return HostOutputs(rows, self.logits[: len(rows.logit_rows)], PickedRows(drafts, self.pseudo))

@@ -1,8 +1,9 @@
 """A TensorRT plan on an NVIDIA GPU, of TensorRT or of TensorRT for RTX.
 
 Everything that a pass touches stays on the GPU: weights, the cache, new keys and values, logits. The host sends one
-small block of inputs, and reads the logits of the tree and the draft logits of the accepted node. Passes that decode
-are brought to few shapes, each of which is captured as a CUDA graph and replayed.
+small block of inputs, and reads what was chosen of the logits (`choosing.py`); or, where the plan is of a release
+without the kernels for that, the logits of the tree and the draft logits of the accepted node. Passes that decode are
+brought to few shapes, each of which is captured as a CUDA graph and replayed.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from plugins.binaries import KernelBinaries
+from plugins.choose_launch import ChooseLauncher
 from plugins.launch import CommitLauncher
 from plugins.tensorrt_plugin import VERSION, failures, register
 from runtime import bindings
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import PlanFile
 from runtime.engines.buffers import DeviceResult, PassBuffers
+from runtime.engines.choosing import DeviceChoices
 from runtime.engines.cuda import Cuda
 from runtime.engines.device_cache import CacheMemory, DeviceCache, DeviceCacheEngine, cache_of
 from runtime.engines.layout import BatchInputs, bucket, shared_sizes, stack
@@ -69,6 +72,7 @@ class TensorRTEngine(DeviceCacheEngine):
         self._runtime, self._engine = deserialise(self._trt, self._log, path, about, opened)
         try:
             self._commit = CommitLauncher(commit_kernels)
+            choose = ChooseLauncher.of(commit_kernels)
         except ValueError as error:
             raise EngineFileError(f"{path}: {error}") from error
         self._runtime_cache = RuntimeCache(self._engine, plan_hash)
@@ -76,6 +80,7 @@ class TensorRTEngine(DeviceCacheEngine):
         # Contexts run one after the other, and so can share it.
         self._scratch = self._cuda.allocate(int(self._engine.device_memory_size_v2))
         self._buffers = PassBuffers(self._cuda, dims, about.limits)
+        self._choices = DeviceChoices(self._cuda, choose, dims.vocab_size) if choose else None
         self._freshness = Freshness()
         self._cache_memory = CacheMemory(self._cuda, dims, about.limits.capacity)
         self._prompt: _Context | None = None
@@ -106,9 +111,16 @@ class TensorRTEngine(DeviceCacheEngine):
             if found.runs == 2:
                 # Rare, and by then whatever this shape needs has been compiled.
                 self._runtime_cache.save()
+        chosen = None
+        if self._choices is None:
+            self._buffers.download_logits(laid_out.logit_count)
+        else:
+            chosen = self._choices.enqueue(batch.rows, laid_out, *self._buffers.logit_addresses)
         self._cuda.synchronise()
         logits = self._buffers.logits(laid_out.logit_count)
-        return DeviceResult(batch, self._buffers, laid_out.sizes, logits, laid_out.pseudo[0], number, self._freshness)
+        return DeviceResult(
+            batch, self._buffers, laid_out.sizes, logits, laid_out.pseudo[0], number, self._freshness, chosen
+        )
 
     def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
         """See `Engine.commit`: copies the accepted rows behind those of the cache."""
@@ -191,7 +203,6 @@ class _Context:
         self._profile = profile
         self._scratch = engine._scratch
         self._set: tuple[int, ...] = ()
-        self._logit_rows = 0
         self._context = self._create(engine._runtime_cache)
         if self._context is None:
             raise InputError(
@@ -236,7 +247,6 @@ class _Context:
             if not self._context.set_tensor_address(name, address):
                 raise RuntimeError(f"{name} cannot be at {address:#x} ({self._log.last_errors()})")
         self._set = wanted
-        self._logit_rows = logit_rows
 
     def may_be_captured(self) -> bool:
         """Return whether the library can run with these shapes while a graph is captured."""
@@ -244,12 +254,11 @@ class _Context:
         return check is None or check(self._cuda.stream)
 
     def enqueue(self) -> None:
-        """Enqueue a pass: send its inputs, run, fetch the logits."""
+        """Enqueue a pass: send its inputs, run."""
         self._buffers.upload()
         if not self._context.execute_async_v3(self._cuda.stream):
             reason = failures.pop() if failures else self._log.last_errors()
             raise RuntimeError(f"the pass failed ({reason})")
-        self._buffers.download_logits(self._logit_rows)
 
 
 @dataclass

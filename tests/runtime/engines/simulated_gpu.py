@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 
 from runtime.bindings import BYTES, GraphDims
 from runtime.bundle.engine_file import PlanFile
+from tests.runtime.engines import simulated_choices
 
 Work = Callable[[], None]
 
 
 class SimulatedDriver:
-    """The part of `cuda.bindings.driver` that the runtime uses."""
+    """The part of `cuda.bindings.driver` that the runtime uses. `downloaded` are the bytes copied to the host."""
 
     def __init__(self, dims: GraphDims, capability: tuple[int, int] = (8, 0), memory: int = 1 << 34) -> None:
         self._dims = dims
@@ -40,6 +41,7 @@ class SimulatedDriver:
         self._captured: list[Work] | None = None
         self._graphs: dict[int, list[Work]] = {}
         self.launched_graphs = 0
+        self.downloaded = 0
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(real, name)
@@ -126,7 +128,11 @@ class SimulatedDriver:
         self.enqueue(lambda: np.copyto(self.at(target, size), _within(self._pinned, source, size)))
 
     def _cuMemcpyDtoHAsync(self, target: int, source: int, size: int, stream: int) -> None:
-        self.enqueue(lambda: np.copyto(_within(self._pinned, target, size), self.at(source, size)))
+        def work() -> None:
+            np.copyto(_within(self._pinned, target, size), self.at(source, size))
+            self.downloaded += size
+
+        self.enqueue(work)
 
     def _cuMemcpy2DAsync(self, copy: Any, stream: int) -> None:
         fields = ("srcDevice", "srcPitch", "dstDevice", "dstPitch", "WidthInBytes", "Height")
@@ -185,27 +191,31 @@ class SimulatedDriver:
         return kernel
 
     def _cuLaunchKernel(self, function: bytes, *launch: Any) -> None:
-        rows, heads, arrays = launch[:3]
-        assert min(rows, heads, arrays) > 0, "CUDA refuses a grid without blocks"
+        grid = launch[:3]
+        assert min(grid) > 0, "CUDA refuses a grid without blocks"
         # As the bindings put arguments into memory.
         for value, kind in zip(*launch[8], strict=True):
             assert isinstance(value, int) if kind is ctypes.c_void_p else kind(value) is not None
-        assert function == b"commit_kernel"
-        sources, targets, source_rows, accepted, length, capacity = launch[8][0][:6]
+        arguments = launch[8][0]
+        if function == b"commit_kernel":
+            self.enqueue(lambda: self._commit(grid, arguments))
+        else:
+            assert function in simulated_choices.KERNELS
+            self.enqueue(lambda: simulated_choices.execute(function, self.at, grid, arguments))
+
+    def _commit(self, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+        rows, heads, arrays = grid
+        sources, targets, source_rows, accepted, length, capacity = arguments[:6]
         width = self._dims.head_dim * BYTES[self._dims.dtype]
-
-        def work() -> None:
-            chosen = self.at(accepted, 4 * rows).view(np.int32)
-            for array in range(arrays):
-                source = int(self.at(sources + 8 * array, 8).view(np.int64)[0])
-                target = int(self.at(targets + 8 * array, 8).view(np.int64)[0])
-                pitch = int(self.at(source_rows + 4 * array, 4).view(np.int32)[0])
-                for head in range(heads):
-                    for index, row in enumerate(chosen.tolist()):
-                        copied = self.at(source + (head * pitch + row) * width, width)
-                        np.copyto(self.at(target + (head * capacity + length + index) * width, width), copied)
-
-        self.enqueue(work)
+        chosen = self.at(accepted, 4 * rows).view(np.int32)
+        for array in range(arrays):
+            source = int(self.at(sources + 8 * array, 8).view(np.int64)[0])
+            target = int(self.at(targets + 8 * array, 8).view(np.int64)[0])
+            pitch = int(self.at(source_rows + 4 * array, 4).view(np.int32)[0])
+            for head in range(heads):
+                for index, row in enumerate(chosen.tolist()):
+                    copied = self.at(source + (head * pitch + row) * width, width)
+                    np.copyto(self.at(target + (head * capacity + length + index) * width, width), copied)
 
 
 def simulated_tensorrt(driver: SimulatedDriver, dims: GraphDims, about: PlanFile) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ht_export.tensorrt.limits import profiles
-from plugins.binaries import COMMIT, Kernel, KernelBinaries
+from plugins.binaries import CHOOSE, COMMIT, Kernel, KernelBinaries
 from runtime import EngineFileError, Generator, InputError, TreeSizes
 from runtime.bundle.engine_file import EngineFile, FileRecord, Limits, PlanFile, read_engine_file
 from runtime.bundle.places import engine_file_path
@@ -49,8 +49,7 @@ def plan(tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     path = folder / "engine.plan"
     path.write_text(str(tiny_engine))
     kernels = folder / "engine.kernels.bin"
-    commit = {COMMIT: Kernel("commit_kernel", 32, 0, b"\x7fELF")}
-    kernels.write_bytes(KernelBinaries("float32", about.dims.head_dim, {80: commit}).to_bytes())
+    kernels.write_bytes(kernels_of(about, with_choices=True))
     made = profiles(about.dims, LIMITS, about.tree)
     described = PlanFile(
         product="tensorrt-rtx",
@@ -69,6 +68,15 @@ def plan(tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
     use_gpu(path, monkeypatch)
     return path
+
+
+def kernels_of(about: EngineFile, *, with_choices: bool) -> bytes:
+    """Return a plan's kernels, as those of this release or of earlier ones."""
+    names = {COMMIT: "commit_kernel"}
+    if with_choices:
+        names |= dict(zip(CHOOSE, ("peak_kernel", "weigh_kernel", "collect_kernel"), strict=True))
+    kernels = {variant: Kernel(name, 32, 0, b"\x7fELF") for variant, name in names.items()}
+    return KernelBinaries("float32", about.dims.head_dim, {80: kernels}).to_bytes()
 
 
 def use_gpu(plan: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> SimulatedDriver:
@@ -193,7 +201,7 @@ def committed(engine: TensorRTEngine, tokens: list[int]) -> DeviceCache:
 def logits_after(engine: TensorRTEngine, slot: DeviceCache, token: int) -> np.ndarray:
     """Return the logits after a token behind the rows of `slot`, which stay as they are."""
     rows = prompt_rows([token], engine.dims.join_order, slot.length)
-    return run_one(engine, rows, slot).logits.copy()
+    return np.array(run_one(engine, rows, slot).outputs(0).logits[0])
 
 
 # More than the smallest cache has, and fewer; of these all, some, and one.
