@@ -48,6 +48,7 @@ MARGIN = tl.constexpr(choosing.SCORE_MARGIN)
 # Less than the number of any logit, and that of NaN.
 NOTHING = tl.constexpr(-(2**31))
 NOT_A_NUMBER = tl.constexpr(2**31 - 1)
+LANES = tl.constexpr(choosing.LANES)
 # SplitMix64, as in `runtime.sampling.noise`.
 GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 FIRST, SECOND = tl.constexpr(0xBF58476D1CE4E5B9), tl.constexpr(0x94D049BB133111EB)
@@ -65,6 +66,14 @@ def _numbered(x):
 def _float(number):
     """Return the float of an integer of `_numbered`."""
     return (number ^ ((number >> 31) & NOT_A_NUMBER)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _tokens(BLOCK: tl.constexpr):
+    """Return the tokens of a program: see `plugins.choosing.Tiling`."""
+    lanes: tl.constexpr = LANES if BLOCK > LANES else BLOCK
+    index = tl.arange(0, BLOCK)
+    return (index // lanes * tl.num_programs(0) + tl.program_id(0)) * lanes + index % lanes
 
 
 @triton.jit
@@ -119,10 +128,10 @@ def peak_kernel(
     split = tl.program_id(0)
     index = tl.program_id(1).to(tl.int64)
     job = jobs + index * WORDS
-    tokens = split * BLOCK + tl.arange(0, BLOCK)
+    tokens = _tokens(BLOCK)
     numbers = tl.where(tokens < vocab, _numbered(_tempered(job, tokens, vocab)), NOTHING)
     in_block: tl.constexpr = BLOCK // GROUP
-    groups = tl.max(tl.reshape(numbers, [in_block, GROUP]), 1)
+    groups = tl.max(tl.reshape(numbers, [GROUP, in_block]), 0)
     splits = tl.num_programs(0)
     tl.store(peaks + (index * splits + split) * in_block + tl.arange(0, in_block), groups)
     tl.store(tops + index * splits + split, tl.max(numbers, 0))
@@ -147,7 +156,7 @@ def weigh_kernel(
     splits = tl.num_programs(0)
     if kind != TOP:
         top = _float(_largest(tops + index * splits, splits, SPLITS))
-        tokens = split * BLOCK + tl.arange(0, BLOCK)
+        tokens = _tokens(BLOCK)
         below = _tempered(job, tokens, vocab) - top
         if kind == RACE:
             tl.store(sums + index * splits + split, tl.max(_scores(job, below, tokens, vocab), 0))
@@ -194,7 +203,7 @@ def collect_kernel(
     splits = tl.num_programs(0)
     largest = _largest(tops + index * splits, splits, SPLITS)
     top = _float(largest)
-    tokens = split * BLOCK + tl.arange(0, BLOCK)
+    tokens = _tokens(BLOCK)
     logits = _tempered(job, tokens, vocab)
     total = tl.full([], 0.0, tl.float32)
     if kind == RACE:

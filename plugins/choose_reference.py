@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from plugins.choosing import BEST, RACE, SCORE_MARGIN, TOP, Tiling
+from plugins.choosing import BEST, LANES, RACE, SCORE_MARGIN, TOP, Tiling
 
 NOTHING, NOT_A_NUMBER = np.int32(-(2**31)), np.int32(2**31 - 1)
 
@@ -34,9 +35,17 @@ def as_floats(numbers: NDArray[np.int32]) -> NDArray[np.float32]:
 
 def peaks(logits: NDArray[np.float32], tiling: Tiling) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Return the largest numbers of each block [splits], and of each group [groups], of tempered logits [V]."""
-    padded = np.full(tiling.splits * tiling.block, NOTHING)
-    padded[: len(logits)] = numbered(logits)
-    return padded.reshape(tiling.splits, -1).max(axis=1), padded.reshape(tiling.groups, -1).max(axis=1)
+    found = blocks(numbered(logits), NOTHING, tiling)
+    groups = found.reshape(tiling.splits, tiling.group, -1).max(axis=1)
+    return found.max(axis=1), groups.reshape(-1)
+
+
+def blocks(values: NDArray[Any], nothing: Any, tiling: Tiling) -> NDArray[Any]:
+    """Return values [V] as programs take them [splits, block], `nothing` behind the row's end."""
+    padded = np.full(tiling.splits * tiling.block, nothing, dtype=values.dtype)
+    padded[: len(values)] = values
+    runs = padded.reshape(-1, tiling.splits, min(LANES, tiling.block))
+    return runs.transpose(1, 0, 2).reshape(tiling.splits, tiling.block)
 
 
 def scores(logits: NDArray[np.float32], top: np.float32, key: int, least: np.float32) -> NDArray[np.float64]:
@@ -56,13 +65,12 @@ def scores(logits: NDArray[np.float32], top: np.float32, key: int, least: np.flo
 
 def weigh(logits: NDArray[np.float32], top: np.float32, job: np.void, tiling: Tiling) -> NDArray[np.float32]:
     """Return of each block [splits] of tempered logits [V] the largest score, or the sum of exponentials."""
-    padded = np.full(tiling.splits * tiling.block, -np.inf)
     if job["kind"] == RACE:
-        padded[: len(logits)] = scores(logits, top, int(job["key"]), job["least"])
-        return padded.reshape(tiling.splits, -1).max(axis=1).astype(np.float32)
+        found = scores(logits, top, int(job["key"]), job["least"])
+        return blocks(found, -np.inf, tiling).max(axis=1).astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        padded[: len(logits)] = logits - top
-        return np.exp(padded).reshape(tiling.splits, -1).sum(axis=1).astype(np.float32)
+        weights = np.exp((logits - top).astype(np.float64))
+    return blocks(weights, 0.0, tiling).sum(axis=1).astype(np.float32)
 
 
 @dataclass(frozen=True)

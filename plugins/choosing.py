@@ -36,14 +36,14 @@ HEADER = 4
 SCORE_MARGIN = 1e-4
 # By what part a sum of exponentials may be off.
 SUM_MARGIN = 1e-4
-# The largest `count`. A bound found by the maxima of groups lets few more through, so that twice as much room does.
+# The largest `count`. A bound found by the maxima of groups lets some more through.
 MOST_BEST = 256
 TOP_ROOM, RACE_ROOM = 8, 16
 
 
 def best_room(count: int) -> int:
     """Return the room for the answer to a job for the `count` best."""
-    return 2 * count
+    return 2 * count + 16
 
 
 def answer_words(room: int) -> int:
@@ -55,6 +55,9 @@ def answer_words(room: int) -> int:
 class Tiling:
     """A row of V logits is the work of `splits` programs, of `block` logits each; of every `group` of them the largest
     is kept. `groups` is their number, those behind the row's end included.
+
+    Frequent tokens are neighbours in most vocabularies, and the best ones should be in many groups: programs take runs
+    of LANES tokens in turn, and a group of its program's tokens one in every block / group.
 
     Kernels are compiled for it and travel with plans: where it changes they must become other variants, or those of
     older plans would be launched with numbers that are not theirs.
@@ -73,6 +76,8 @@ class Tiling:
 # Logits of a program, the most of a group where that leaves few enough groups, and how many groups are enough: several
 # times as many as there are tokens asked for, so that few groups have two of them.
 BLOCK, GROUP, LEAST_GROUPS, MOST_GROUPS = 2048, 64, 512, 4096
+# As many as are read at once.
+LANES = 32
 
 
 def tile(vocab_size: int, block: int = BLOCK) -> Tiling:

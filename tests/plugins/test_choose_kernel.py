@@ -72,10 +72,13 @@ def test_memory_between_launches_holds_all_of_it_one_behind_the_other() -> None:
 
 
 @pytest.mark.parametrize("vocab", [32000, 49152, 128256, 262144])
-def test_there_is_room_for_the_best_of_rows_in_no_order(vocab: int) -> None:
+@pytest.mark.parametrize("neighbours", [0, 500, 5000])
+def test_there_is_room_for_the_best_wherever_they_are(vocab: int, neighbours: int) -> None:
     rng = np.random.default_rng(vocab)
     for _ in range(5):
         logits = rng.standard_normal(vocab).astype(np.float32)
+        # As frequent tokens are in most vocabularies.
+        logits[100 : 100 + neighbours] += 8
         falling = np.sort(peaks(logits, tile(vocab))[1])[::-1]
         for count in (16, 64, MOST_BEST):
             assert count <= (numbered(logits) >= falling[count - 1]).sum() <= best_room(count)

@@ -136,7 +136,9 @@ def test_what_is_fetched_does_not_grow_with_the_vocabulary(driver: SimulatedDriv
                 found.draft(row)
         fetched.append(driver.downloaded - before)
     # Two rows of each kind, and three shortlists of each request.
-    words = 2 * (answer_words(TOP_ROOM) + answer_words(16) + answer_words(best_room(50))) + 9 * answer_words(32)
+    words = 2 * (answer_words(TOP_ROOM) + answer_words(16) + answer_words(best_room(50))) + 9 * answer_words(
+        best_room(16)
+    )
     assert fetched == [4 * words, 4 * words]
 
 
