@@ -117,7 +117,7 @@ class TensorRTEngine(DeviceCacheEngine):
         else:
             chosen = self._choices.enqueue(batch.rows, laid_out, *self._buffers.logit_addresses)
         self._cuda.synchronise()
-        logits = self._buffers.logits(laid_out.logit_count)
+        logits = self._buffers.logits(laid_out.logit_count if chosen is None else 0)
         return DeviceResult(
             batch, self._buffers, laid_out.sizes, logits, laid_out.pseudo[0], number, self._freshness, chosen
         )

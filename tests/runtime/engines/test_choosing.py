@@ -27,6 +27,7 @@ from tests.runtime.engines.simulated_gpu import SimulatedDriver
 ORDER = (0, 1)
 NAMES = ("peak_kernel", "weigh_kernel", "collect_kernel")
 KERNELS = {variant: Kernel(name, 128, 0, b"\x7fELF") for variant, name in zip(CHOOSE, NAMES, strict=True)}
+BINARIES = KernelBinaries("float16", 64, {80: KERNELS})
 
 
 @pytest.fixture
@@ -41,11 +42,11 @@ def driver(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> SimulatedDrive
 class Pass:
     """A pass that left random logits of requests on the GPU, and the choices that are made of them."""
 
-    def __init__(self, vocab_size: int, seed: int = 0) -> None:
+    def __init__(self, vocab_size: int, kernels: KernelBinaries = BINARIES) -> None:
         self.vocab_size = vocab_size
-        self.rng = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(0)
         self.cuda = Cuda()
-        launcher = ChooseLauncher.of(KernelBinaries("float16", 64, {80: KERNELS}))
+        launcher = ChooseLauncher.of(kernels)
         assert launcher is not None
         self.choices = DeviceChoices(self.cuda, launcher, vocab_size)
 
@@ -106,6 +107,16 @@ def assert_same_choices(found: Outputs, host: HostOutputs) -> None:
 @pytest.mark.parametrize("vocab_size", [97, 3000])
 def test_requests_that_want_different_things_get_them_in_one_pass(driver: SimulatedDriver, vocab_size: int) -> None:
     one = Pass(vocab_size)
+    batch = different_requests(one)
+    # The second pass answers for fewer rows, the third for more, where the first one's answers were.
+    for some in (batch, batch[2:5], batch[::-1] * 3):
+        for found, host in zip(*one.run(some), strict=True):
+            assert_same_choices(found, host)
+
+
+def different_requests(one: Pass) -> list[Rows]:
+    """Return rows of requests that want all there is."""
+    vocab_size = one.vocab_size
     wanted: list[Wanted] = [
         ArgMax(),
         sampled(vocab_size, 1),
@@ -115,11 +126,7 @@ def test_requests_that_want_different_things_get_them_in_one_pass(driver: Simula
         sampled(vocab_size, 4, None, 0.9),
         sampled(vocab_size, 5, 300),
     ]
-    batch = [one.rows(what, tokens=1 + index % 5, drafts=index % 4) for index, what in enumerate(wanted)]
-    # The second pass answers for fewer rows, the third for more, where the first one's answers were.
-    for some in (batch, batch[2:5], batch[::-1] * 3):
-        for found, host in zip(*one.run(some), strict=True):
-            assert_same_choices(found, host)
+    return [one.rows(what, tokens=1 + index % 5, drafts=index % 4) for index, what in enumerate(wanted)]
 
 
 def test_what_is_fetched_does_not_grow_with_the_vocabulary(driver: SimulatedDriver) -> None:
