@@ -40,19 +40,27 @@ class DeviceChoices:
         self._whole_row = cuda.pinned(4 * vocab_size)
         self._memory = _Memory.of(cuda, vocab_size, LEAST_JOBS, LEAST_WORDS)
 
-    def enqueue(self, batch: Sequence[Rows], laid_out: BatchInputs, logits: int, drafts: int) -> list[DeviceOutputs]:
-        """Enqueue the choices of B requests, which are `laid_out`, behind the pass that has its logits [B, M, V] and
-        draft logits [B, sum R_k, V] at these device addresses; return the outputs [B].
+    def enqueue(
+        self,
+        batch: Sequence[Rows],
+        laid_out: BatchInputs,
+        logits: int,
+        drafts: int,
+        places: Sequence[int] | None = None,
+    ) -> list[DeviceOutputs]:
+        """Enqueue the choices of a batch's requests behind the pass, `laid_out`, that has its logits [B, M, V] and
+        draft logits [B, sum R_k, V] at these device addresses; return their outputs.
 
-        They may be read once the stream is synchronised, until the next call.
+        `places` are where they are among the B that were run, None where they are all of these in order. The outputs
+        may be read once the stream is synchronised, until the next call.
         """
         row = 4 * self._vocab_size
         pseudo_count = sum(laid_out.sizes.pseudo_rows)
         jobs = Jobs()
         asked = []
-        for index, (rows, pseudo) in enumerate(zip(batch, laid_out.pseudo, strict=True)):
-            count = len(rows.logit_rows)
-            first, first_draft = logits + index * laid_out.logit_count * row, drafts + index * pseudo_count * row
+        for rows, place in zip(batch, range(len(laid_out.pseudo)) if places is None else places, strict=True):
+            count, pseudo = len(rows.logit_rows), laid_out.pseudo[place]
+            first, first_draft = logits + place * laid_out.logit_count * row, drafts + place * pseudo_count * row
             whole = HostOutputs(
                 rows,
                 _FetchedRows(self._cuda, self._whole_row, first, count),

@@ -55,8 +55,12 @@ class Pass:
         parents = (np.zeros(drafts, dtype=np.int64), np.zeros(drafts // 2, dtype=np.int64))
         return lay_out(chain(list(range(1, tokens + 1))), parents, ORDER, 7, wanted=wanted, shortlist=shortlist)
 
-    def run(self, batch: list[Rows], odd: float | None = None) -> tuple[list[DeviceOutputs], list[HostOutputs]]:
-        """Return outputs whose choices are made on the GPU, and those of the host of the same logits."""
+    def run(
+        self, batch: list[Rows], odd: float | None = None, places: list[int] | None = None
+    ) -> tuple[list[DeviceOutputs], list[HostOutputs]]:
+        """Return outputs whose choices are made on the GPU, and those of the host of the same logits: of all requests
+        of the batch, or of those in these places.
+        """
         laid_out = stack(batch, [7] * len(batch), ORDER, TreeSizes(5, (3, 2)))
         shapes = ((len(batch), laid_out.logit_count), (len(batch), 5))
         values = [(self.rng.standard_normal((*shape, self.vocab_size)) * 6).astype(np.float32) for shape in shapes]
@@ -65,10 +69,13 @@ class Pass:
                 value[..., 3] = odd
         # Before the choices are enqueued: the pass itself is behind nothing here.
         self.held = [self._sent(value) for value in values]
-        found = self.choices.enqueue(batch, laid_out, *(memory.address for memory in self.held))
+        asked = batch if places is None else [batch[place] for place in places]
+        found = self.choices.enqueue(asked, laid_out, self.held[0].address, self.held[1].address, places)
         self.cuda.synchronise()
         logits, drafts = values
-        own = zip(batch, logits, drafts, laid_out.pseudo, strict=True)
+        own = list(zip(batch, logits, drafts, laid_out.pseudo, strict=True))
+        if places is not None:
+            own = [own[place] for place in places]
         return found, [HostOutputs(rows, of, drafted[pseudo]) for rows, of, drafted, pseudo in own]
 
     def _sent(self, value: NDArray[np.float32]) -> DeviceMemory:
@@ -112,6 +119,14 @@ def test_requests_that_want_different_things_get_them_in_one_pass(driver: Simula
     for some in (batch, batch[2:5], batch[::-1] * 3):
         for found, host in zip(*one.run(some), strict=True):
             assert_same_choices(found, host)
+
+
+def test_nothing_is_chosen_for_places_without_a_request(driver: SimulatedDriver) -> None:
+    one = Pass(1000)
+    found, hosts = one.run(different_requests(one), places=[5, 0, 3])
+    assert len(found) == len(hosts) == 3
+    for outputs, host in zip(found, hosts, strict=True):
+        assert_same_choices(outputs, host)
 
 
 def different_requests(one: Pass) -> list[Rows]:
