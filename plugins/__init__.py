@@ -1,1 +1,1 @@
-"""Tree attention as a kernel: the numpy reference that defines what it computes."""
+"""Tree attention and choices as kernels, and the numpy references that define what they compute."""

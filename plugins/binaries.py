@@ -59,6 +59,8 @@ COMBINE = Variant(0, True)
 COMMIT = Variant(0, False)
 # The name of the copy of accepted rows. Earlier releases had one under another name, which took other parameters.
 COMMIT_ENTRY = "commit_rows_kernel"
+# Choices on the device: the largest logits, their weights or scores, what is collected.
+PEAK, WEIGH, COLLECT = CHOOSE = (Variant(1, False), Variant(1, True), Variant(2, False))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from plugins.binaries import ARCHITECTURES, COMBINE, COMMIT, HEAD_DIMS, Form, Kernel, KernelBinaries, Variant
+from plugins import choosing
+from plugins.binaries import ARCHITECTURES, CHOOSE, COMBINE, COMMIT, HEAD_DIMS, Form, Kernel, KernelBinaries, Variant
+from plugins.choose_kernel import collect_kernel, peak_kernel, weigh_kernel
 from plugins.kernel import attention_kernel, combine_kernel, commit_rows_kernel
 from plugins.tiling import BLOCK_M, MAX_SPLITS
 
@@ -37,9 +39,13 @@ POINTERS = {
     "lengths": "*i64",
     "accepted": "*i32",
     "counts": "*i32",
+    "jobs": "*i64",
+    "results": "*i32",
+    "tops": "*i32",
+    "peaks": "*i32",
 }
 NUMBERS = {"scale": "fp32", "cap": "fp32", "kv_heads": "i32", "rows": "i32", "packed_rows": "i32", "capacity": "i32",
-           "splits": "i32", "first": "i32", "most": "i32"}  # fmt: skip
+           "splits": "i32", "first": "i32", "most": "i32", "vocab": "i32", "groups": "i32"}  # fmt: skip
 # Their rows start wherever the row count puts them, or they hold single bytes.
 UNALIGNED = ("tree_mask",)
 
@@ -112,6 +118,29 @@ def compile_commit(dtype: str, head_dim: int, architectures: Iterable[int]) -> K
     constants = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "ELEMENT": element}
     kernels = {sm: {COMMIT: _compile(commit_rows_kernel, sm, "", {}, constants, 1, 1)} for sm in architectures}
     return KernelBinaries(dtype, head_dim, kernels)
+
+
+def compile_choosing(vocab_size: int, architectures: Iterable[int]) -> dict[int, dict[Variant, Kernel]]:
+    """Compile the choices on the device, for rows of V = `vocab_size` logits, by architecture."""
+    return {
+        sm: {
+            variant: _compile(kernel, sm, "", {}, choosing_constants(kernel.arg_names, vocab_size), 4, 1)
+            for variant, kernel in zip(CHOOSE, (peak_kernel, weigh_kernel, collect_kernel), strict=True)
+        }
+        for sm in architectures
+    }
+
+
+def choosing_constants(names: Collection[str], vocab_size: int, block: int = choosing.BLOCK) -> dict[str, int]:
+    """Return the constants of a kernel of choices, which takes those `names`."""
+    tiling = choosing.tile(vocab_size, block)
+    constants = {
+        "BLOCK": tiling.block,
+        "GROUP": tiling.group,
+        "SPLITS": triton.next_power_of_2(tiling.splits),
+        "GROUPS": triton.next_power_of_2(tiling.groups),
+    }
+    return {name: value for name, value in constants.items() if name in names}
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,11 @@ class LoadedKernels:
         self._kernels = binaries.for_device(major, minor)
         self._loaded = {variant: self._load(kernel, device) for variant, kernel in self._kernels.items()}
 
+    @property
+    def variants(self) -> set[Variant]:
+        """The kernels that there are."""
+        return set(self._kernels)
+
     def enqueue(self, launch: Launch, stream: int) -> None:
         """Enqueue one kernel on `stream`."""
         kernel = self._kernels[launch.variant]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -139,7 +139,7 @@ class PreparedPlan:
 
     def build(self, graph: Path, plan: Path, tell: Callable[[str], None]) -> PlanFile:
         """Build the plan from the graph. Raises `InputError`."""
-        from plugins.compile import compile_commit, compile_kernels
+        from plugins.compile import compile_choosing, compile_commit, compile_kernels
 
         dims = self.dims
         targets = self.capabilities
@@ -162,7 +162,9 @@ class PreparedPlan:
             ).to_bytes()
         kernels_path = plan.with_name(f"{plan.stem}.kernels.bin")
         commit = compile_commit(dims.dtype, dims.head_dim, architectures(COMMIT_ARCHITECTURES))
-        kernels_path.write_bytes(commit.to_bytes())
+        choosing = compile_choosing(dims.vocab_size, commit.kernels)
+        own = {sm: variants | choosing[sm] for sm, variants in commit.kernels.items()}
+        kernels_path.write_bytes(replace(commit, kernels=own).to_bytes())
         marked = graph.with_name(f"{graph.stem}.tensorrt.onnx")
         count = write_for_tensorrt(graph, marked, dims, plugin=uses_plugin, decomposable=True)
         result = build_plan(

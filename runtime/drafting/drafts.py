@@ -63,9 +63,16 @@ def most_probable(logits: NDArray[np.float32], count: int) -> DraftStep:
     """Return the `count` most probable tokens of a softmax over logits [V]."""
     near = largest(logits, min(count, len(logits)))
     values = logits[near]
-    # Equal logits: the smaller token first.
-    order = np.lexsort((near, -values))[:count]
-    values = values[order]
-    weights = logits - values[0]
+    weights = logits - values.max()
     total = float(np.exp(weights, out=weights).sum(dtype=np.float64))
-    return DraftStep(near[order], np.exp((values - values[0]).astype(np.float64)) / total)
+    return ranked(near, values, count, total)
+
+
+def ranked(tokens: IntArray, logits: NDArray[np.float32], count: int, total: float) -> DraftStep:
+    """Return the `count` most probable of `tokens` [N], which with all that equals them are among those: their `logits`
+    [N], and the sum `total` of exp(logit - largest) of the whole vocabulary.
+    """
+    # Equal logits: the smaller token first.
+    order = np.lexsort((tokens, -logits))[:count]
+    values = logits[order]
+    return DraftStep(tokens[order], np.exp((values - values[0]).astype(np.float64)) / total)

@@ -18,7 +18,7 @@ from runtime.engines.cuda import Cuda, DeviceMemory
 from runtime.engines.device_cache import DeviceCache
 from runtime.engines.layout import BatchInputs
 from runtime.engines.protocol import Batch, Freshness
-from runtime.rows import HostOutputs, LogitRows, PickedRows
+from runtime.rows import HostOutputs, LogitRows, Outputs, PickedRows
 from runtime.tree import TreeSizes
 
 ALIGNMENT = 256
@@ -102,6 +102,11 @@ class PassBuffers:
         found[bindings.LOGITS] = self._logits.address
         found[bindings.DRAFT_LOGITS] = self._drafts.address
         return found
+
+    @property
+    def logit_addresses(self) -> tuple[int, int]:
+        """The device addresses of the logits and of the draft logits."""
+        return self._logits.address, self._drafts.address
 
     def new(self, layer: int) -> tuple[int, int]:
         """Return the addresses of the new keys and values [B, Hkv, R_l, D] of `layer`."""
@@ -240,7 +245,8 @@ class FetchedRows:
 @dataclass(frozen=True)
 class DeviceResult:
     """Pass `number` on a GPU, laid out as `laid_out` says, over the places of the cache from `first` on: all of it is
-    where the pass left it. `places` [B] are those of the requests among all that were run. See `Result`.
+    where the pass left it. `places` [B] are those of the requests among all that were run. Where choices are made on
+    the GPU, `chosen` are the outputs. See `Result`.
     """
 
     batch: Batch
@@ -250,10 +256,13 @@ class DeviceResult:
     buffers: PassBuffers
     number: int
     freshness: Freshness
+    chosen: Sequence[Outputs] | None = None
 
-    def outputs(self, index: int) -> HostOutputs:
+    def outputs(self, index: int) -> Outputs:
         """See `Result.outputs`."""
         self.freshness.check(self.number)
+        if self.chosen is not None:
+            return self.chosen[index]
         rows, place, laid_out = self.batch.rows[index], self.places[index], self.laid_out
         drafts = sum(laid_out.sizes.pseudo_rows)
         start = place * laid_out.logit_count + np.arange(len(rows.logit_rows), dtype=np.int64)

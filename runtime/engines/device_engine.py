@@ -11,13 +11,14 @@ import numpy as np
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import CAPACITY_STEP, Limits
 from runtime.engines.buffers import DeviceResult, PassBuffers
+from runtime.engines.choosing import DeviceChoices
 from runtime.engines.cuda import Cuda, DeviceMemoryError
 from runtime.engines.device_cache import CacheBudget, DeviceCache, KeptDeviceRows, capacities, slot_of, source_of
 from runtime.engines.layout import BatchInputs, stack
 from runtime.engines.places import PlacedSlot
 from runtime.engines.protocol import Batch, Freshness, Kept, Result, Slot
 from runtime.errors import EngineError, InputError
-from runtime.rows import lay_out
+from runtime.rows import Outputs, lay_out
 from runtime.tree import TreeSizes, chain
 
 UNLIMITED = 1 << 40
@@ -39,6 +40,8 @@ class DeviceEngine(ABC):
         self._limits = limits
         self._buffers = PassBuffers(cuda, dims, limits)
         self._freshness = Freshness()
+        # Where there are kernels for it.
+        self._choices: DeviceChoices | None = None
         self.budget = _budget(cuda, dims, limits, memory_bytes, share)
         self.cache = DeviceCache(cuda, dims, self.budget)
         self.max_batch = self.max_slots = self.budget.most_slots
@@ -97,9 +100,10 @@ class DeviceEngine(ABC):
             self._buffers.fit(laid_out)
             number = self._freshness.next_pass()
             self._run(batch, laid_out, first)
+            own = tuple(slot.place.index - first for slot in slots)
+            chosen = self._choose(batch, laid_out, own)
             self._cuda.synchronise()
-        own = tuple(slot.place.index - first for slot in slots)
-        return DeviceResult(batch, laid_out, first, own, self._buffers, number, self._freshness)
+        return DeviceResult(batch, laid_out, first, own, self._buffers, number, self._freshness, chosen)
 
     def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
         """See `Engine.commit`: copies the accepted rows of all requests behind those of the cache."""
@@ -115,6 +119,13 @@ class DeviceEngine(ABC):
             self._commit_rows(result, every)
         for slot, rows in zip(slots, accepted, strict=True):
             slot.place.length += len(rows)
+
+    def _choose(self, batch: Batch, laid_out: BatchInputs, places: Sequence[int]) -> Sequence[Outputs] | None:
+        """Enqueue the choices of a pass; or the copy of its logits to the host, where choices are made there."""
+        if self._choices is not None:
+            return self._choices.enqueue(batch.rows, laid_out, *self._buffers.logit_addresses, places)
+        self._buffers.download_logits(len(laid_out.pseudo) * laid_out.logit_count)
+        return None
 
     @abstractmethod
     def _check(self, batch: Batch) -> None:

@@ -100,7 +100,6 @@ class OnnxRuntimeCudaEngine(DeviceEngine):
             binding.bind_output(value.name, *where)
         with running(self._path):
             self._session.run_with_iobinding(binding)
-        self._buffers.download_logits(values["B"] * laid_out.logit_count)
 
     def _commit_rows(self, result: DeviceResult, accepted: Sequence[Sequence[int]]) -> None:
         """See `DeviceEngine._commit_rows`: by copies, as an engine that is no plan has no kernels with it."""

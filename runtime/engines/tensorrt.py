@@ -1,8 +1,9 @@
 """A TensorRT plan on an NVIDIA GPU, of TensorRT or of TensorRT for RTX.
 
 Everything that a pass touches stays on the GPU: weights, the cache, new keys and values, logits. The host sends one
-small block of inputs, and reads logits of the tree and draft logits of the accepted node. Passes that decode are
-brought to few shapes, each of which is captured as a CUDA graph and replayed; also in the number of requests.
+small block of inputs, and reads what was chosen of the logits (`choosing.py`); or, where the plan has no kernels for
+that, logits of the tree and draft logits of the accepted node. Passes that decode are brought to few shapes, each of
+which is captured as a CUDA graph and replayed; also in the number of requests.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from plugins.binaries import KernelBinaries
+from plugins.choose_launch import ChooseLauncher
 from plugins.launch import CommitLauncher
 from plugins.tensorrt_plugin import VERSION, failures, register
 from runtime import bindings
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import PlanFile
 from runtime.engines.buffers import DeviceResult
+from runtime.engines.choosing import DeviceChoices
 from runtime.engines.cuda import Cuda
 from runtime.engines.device_cache import DeviceCache, in_places
 from runtime.engines.device_engine import DeviceEngine
@@ -56,7 +59,7 @@ class TensorRTEngine(DeviceEngine):
         about: PlanFile,
         plan_hash: str,
         usual: TreeSizes,
-        commit_kernels: KernelBinaries,
+        kernels: KernelBinaries,
         *,
         use_graphs: bool = True,
         opened: BufferedReader | None = None,
@@ -72,7 +75,8 @@ class TensorRTEngine(DeviceEngine):
             _register_plugin(self._trt, path, about)
         self._runtime, self._engine = deserialise(self._trt, self._log, path, about, opened)
         try:
-            self._commit = CommitLauncher(commit_kernels)
+            self._commit = CommitLauncher(kernels)
+            choose = ChooseLauncher.of(kernels)
         except ValueError as error:
             raise EngineFileError(f"{path}: {error}") from error
         self._runtime_cache = RuntimeCache(self._engine, plan_hash)
@@ -80,6 +84,8 @@ class TensorRTEngine(DeviceEngine):
         # Contexts run one after the other, and so can share it.
         self._scratch = cuda.allocate(int(self._engine.device_memory_size_v2))
         super().__init__(cuda, dims, about.limits, memory_bytes, SHARE)
+        if choose:
+            self._choices = DeviceChoices(cuda, choose, dims.vocab_size)
         self._prompt: _Context | None = None
         # The least recently used first.
         self._passes: OrderedDict[tuple[int, ...], _CapturedPass] = OrderedDict()
@@ -194,7 +200,6 @@ class _Context:
         self._profile = profile
         self._scratch = engine._scratch
         self._set: tuple[object, ...] = ()
-        self._logit_rows = 0
         self._context = self._create(engine._runtime_cache)
         if self._context is None:
             raise EngineError(
@@ -243,7 +248,6 @@ class _Context:
             if not self._context.set_tensor_address(name, address):
                 raise RuntimeError(f"{name} cannot be at {address:#x} ({self._log.last_errors()})")
         self._set = wanted
-        self._logit_rows = values["B"] * laid_out.logit_count
 
     def may_be_captured(self) -> bool:
         """Return whether the library can run with these shapes while a graph is captured."""
@@ -251,12 +255,11 @@ class _Context:
         return check is None or check(self._cuda.stream)
 
     def enqueue(self) -> None:
-        """Enqueue a pass: send its inputs, run, fetch the logits."""
+        """Enqueue a pass: send its inputs, run."""
         self._buffers.upload()
         if not self._context.execute_async_v3(self._cuda.stream):
             reason = failures.pop() if failures else self._log.last_errors()
             raise RuntimeError(f"the pass failed ({reason})")
-        self._buffers.download_logits(self._logit_rows)
 
 
 @dataclass

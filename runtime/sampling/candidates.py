@@ -68,8 +68,16 @@ def _most_probable(logits: Float32Array, weights: Float32Array, top: float, top_
     reached = np.exp(falling - np.float32(top)).astype(np.float64).cumsum()
     # Summed in another order, all of them may be short of it by rounding.
     count = min(int(reached.searchsorted(wanted)) + 1, len(falling))
+    return near[reaching(values, falling, count)]
+
+
+def reaching(logits: Float32Array, falling: Float32Array, count: int) -> IntArray:
+    """Return where the `count` largest of logits [N] are, in rising order; `falling` are they sorted.
+
+    Among equals at the end the larger tokens are kept.
+    """
     last = falling[count - 1]
-    equals = np.flatnonzero(values == last)
-    kept = values >= last
+    equals = np.flatnonzero(logits == last)
+    kept = logits >= last
     kept[equals[: np.count_nonzero(kept) - count]] = False
-    return near[kept]
+    return np.flatnonzero(kept)

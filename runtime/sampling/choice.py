@@ -2,7 +2,7 @@
 
 The whole vocabulary is seldom needed: a greedy request wants the most probable token, a sampled one the winner of its
 race. Saying so leaves it to the engine where the choice is made. An engine whose logits are on the host calls `choose`;
-one whose logits are on a GPU may make the same choice there and send one token in the place of the vocabulary.
+one whose logits are on a GPU may send the few tokens that the choice depends on in the place of the vocabulary.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Race:
     """The winner of the race of the tokens that the options keep (see `runtime.sampling.noise`): one draw from the
     softmax of logits [V] / temperature.
 
-    Options mean what they do in `Sampling`; `vocab_size` is V.
+    Options mean what they do in `Sampling`; `vocab_size` is V. `runtime.sampling.parts` makes the same choice of a part
+    of the logits.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class Race:
     ) -> None:
         self.noise = noise
         self.temperature = temperature
-        self.top_k = top_k
-        self.top_p = top_p
-        self.min_p = min_p
+        # Options that keep all tokens are none.
+        self.top_k = None if top_k is None or top_k >= vocab_size else top_k
+        self.top_p = None if top_p is None or top_p >= 1.0 else top_p
+        self.min_p = min_p or None
         self._tempered = np.empty(vocab_size, dtype=np.float32)
         self._weights = np.empty(vocab_size, dtype=np.float32)
         self._all = np.arange(vocab_size)

@@ -24,7 +24,7 @@ SURPLUS = np.uint64(11)
 
 
 class Noise:
-    """The noise of `seed`, from `position` on.
+    """The noise of `seed`, from `position`, its `start`, on.
 
     Each position has a key from Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), whose key
     is the seed and whose counter the position; a token's number is that token's of the SplitMix64 with this key.
@@ -32,17 +32,21 @@ class Noise:
 
     def __init__(self, seed: int, position: int) -> None:
         self._bits = np.random.Philox(key=seed, counter=position)
-        self._start = position
+        self.start = position
         self._keys: list[np.uint64] = []
+
+    def key(self, position: int) -> np.uint64:
+        """Return the key of a `position`."""
+        while len(self._keys) <= position - self.start:
+            # One count of the counter gives four words; the others are left unused.
+            self._keys.append(self._bits.random_raw(4)[0])
+        return self._keys[position - self.start]
 
     def uniforms(self, position: int, tokens: IntArray) -> FloatArray:
         """Return numbers between 0 and 1, both left out, of `tokens` [N] at `position`."""
-        while len(self._keys) <= position - self._start:
-            # One count of the counter gives four words; the others are left unused.
-            self._keys.append(self._bits.random_raw(4)[0])
         words = (tokens + 1).astype(np.uint64)
         words *= GAMMA
-        words += self._keys[position - self._start]
+        words += self.key(position)
         first, second, third = SHIFTS
         words ^= words >> first
         words *= MULTIPLIERS[0]

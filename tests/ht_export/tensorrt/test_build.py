@@ -17,7 +17,7 @@ from ht_export.tensorrt import planner as planner_module
 from ht_export.tensorrt.build_process import check_resources
 from ht_export.tensorrt.planner import Planner, PlanSettings
 from ht_export.tensorrt.products import Product
-from plugins.binaries import COMMIT, MAGIC, KernelBinaries
+from plugins.binaries import CHOOSE, COMMIT, MAGIC, KernelBinaries
 from runtime import Generator
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import Limits, read_engine_file
@@ -55,8 +55,8 @@ def test_every_attention_becomes_the_plugin_and_the_plan_is_described(plugin_pla
     content = plugin_plan.read_bytes()
     kernels = compile_kernels("float16", 64, (80, 90, 100)).to_bytes()
     assert content.count(kernels) == content.count(MAGIC) >= 4
-    commit = KernelBinaries.from_bytes((plugin_plan.parent / about.plan.kernels.name).read_bytes())
-    assert all(set(variants) == {COMMIT} for variants in commit.kernels.values())
+    own = KernelBinaries.from_bytes((plugin_plan.parent / about.plan.kernels.name).read_bytes())
+    assert all(set(variants) == {COMMIT, *CHOOSE} for variants in own.kernels.values())
     records = (about.graph, about.tokenizer, about.chat_template, about.plan.kernels)
     names = {record.name for record in records if record}
     assert {path.name for path in plugin_plan.parent.iterdir()} == names | {"engine.json"}
@@ -95,7 +95,7 @@ def test_a_gpu_that_there_is_no_kernel_for_gets_native_attention(
     assert about is not None
     assert about.attention == "native"
     kernels = KernelBinaries.from_bytes((tmp_path / about.kernels.name).read_bytes())
-    assert set(kernels.for_device(7, 5)) == {COMMIT}
+    assert set(kernels.for_device(7, 5)) == {COMMIT, *CHOOSE}
     with pytest.raises(InputError, match=r"--attention plugin: it has no kernel for compute capability 7\.5"):
         build(wide_checkpoint, wide_transfer, tmp_path / "f.plan", replace(old, attention="plugin"))
 

@@ -13,8 +13,8 @@ import onnxruntime
 import pytest
 
 from ht_export.tensorrt.limits import profiles
-from plugins.binaries import COMMIT, COMMIT_ENTRY, Kernel, KernelBinaries
-from runtime.bundle.engine_file import FileRecord, Limits, PlanFile, read_engine_file
+from plugins.binaries import CHOOSE, COMMIT, COMMIT_ENTRY, Kernel, KernelBinaries
+from runtime.bundle.engine_file import EngineFile, FileRecord, Limits, PlanFile, read_engine_file
 from runtime.bundle.places import engine_file_path
 from runtime.engines import device_cache, onnxruntime_cuda
 from runtime.engines.external_weights import GraphFiles
@@ -38,8 +38,7 @@ def make_plan(
     path = folder / "plan" / "engine.plan"
     path.write_text(str(engine))
     kernels = path.with_name("engine.kernels.bin")
-    commit = {COMMIT: Kernel(entry, 32, 0, b"\x7fELF")}
-    kernels.write_bytes(KernelBinaries("float32", about.dims.head_dim, {80: commit}).to_bytes())
+    kernels.write_bytes(kernels_of(about, with_choices=True, commit=entry))
     made = profiles(about.dims, limits, about.tree)
     described = PlanFile(
         product="tensorrt-rtx",
@@ -57,6 +56,15 @@ def make_plan(
         engine_file_path(path)
     )
     return path
+
+
+def kernels_of(about: EngineFile, *, with_choices: bool, commit: str = COMMIT_ENTRY) -> bytes:
+    """Return a plan's kernels, with those for choices or without."""
+    names = {COMMIT: commit}
+    if with_choices:
+        names |= dict(zip(CHOOSE, ("peak_kernel", "weigh_kernel", "collect_kernel"), strict=True))
+    kernels = {variant: Kernel(name, 32, 0, b"\x7fELF") for variant, name in names.items()}
+    return KernelBinaries("float32", about.dims.head_dim, {80: kernels}).to_bytes()
 
 
 def use_gpu(plan: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> SimulatedDriver:

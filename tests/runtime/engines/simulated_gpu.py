@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 
 from runtime.bindings import BYTES, GraphDims
 from runtime.bundle.engine_file import PlanFile
+from tests.runtime.engines import simulated_choices
 
 Work = Callable[[], None]
 
 
 class SimulatedDriver:
-    """The part of `cuda.bindings.driver` that the runtime uses."""
+    """The part of `cuda.bindings.driver` that the runtime uses. `downloaded` are the bytes copied to the host."""
 
     def __init__(self, dims: GraphDims, capability: tuple[int, int] = (8, 0), memory: int = 1 << 34) -> None:
         self._dims = dims
@@ -44,6 +45,7 @@ class SimulatedDriver:
         self._graphs: dict[int, list[Work]] = {}
         self._handles = itertools.count(1)
         self.launched_graphs = 0
+        self.downloaded = 0
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(real, name)
@@ -135,7 +137,11 @@ class SimulatedDriver:
         self.enqueue(lambda: np.copyto(self.at(target, size), _within(self._pinned, source, size)))
 
     def _cuMemcpyDtoHAsync(self, target: int, source: int, size: int, stream: int) -> None:
-        self.enqueue(lambda: np.copyto(_within(self._pinned, target, size), self.at(source, size)))
+        def work() -> None:
+            np.copyto(_within(self._pinned, target, size), self.at(source, size))
+            self.downloaded += size
+
+        self.enqueue(work)
 
     def _cuMemcpyDtoDAsync(self, target: int, source: int, size: int, stream: int) -> None:
         assert target + size <= source or source + size <= target, "a copy onto itself"
@@ -206,14 +212,22 @@ class SimulatedDriver:
         return kernel
 
     def _cuLaunchKernel(self, function: bytes, *launch: Any) -> None:
-        blocks, heads, arrays = launch[:3]
-        assert min(blocks, heads, arrays) > 0, "CUDA refuses a grid without blocks"
+        grid = launch[:3]
+        assert min(grid) > 0, "CUDA refuses a grid without blocks"
         # As the bindings put arguments into memory.
         for value, kind in zip(*launch[8], strict=True):
             assert isinstance(value, int) if kind is ctypes.c_void_p else kind(value) is not None
-        assert function == b"commit_rows_kernel"
+        arguments = launch[8][0]
+        if function == b"commit_rows_kernel":
+            self._commit(grid, arguments)
+        else:
+            assert function in simulated_choices.KERNELS
+            self.enqueue(lambda: simulated_choices.execute(function, self.at, grid, arguments))
+
+    def _commit(self, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+        blocks, heads, arrays = grid
         assert heads == self._dims.key_value_heads
-        *pointers, first, most, capacity = launch[8][0][:9]
+        *pointers, first, most, capacity = arguments[:9]
         sources, targets, source_rows, lengths, accepted, counts = pointers
         assert all(pointer % 16 == 0 for pointer in pointers), "the kernel was compiled for aligned pointers"
         batch = blocks // most

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import EngineError, EngineFileError, Generator, InputError, TreeSizes
+from plugins.choosing import TOP_ROOM, answer_words
+from runtime import EngineError, EngineFileError, Generator, InputError, Sampling, TreeSizes
 from runtime.bundle.engine_file import EngineFile, FileRecord, read_engine_file
 from runtime.bundle.places import engine_file_path
 from runtime.engines import tensorrt
@@ -22,7 +23,7 @@ from runtime.tree import chain
 pytest.importorskip("cuda.bindings")
 
 from tests.passes import run_one
-from tests.runtime.engines.gpu_engines import LIMITS, make_plan, use_gpu
+from tests.runtime.engines.gpu_engines import LIMITS, kernels_of, make_plan, use_gpu
 from tests.runtime.engines.simulated_gpu import SimulatedDriver, simulated_tensorrt
 
 
@@ -335,3 +336,59 @@ def test_kernels_that_are_none_are_refused(plan: Path, content: bytes) -> None:
     replace(about, plan=replace(about.plan, kernels=FileRecord.of(path))).write(engine_file_path(plan))
     with pytest.raises(EngineFileError, match=r"engine\.kernels\.bin is not a valid kernels\.bin \(.*; export the eng"):
         Generator(plan)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 0.9},
+    "min-p": {"temperature": 1.3, "min_p": 0.05},
+    "top-k": {"temperature": 0.9, "top_k": 40},
+    "top-p": {"temperature": 0.9, "top_p": 0.9},
+    "both": {"temperature": 0.7, "top_k": 20, "top_p": 0.8},
+    "whole logits": {"temperature": 0.7, "repetition_penalty": 1.2, "logprobs": 2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_choices_on_the_gpu_are_the_hosts(plan: Path, tiny_engine: Path, options: dict[str, Any]) -> None:
+    sampling = Sampling(**options, seed=5 if options else None)
+    on_gpu = Generator(plan)
+    make_earlier(plan)
+    on_host = Generator(plan)
+    expected = Generator(tiny_engine, threads=1, adapt=False)
+    for prompt in ("Hello", "x" * 40):
+        found, *others = (
+            one.generate(prompt, max_new_tokens=60, sampling=sampling) for one in (on_gpu, on_host, expected)
+        )
+        plain = on_gpu.generate(prompt, max_new_tokens=60, sampling=sampling, speculate=False)
+        assert [other.tokens for other in (plain, *others)] == [found.tokens] * 3
+        assert found.steps == others[0].steps
+        assert found.log_probabilities == others[0].log_probabilities
+    assert [choices_of(one) is not None for one in (on_gpu, on_host)] == [True, False]
+
+
+def test_a_step_fetches_a_choice_and_no_logits(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = use_gpu(plan, monkeypatch)
+    generator = Generator(plan)
+    vocab = generator.about.dims.vocab_size
+    found = generator.generate("Hello", max_new_tokens=50, speculate=False)
+    chunks = -(-found.prompt_tokens // generator.about.prompt_chunk)
+    assert driver.downloaded == 4 * answer_words(TOP_ROOM) * (found.steps + chunks - 1)
+    make_earlier(plan)
+    driver = use_gpu(plan, monkeypatch)
+    earlier = Generator(plan).generate("Hello", max_new_tokens=50, speculate=False)
+    assert earlier.tokens == found.tokens
+    assert driver.downloaded == 4 * vocab * (found.steps + chunks - 1)
+
+
+def make_earlier(plan: Path) -> None:
+    """Let the plan be of a release without kernels for choices."""
+    about = read_engine_file(plan)
+    path = plan.with_name("engine.kernels.bin")
+    path.write_bytes(kernels_of(about, with_choices=False))
+    rewrite(plan, kernels=FileRecord.of(path))
+
+
+def choices_of(generator: Generator) -> Any:
+    assert isinstance(generator.engine, TensorRTEngine)
+    return generator.engine._choices

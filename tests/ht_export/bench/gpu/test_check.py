@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from ht_export.bench.gpu.kernel import check_kernel
 from plugins.launch import Scores
 from runtime.bundle.engine_file import read_engine_file
 from runtime.bundle.places import engine_file_path
-from runtime.engines.buffers import DeviceResult
-from runtime.engines.protocol import Batch
-from runtime.engines.tensorrt import TensorRTEngine
+from runtime.engines.choosing import DeviceChoices, DeviceOutputs
+from runtime.engines.layout import BatchInputs
 from runtime.errors import InputError
+from runtime.rows import Rows
 from tests.ht_export.bench.gpu import parts
 from tests.runtime.engines import test_onnxruntime_cuda, test_tensorrt
 
@@ -92,16 +92,28 @@ def test_an_onnx_engine_is_checked(onnx_on_gpu: Path, tmp_path: Path) -> None:
 def test_a_wrong_engine_is_found(
     plan: Path, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = TensorRTEngine.run
+    driver = sys.modules["cuda.bindings"].driver
+    vocab = read_engine_file(plan).dims.vocab_size
+    enqueue = DeviceChoices.enqueue
 
-    def wrong(engine: TensorRTEngine, batch: Batch) -> DeviceResult:
-        found = run(engine, batch)
-        if len(batch.rows[0].logit_rows) > 1:
-            logits = found.buffers.logits(found.laid_out.logit_count)
-            logits[:] = np.roll(logits, 7, axis=-1)  # type: ignore[index, call-overload]
-        return found
+    def wrong(
+        choices: DeviceChoices,
+        batch: Sequence[Rows],
+        laid_out: BatchInputs,
+        logits: int,
+        drafts: int,
+        places: Sequence[int] | None = None,
+    ) -> list[DeviceOutputs]:
+        count = laid_out.logit_count if len(batch[0].logit_rows) > 1 else 0
 
-    monkeypatch.setattr(TensorRTEngine, "run", wrong)
+        def roll() -> None:
+            held = driver.at(logits, 4 * count * vocab).view(np.float32).reshape(count, vocab)
+            held[:] = np.roll(held, 7, axis=-1)
+
+        driver.enqueue(roll)
+        return enqueue(choices, batch, laid_out, logits, drafts, places)
+
+    monkeypatch.setattr(DeviceChoices, "enqueue", wrong)
     status, report = report_of(tmp_path, "--no-kernel", "--engine", plan, "--reference", tiny_engine, *SETTINGS)
     assert status == 1
     for section in ("decoding", "shapes", "reference"):

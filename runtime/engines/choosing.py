@@ -1,0 +1,189 @@
+"""Choices of a pass, made on the GPU that its logits are on: what comes to the host does not grow with the vocabulary.
+
+Each request says what it wants of its rows; that becomes a job for each row, the kernels answer all jobs of a pass,
+whichever requests they are of, and one small block is fetched. A choice is then made of its answer, exactly as the host
+makes it of the whole row. Where an answer does not suffice, that row alone is fetched.
+
+The jobs follow the pass on its stream and are no part of a captured graph: how many there are, and how much is fetched,
+differs between passes of the same shape, and a graph would have to answer for rows of no meaning too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plugins.choose_launch import ChooseBuffers, ChooseLauncher, scratch_bytes
+from plugins.choosing import JOB
+from runtime.drafting.drafts import DraftStep
+from runtime.engines.choice_jobs import Answers, Jobs
+from runtime.engines.cuda import Cuda, DeviceMemory
+from runtime.engines.layout import BatchInputs
+from runtime.rows import HostOutputs, LogitRows, PickedRows, Rows
+from runtime.sampling.choice import Choice, WholeLogits
+
+# There is memory for so many jobs, and words of answers, from the beginning.
+LEAST_JOBS, LEAST_WORDS = 64, 1 << 14
+
+
+class DeviceChoices:
+    """Makes the choices of an engine's passes, over rows of V = `vocab_size` logits."""
+
+    def __init__(self, cuda: Cuda, launcher: ChooseLauncher, vocab_size: int) -> None:
+        self._cuda = cuda
+        self._launch = launcher
+        self._vocab_size = vocab_size
+        self._whole_row = cuda.pinned(4 * vocab_size)
+        self._memory = _Memory.of(cuda, vocab_size, LEAST_JOBS, LEAST_WORDS)
+
+    def enqueue(
+        self,
+        batch: Sequence[Rows],
+        laid_out: BatchInputs,
+        logits: int,
+        drafts: int,
+        places: Sequence[int] | None = None,
+    ) -> list[DeviceOutputs]:
+        """Enqueue the choices of a batch's requests behind the pass, `laid_out`, that has its logits [B, M, V] and
+        draft logits [B, sum R_k, V] at these device addresses; return their outputs.
+
+        `places` are where they are among the B that were run, None where they are all of these in order. The outputs
+        may be read once the stream is synchronised, until the next call.
+        """
+        row = 4 * self._vocab_size
+        pseudo_count = sum(laid_out.sizes.pseudo_rows)
+        jobs = Jobs()
+        asked = []
+        for rows, place in zip(batch, range(len(laid_out.pseudo)) if places is None else places, strict=True):
+            count, pseudo = len(rows.logit_rows), laid_out.pseudo[place]
+            first, first_draft = logits + place * laid_out.logit_count * row, drafts + place * pseudo_count * row
+            whole = HostOutputs(
+                rows,
+                _FetchedRows(self._cuda, self._whole_row, first, count),
+                PickedRows(_FetchedRows(self._cuda, self._whole_row, first_draft, pseudo_count), pseudo),
+            )
+            chosen = jobs.choose(rows, first + row * np.arange(count, dtype=np.int64))
+            asked.append((whole, chosen, jobs.shortlist(rows, first_draft + row * pseudo)))
+        memory = self._answer(jobs)
+        return [DeviceOutputs(*one, memory.results_host.view(np.int32)) for one in asked]
+
+    def _answer(self, jobs: Jobs) -> _Memory:
+        """Enqueue the jobs and the copy of their answers to the host; return the memory that they come to."""
+        if jobs.count > self._memory.most_jobs or jobs.words > self._memory.most_words:
+            self._memory = self._memory.larger(self._cuda, self._vocab_size, jobs)
+        memory = self._memory
+        if jobs.count:
+            written = memory.jobs_host[: jobs.count * JOB.itemsize]
+            written.view(JOB)[:] = np.concatenate(jobs.tables)
+            self._cuda.upload(memory.jobs.address, written)
+            buffers = ChooseBuffers(memory.jobs.address, memory.results.address, memory.scratch.address)
+            self._launch(buffers, jobs.count, self._vocab_size, self._cuda.stream)
+            self._cuda.download(memory.results_host, memory.results.address, 4 * jobs.words)
+        return memory
+
+
+@dataclass(frozen=True)
+class DeviceOutputs:
+    """Outputs whose choices were made on the GPU, where `chosen_at` and `shortlists_at` say where in the `answers` they
+    are; and `whole` ones, for all else. See `Outputs`.
+    """
+
+    whole: HostOutputs
+    chosen_at: Answers | None
+    shortlists_at: Answers | None
+    answers: NDArray[np.int32]
+
+    @property
+    def rows(self) -> Rows:
+        """See `Outputs.rows`."""
+        return self.whole.rows
+
+    @property
+    def logits(self) -> LogitRows:
+        """See `Outputs.logits`: a row is fetched when it is asked for."""
+        return self.whole.logits
+
+    @property
+    def draft_logits(self) -> LogitRows:
+        """See `Outputs.draft_logits`: a row is fetched when it is asked for."""
+        return self.whole.draft_logits
+
+    def chosen(self, index: int) -> Choice:
+        """See `Outputs.chosen`."""
+        rows = self.rows
+        if self.chosen_at is not None and not isinstance(rows.wanted, WholeLogits):
+            position = int(rows.position_ids[rows.logit_rows[index]]) + 1
+            found = self.chosen_at.of(index, self.answers).chosen(rows.wanted, position)
+            if found is not None:
+                return found
+        return self.whole.chosen(index)
+
+    def draft(self, row: int) -> DraftStep | None:
+        """See `Outputs.draft`."""
+        if self.shortlists_at is not None:
+            answer = self.shortlists_at.of(row, self.answers)
+            if not math.isfinite(answer.top):
+                return None
+            found = answer.draft(self.rows.shortlist)
+            if found is not None:
+                return found
+        return self.whole.draft(row)
+
+
+class _FetchedRows:
+    """Rows of V logits on the GPU, each fetched when it is asked for, by way of pinned memory for one."""
+
+    def __init__(self, cuda: Cuda, pinned: NDArray[np.uint8], start: int, count: int) -> None:
+        self._cuda = cuda
+        self._pinned = pinned
+        self._start = start
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, row: int) -> NDArray[np.float32]:
+        if not 0 <= row < self._count:
+            raise IndexError(f"row {row} of {self._count} rows of logits")
+        self._cuda.use()
+        self._cuda.download(self._pinned, self._start + row * self._pinned.nbytes)
+        self._cuda.synchronise()
+        return self._pinned.view(np.float32).copy()
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Memory for jobs and their answers, on the host and on the device, and for what is between launches."""
+
+    most_jobs: int
+    most_words: int
+    jobs_host: NDArray[np.uint8]
+    results_host: NDArray[np.uint8]
+    jobs: DeviceMemory
+    results: DeviceMemory
+    scratch: DeviceMemory
+
+    @classmethod
+    def of(cls, cuda: Cuda, vocab_size: int, jobs: int, words: int) -> _Memory:
+        """Return memory for so many jobs on rows of V logits, and words of answers."""
+        return cls(
+            jobs,
+            words,
+            cuda.pinned(jobs * JOB.itemsize),
+            cuda.pinned(4 * words),
+            cuda.allocate(jobs * JOB.itemsize),
+            cuda.allocate(4 * words),
+            cuda.allocate(scratch_bytes(jobs, vocab_size)),
+        )
+
+    def larger(self, cuda: Cuda, vocab_size: int, jobs: Jobs) -> _Memory:
+        """Return memory for `jobs` too: at least twice as much of what there is too little of."""
+        count, words = (
+            least if wanted <= least else max(2 * least, wanted)
+            for least, wanted in ((self.most_jobs, jobs.count), (self.most_words, jobs.words))
+        )
+        return _Memory.of(cuda, vocab_size, count, words)
