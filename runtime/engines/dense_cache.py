@@ -7,8 +7,6 @@ what lies between them takes part in the pass with one row of no meaning.
 from __future__ import annotations
 
 import mmap
-import weakref
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,38 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bindings import GraphDims
+from runtime.engines.places import PlacedSlot, Places
 from runtime.engines.protocol import Slot
 
 # The rows of a slot grow by blocks of so many: passes of several trees read all that there is room for.
 BLOCK = 64
-
-
-@dataclass(eq=False)
-class Place:
-    """Place number `index` of a cache: its first `length` rows are committed."""
-
-    index: int
-    length: int = 0
-
-
-class DenseSlot:
-    """A request's place in a cache, wherever that is moved to. See `Slot`. It is free when it is released; also when
-    nothing refers to it any more, and then from the next time on that the cache is used.
-    """
-
-    def __init__(self, place: Place, dropped: deque[Place]) -> None:
-        self.place = place
-        self._drop = weakref.finalize(self, dropped.append, place)
-        self._drop.atexit = False
-
-    def drop(self) -> None:
-        """Say that it is used no more, as its end does."""
-        self._drop()
-
-    @property
-    def length(self) -> int:
-        """The number of committed rows."""
-        return self.place.length
 
 
 @dataclass(eq=False)
@@ -70,10 +41,7 @@ class DenseCache:
 
     def __init__(self, dims: GraphDims) -> None:
         self._dims = dims
-        # Those in use, by index; None for those that are free.
-        self._places: list[Place | None] = []
-        # Places whose slots are used no more. A slot may end in any thread, and whatever the cache is doing.
-        self._dropped: deque[Place] = deque()
+        self._places = Places()
         self.arrays, self._memory = self._allocate(0, 0)
 
     @property
@@ -85,36 +53,27 @@ class DenseCache:
     def in_use(self) -> int:
         """The number of slots in use."""
         self._reap()
-        return sum(place is not None for place in self._places)
+        return len(self._places.used)
 
-    def new_slot(self) -> DenseSlot:
+    def new_slot(self) -> PlacedSlot:
         """Return an empty slot, the first that is free."""
         self._reap()
-        index = next((index for index, place in enumerate(self._places) if place is None), len(self._places))
-        if index == len(self._places):
-            self._places.append(None)
+        slot = self._places.new_slot()
+        index = slot.place.index
         if index >= self.arrays.shape[2]:
             # One is what most programs need.
             self._resize(max(index + 1, 2 * self.arrays.shape[2]) if index else 1, self.capacity)
-        place = self._places[index] = Place(index)
-        return DenseSlot(place, self._dropped)
+        return slot
 
-    def release(self, slot: DenseSlot) -> None:
+    def release(self, slot: PlacedSlot) -> None:
         """Free `slot`, which is used no more, and its memory."""
         slot.drop()
         self._reap()
 
     def _reap(self) -> None:
-        """Free the places whose slots are used no more."""
-        while self._dropped:
-            place = self._dropped.popleft()
-            self._places[place.index] = None
-            self._forget(place.index)
-            self._trim()
-
-    def _trim(self) -> None:
-        while self._places and self._places[-1] is None:
-            self._places.pop()
+        """Free the places whose slots are used no more, and their memory."""
+        for index in self._places.reap():
+            self._forget(index)
 
     def reserve(self, length: int, rows: int) -> None:
         """Have room for `rows` more rows behind `length` ones. S grows by a quarter at least."""
@@ -124,7 +83,7 @@ class DenseCache:
             target = max(needed, self.capacity + self.capacity // 4)
             self._resize(self.arrays.shape[2], -(-target // BLOCK) * BLOCK)
 
-    def commit(self, slot: DenseSlot, rows: Sequence[int], written: int) -> None:
+    def commit(self, slot: PlacedSlot, rows: Sequence[int], written: int) -> None:
         """Accept `rows` of the `written` ones that the pass before has left behind the committed ones, in that order.
 
         Those that stay behind are made finite: attention may read them, with a weight of zero.
@@ -141,27 +100,27 @@ class DenseCache:
         if not np.isfinite(behind[:, -1]).all():
             behind[:] = 0
 
-    def of(self, slot: DenseSlot) -> NDArray:
+    def of(self, slot: PlacedSlot) -> NDArray:
         """Return the keys and values [2, L, Hkv, S, D] of `slot`, to read and to write."""
         return self.arrays[:, :, slot.place.index]
 
-    def keep(self, slot: DenseSlot, rows: int) -> KeptRows:
+    def keep(self, slot: PlacedSlot, rows: int) -> KeptRows:
         """Return copies of the first `rows` rows of `slot`."""
         return KeptRows(self.of(slot)[..., :rows, :].copy())
 
-    def copy(self, source: Slot | KeptRows, target: DenseSlot, rows: int) -> None:
+    def copy(self, source: Slot | KeptRows, target: PlacedSlot, rows: int) -> None:
         """Commit the first `rows` rows of `source` to `target`, which is empty."""
         assert not target.length and rows <= source.length
         self.reserve(0, rows)
         if isinstance(source, KeptRows):
             found = source.arrays
         else:
-            assert isinstance(source, DenseSlot)
+            assert isinstance(source, PlacedSlot)
             found = self.of(source)
         self.of(target)[..., :rows, :] = found[..., :rows, :]
         target.place.length = rows
 
-    def arrange(self, slots: Sequence[DenseSlot], gaps: int) -> tuple[int, int]:
+    def arrange(self, slots: Sequence[PlacedSlot], gaps: int) -> tuple[int, int]:
         """Move `slots` together until at most `gaps` others, or free places, are between them; return the index of the
         first and the number of places from there to the last.
         """
@@ -178,12 +137,12 @@ class DenseCache:
 
     def length_at(self, index: int) -> int:
         """Return the number of rows that are committed at a place, 0 where it is free."""
-        place = self._places[index] if index < len(self._places) else None
+        place = self._places.at(index)
         return place.length if place else 0
 
     def _exchange(self, one: int, other: int) -> None:
         """Let those at two indexes change places; the first is in use."""
-        mine, theirs = self._places[one], self._places[other]
+        mine, theirs = self._places.at(one), self._places.at(other)
         assert mine is not None
         here, there = self.arrays[:, :, one], self.arrays[:, :, other]
         if theirs is None:
@@ -197,16 +156,13 @@ class DenseCache:
             if mine.length < theirs.length:
                 self._forget(other)
             there[..., : mine.length, :] = kept
-            theirs.index = one
-        mine.index = other
-        self._places[one], self._places[other] = theirs, mine
-        self._trim()
+        self._places.exchange(one, other)
 
     def _resize(self, places: int, capacity: int) -> None:
         before = self.arrays
         self.arrays, self._memory = self._allocate(places, capacity)
-        for place in self._places:
-            if place is not None and place.length:
+        for place in self._places.used:
+            if place.length:
                 at = (slice(None), slice(None), place.index, slice(None), slice(place.length))
                 self.arrays[at] = before[at]
 
@@ -249,7 +205,7 @@ class DenseCache:
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if hasattr(mmap, "MADV_DONTNEED") else 0)
 
 
-def slot_of(slot: object) -> DenseSlot:
+def slot_of(slot: object) -> PlacedSlot:
     """Return the slot as one of this cache."""
-    assert isinstance(slot, DenseSlot), "a slot of another engine"
+    assert isinstance(slot, PlacedSlot), "a slot of another engine"
     return slot

@@ -191,7 +191,7 @@ class DeviceCache:
         self._cuda.copy_rows(target, target_pitch, source, source_pitch, rows * self._head_row, heads)
 
     def _reap(self) -> None:
-        self._may_shrink |= self._places.reap()
+        self._may_shrink |= bool(self._places.reap())
 
     def _fit(self, needed: int, places: int) -> None:
         """Have room for `places` places at least, and in each for `needed` rows. Raises `InputError` beyond the budget.

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from runtime import bindings
 from runtime.bindings import GraphDims, dynamic_dims
-from runtime.engines.dense_cache import DenseCache, DenseSlot, KeptRows, slot_of
+from runtime.engines.dense_cache import DenseCache, KeptRows, slot_of
 from runtime.engines.external_weights import GraphFiles
 from runtime.engines.onnxruntime import check_bindings, open_session, path_of, running
 from runtime.engines.packing import PackedInputs, pack
+from runtime.engines.places import PlacedSlot
 from runtime.engines.protocol import Batch, Freshness, Kept, Result, Slot
 from runtime.rows import HostOutputs, PickedRows, Rows, lay_out
 from runtime.tree import chain
@@ -105,7 +106,7 @@ class OnnxRuntimeCpuEngine:
         """See `Engine.row_bytes`."""
         return self.dims.row_bytes
 
-    def new_slot(self) -> DenseSlot:
+    def new_slot(self) -> PlacedSlot:
         """See `Engine.new_slot`."""
         return self._cache.new_slot()
 
@@ -156,7 +157,9 @@ class OnnxRuntimeCpuEngine:
         for slot, rows in zip(result.batch.slots, accepted, strict=True):
             self._cache.commit(slot_of(slot), rows, result.laid_out.written)
 
-    def _filled(self, batch: Batch, slots: Sequence[DenseSlot], first: int, count: int) -> tuple[list[Rows], list[int]]:
+    def _filled(
+        self, batch: Batch, slots: Sequence[PlacedSlot], first: int, count: int
+    ) -> tuple[list[Rows], list[int]]:
         """Return the rows of `count` places from `first` on, and how many are committed in each. What lies between the
         slots of the batch has one row of no meaning, behind the committed ones.
         """

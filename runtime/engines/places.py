@@ -68,11 +68,12 @@ class Places:
         place = self._places[index] = Place(index)
         return PlacedSlot(place, self._dropped)
 
-    def reap(self) -> bool:
-        """Free the places whose slots are used no more; return whether there were any."""
-        found = bool(self._dropped)
+    def reap(self) -> list[int]:
+        """Free the places whose slots are used no more; return their indexes."""
+        found = []
         while self._dropped:
-            self._places[self._dropped.popleft().index] = None
+            found.append(self._dropped.popleft().index)
+            self._places[found[-1]] = None
         self._trim()
         return found
 

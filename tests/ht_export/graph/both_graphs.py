@@ -21,10 +21,11 @@ from ht_export.graph.trace import build_graph, graph_dims
 from ht_export.model.reference import HiddenTransferModel
 from runtime.bindings import GraphDims
 from runtime.engines import dense_cache
-from runtime.engines.dense_cache import DenseCache, DenseSlot, KeptRows
+from runtime.engines.dense_cache import DenseCache, KeptRows
 from runtime.engines.host_cache import HostResult, KeyValueCache
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.engines.onnxruntime_cpu import InPlaceResult, OnnxRuntimeCpuEngine
+from runtime.engines.places import PlacedSlot
 from runtime.engines.protocol import Batch
 from runtime.rows import Rows
 from runtime.tree import Tree
@@ -94,7 +95,7 @@ class Requests:
     graphs: Graphs
     cache: DenseCache
     caches: list[KeyValueCache]
-    slots: list[DenseSlot]
+    slots: list[PlacedSlot]
     before: list[NDArray[np.float32]]
 
     def portable(self, index: int, rows: Rows) -> HostResult:

@@ -13,7 +13,7 @@ from ht_export.parity.run import _in_its_own_cache
 from ht_export.verify.passes import Expected, record
 from ht_export.verify.traces import ReferenceTracer, Trace
 from runtime import Generator
-from runtime.engines.dense_cache import DenseSlot
+from runtime.engines.places import PlacedSlot
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def expected(tiny_checkpoint: Path, tiny_transfer: Path) -> list[tuple[Expected,
 
 def test_every_case_is_compared(tiny_engine: Path, expected: list[tuple[Expected, Trace]]) -> None:
     generator = Generator(tiny_engine, threads=1, adapt=False)
-    assert isinstance(generator.engine.new_slot(), DenseSlot)
+    assert isinstance(generator.engine.new_slot(), PlacedSlot)
     found = list(_in_its_own_cache(generator, expected))
     assert {one.case for one in found} == {one.case for one, _ in expected}
     assert max(one.relative for one in found) < 1e-4

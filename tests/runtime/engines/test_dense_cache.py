@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 
 from runtime.bindings import GraphDims
 from runtime.engines import dense_cache as module
-from runtime.engines.dense_cache import DenseCache, DenseSlot, KeptRows
+from runtime.engines import places
+from runtime.engines.dense_cache import DenseCache, KeptRows
+from runtime.engines.places import PlacedSlot
 
 DIMS = GraphDims(3, 4, 2, 5, 20, 50, (2,))
 # Whole pages of every layer are those of one slot.
@@ -40,24 +42,24 @@ def row_of(number: int) -> Row:
     return values.reshape(2, DIMS.num_layers, DIMS.key_value_heads, DIMS.head_dim)
 
 
-def write(cache: DenseCache, slot: DenseSlot, rows: list[Row]) -> None:
+def write(cache: DenseCache, slot: PlacedSlot, rows: list[Row]) -> None:
     """Write the rows of a pass behind the committed ones, as engines do."""
     cache.reserve(slot.length, len(rows))
     for place, row in enumerate(rows, start=slot.length):
         cache.of(slot)[..., place, :] = row
 
 
-def append(cache: DenseCache, slot: DenseSlot, rows: list[Row]) -> None:
+def append(cache: DenseCache, slot: PlacedSlot, rows: list[Row]) -> None:
     """Write rows and commit all."""
     write(cache, slot, rows)
     cache.commit(slot, range(len(rows)), len(rows))
 
 
-def contents(cache: DenseCache, slot: DenseSlot) -> list[Row]:
+def contents(cache: DenseCache, slot: PlacedSlot) -> list[Row]:
     return list(np.moveaxis(cache.of(slot)[..., : slot.length, :], -2, 0))
 
 
-def assert_holds(cache: DenseCache, slot: DenseSlot, expected: list[Row]) -> None:
+def assert_holds(cache: DenseCache, slot: PlacedSlot, expected: list[Row]) -> None:
     assert slot.length == len(expected) <= cache.capacity
     if expected:
         np.testing.assert_array_equal(contents(cache, slot), expected)
@@ -76,11 +78,11 @@ class AnyUse(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.cache = DenseCache(DIMS)
-        self.requests: list[tuple[DenseSlot, list[Row]]] = []
+        self.requests: list[tuple[PlacedSlot, list[Row]]] = []
         self.kept: list[tuple[KeptRows, list[Row]]] = []
         self.numbers = iter(range(1 << 30))
 
-    def pick(self, data: st.DataObject) -> tuple[DenseSlot, list[Row]]:
+    def pick(self, data: st.DataObject) -> tuple[PlacedSlot, list[Row]]:
         return self.requests[data.draw(st.integers(0, len(self.requests) - 1))]
 
     def new_rows(self, count: int) -> list[Row]:
@@ -146,7 +148,7 @@ class AnyUse(RuleBasedStateMachine):
     def copy(self, data: st.DataObject) -> None:
         # By number, or what was drawn would be referred to for longer.
         number = data.draw(st.integers(0, len(self.kept) + len(self.requests) - 1))
-        there: list[tuple[DenseSlot | KeptRows, list[Row]]] = [*self.kept, *self.requests]
+        there: list[tuple[PlacedSlot | KeptRows, list[Row]]] = [*self.kept, *self.requests]
         source, expected = there[number]
         del there
         rows = data.draw(st.integers(0, source.length))
@@ -351,14 +353,14 @@ def test_slots_that_end_while_a_slot_is_made_harm_nothing(monkeypatch: pytest.Mo
     """The collector of garbage may end a slot at any allocation."""
     cache = DenseCache(DIMS)
     ending = [cache.new_slot() for _ in range(3)]
-    place = module.Place
+    place = places.Place
 
     def ends_others(index: int) -> object:
         ending.clear()
         gc.collect()
         return place(index)
 
-    monkeypatch.setattr(module, "Place", ends_others)
+    monkeypatch.setattr(places, "Place", ends_others)
     slot = cache.new_slot()
     monkeypatch.undo()
     append(cache, slot, [row_of(1), row_of(2)])

@@ -21,9 +21,9 @@ from runtime import EngineFileError, Generator
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import FORMAT_VERSION, FileRecord, read_engine_file
 from runtime.engines import dense_cache
-from runtime.engines.dense_cache import DenseSlot
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.engines.onnxruntime_cpu import MOST_BOUND, InPlaceResult, OnnxRuntimeCpuEngine
+from runtime.engines.places import PlacedSlot
 from runtime.engines.protocol import Batch, Engine
 from runtime.rows import Rows, lay_out
 from runtime.tree import Tree, TreeSizes, chain
@@ -107,7 +107,7 @@ def text_of(engine: Engine, prompt: list[int], count: int) -> list[int]:
     raise AssertionError
 
 
-def committed_rows(engine: OnnxRuntimeCpuEngine, slot: DenseSlot) -> np.ndarray:
+def committed_rows(engine: OnnxRuntimeCpuEngine, slot: PlacedSlot) -> np.ndarray:
     """Return the keys and values [2, L, Hkv, length, D] that are committed to `slot`."""
     return engine.keep(slot, slot.length).arrays
 
@@ -152,7 +152,7 @@ def test_after_any_accepted_paths_of_any_requests_each_has_the_cache_that_it_has
 def test_a_request_goes_on_from_rows_that_were_kept_or_are_anothers(
     engine: OnnxRuntimeCpuEngine, portable: OnnxRuntimeEngine
 ) -> None:
-    def follow(slot: DenseSlot) -> np.ndarray:
+    def follow(slot: PlacedSlot) -> np.ndarray:
         return run_one(engine, rows_of([17, 18], slot.length, engine.dims), slot).logits.copy()
 
     tokens = [11, 12, 13, 14, 15]
