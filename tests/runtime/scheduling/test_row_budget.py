@@ -11,13 +11,16 @@ import pytest
 from runtime.decode import DecodingState
 from runtime.drafting.best_first import likely_ends
 from runtime.drafting.drafter import Drafter, Offer
+from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import AdaptiveSizes, BatchMenu, FixedSizes, Menu
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.scheduling.job import Job
 from runtime.scheduling.row_budget import RowBudget
+from runtime.scheduling.scheduler import Limits, Scheduler
 from runtime.scheduling.slots import MANY
 from runtime.tree import Tree, TreeSizes, chain
 from tests.runtime.drafting.test_sizing import PLAIN, SIZES, Text, always, menu_of, never
+from tests.runtime.test_decode import DIMS, known_engine, plain
 
 REQUESTS = 4
 
@@ -161,3 +164,29 @@ def test_far_more_requests_than_were_measured_decode_plainly_and_nothing_is_chos
         assert set(budget.choose(jobs).values()) == {PLAIN}
         budget.learn([1] * 5)
     assert RowBudget([]).choose(jobs) == {}
+
+
+@pytest.mark.parametrize("row", [0.005, 0.05, 5.0])
+def test_texts_are_those_of_plain_decoding_whatever_the_budget(row: float) -> None:
+    engine = known_engine([True, True, False], max_batch=4)
+    engine.packs = True
+    menus = [batch_menu(2, row), batch_menu(4, row)]
+    scheduler = Scheduler(engine, Limits(prompt_chunk=8), batch_menus=menus, checked=True)
+    states = [
+        DecodingState(
+            [1, 2, index],
+            Drafter(AdaptiveSizes(menu_of(0.03, 0.013)), [TransferDrafts(), Ngrams()]),
+            8,
+            DIMS.join_order,
+            max_new_tokens=100 + 20 * index,
+        )
+        for index in range(6)
+    ]
+    for state in states:
+        scheduler.add(Job(state, MANY))
+    while not scheduler.idle:
+        scheduler.step()
+    for state in states:
+        assert state.tokens == plain(list(state.prompt), state.max_new_tokens)
+    # Passes of this engine take next to no time, whatever was measured: in the end rows are cheap or they are not.
+    assert scheduler.metrics.tree_passes > 0 or row > 1.0

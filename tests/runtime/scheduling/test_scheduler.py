@@ -209,6 +209,7 @@ asked_ = st.builds(
     st.integers(0, 200),
     st.sampled_from([0, 40, 400]),
     st.integers(1, 16),
+    st.booleans(),
 )
 @settings(max_examples=300, deadline=None)
 def test_any_schedule_gives_each_request_the_text_it_has_alone(
@@ -219,10 +220,11 @@ def test_any_schedule_gives_each_request_the_text_it_has_alone(
     spare: int,
     prefix_rows: int,
     chunk: int,
+    packs: bool,
 ) -> None:
     """Requests come and go between steps, in a pool that holds hardly more than the longest of them."""
     engine = known_engine(right, max_batch)
-    engine.max_slots = max_slots
+    engine.max_slots, engine.packs = max_slots, packs
     made: list[Job] = []
     for one in asked:
         state = DecodingState(
