@@ -39,6 +39,8 @@ LONGEST_PAUSE = 64
 FIRST_CREDIT = 1.5
 PASS_CREDIT = 0.015
 MOST_CREDIT = 4.0
+# What the drafts of one node are worth, in tokens, before anything is known.
+DRAFT_VALUE = 0.5
 # Worth of the drafts of each step, relative to each other.
 STEP_VALUES = (0.62, 0.26, 0.12, 0.06, 0.03)
 
@@ -185,7 +187,7 @@ class AdaptiveSizes:
     drafts of one node add to the next step beyond their cost, are what to begin with.
     """
 
-    def __init__(self, menu: Menu, rate: float = 1.0, draft_value: float = 0.5) -> None:
+    def __init__(self, menu: Menu, rate: float = 1.0, draft_value: float = DRAFT_VALUE) -> None:
         self.menu = menu
         self._plain_rows = menu.tree_rows == 1
         self._time = RATE_PASSES

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from runtime.drafting.sizing import (
+    DRAFT_VALUE,
     DRAFT_VALUE_STEP,
-    FIRST_CREDIT,
     FIRST_PAUSE,
     MEMORY,
-    MOST_CREDIT,
-    PASS_CREDIT,
     RATE_PASSES,
+    AdaptiveSizes,
+    Sizing,
 )
 
-# Passes without drafts before they are tried again, at most: where there are many requests a try costs all of them.
+# As in `runtime.drafting.sizing`, but less, and longer pauses: where there are many requests a try costs all of them.
+FIRST_CREDIT = 1.0
+PASS_CREDIT = 0.005
+MOST_CREDIT = 3.0
 LONGEST_PAUSE = 128
 
 
@@ -33,6 +37,12 @@ class Experience:
     pause: int = FIRST_PAUSE
     idle: int = 0
 
+    @classmethod
+    def of(cls, sizings: Iterable[Sizing]) -> Experience:
+        """Return what to begin with where requests choose by these: what they believe, if any of them does."""
+        values = [sizing.draft_value for sizing in sizings if isinstance(sizing, AdaptiveSizes)]
+        return cls(sum(values) / len(values) if values else DRAFT_VALUE)
+
     @property
     def rate(self) -> float:
         """Tokens of a request in the time of a plain pass, lately."""
@@ -46,11 +56,11 @@ class Experience:
     def learn_worth(self, gain: float) -> None:
         """Take note of what the drafts of one node have brought a step that had them, in tokens beyond its cost."""
         self.draft_value += DRAFT_VALUE_STEP * (gain - self.draft_value)
-        # That of one step says little where lately all of them together have brought less than plain decoding.
-        if gain > 0.0 and self.rate >= 1.0:
-            self.pause = FIRST_PAUSE
-        else:
+        if gain <= 0.0:
             self.lengthen_pause()
+        elif self.rate >= 1.0:
+            # One step says little where lately all of them together have brought less than plain decoding.
+            self.pause = FIRST_PAUSE
 
     def lengthen_pause(self) -> None:
         """Wait longer before drafts are tried again."""

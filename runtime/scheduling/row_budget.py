@@ -117,9 +117,7 @@ class RowBudget:
         menu = self._menu(len(jobs))
         assert menu is not None
         if menu.requests not in self._experience:
-            sizings = [job.state.drafter.sizing for job in jobs]
-            values = [sizing.draft_value for sizing in sizings if isinstance(sizing, AdaptiveSizes)]
-            self._experience[menu.requests] = Experience(sum(values) / max(len(values), 1))
+            self._experience[menu.requests] = Experience.of(job.state.drafter.sizing for job in jobs)
         return self._experience[menu.requests]
 
 

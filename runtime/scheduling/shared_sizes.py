@@ -127,7 +127,5 @@ class SharedSizes:
 
     def _state(self, menu: BatchMenu, jobs: Sequence[Job]) -> Experience:
         if menu.requests not in self._states:
-            sizings = [job.state.drafter.sizing for job in jobs]
-            values = [sizing.draft_value for sizing in sizings if isinstance(sizing, AdaptiveSizes)]
-            self._states[menu.requests] = Experience(sum(values) / max(len(values), 1))
+            self._states[menu.requests] = Experience.of(job.state.drafter.sizing for job in jobs)
         return self._states[menu.requests]

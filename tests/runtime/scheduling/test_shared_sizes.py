@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -195,3 +195,17 @@ def test_where_plain_decoding_is_best_no_speculative_work_is_done() -> None:
     for state, source in zip(states, watched, strict=True):
         assert [*state.prompt, *state.tokens][: len(source.tokens)] == source.tokens
     assert scheduler.metrics.tree_passes < 20
+
+
+def test_requests_that_never_speculate_say_nothing_of_what_drafts_are_worth() -> None:
+    def requests_of(sizing: Callable[[], FixedSizes | AdaptiveSizes]) -> list[Job]:
+        drafters = [Drafter(sizing(), [TransferDrafts()]) for _ in range(2)]
+        return [Job(DecodingState([1], drafter, 8, (0, 1, 2)), MANY) for drafter in drafters]
+
+    shared = SharedSizes([batch_menu(2, 0.02)])
+    shared.prepare(requests_of(lambda: FixedSizes(PLAIN)))
+    jobs = requests_of(lambda: AdaptiveSizes(menu_of(0.03, 0.013)))
+    for job in jobs:
+        job.offer = Offer(chain([0]), 10, drafted=False)
+    shared.prepare(jobs)
+    assert all(any(sizes.pseudo_rows) for sizes in shared.choose(jobs).values())
