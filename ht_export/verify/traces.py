@@ -21,6 +21,7 @@ from runtime.bindings import GraphDims
 from runtime.engines.host_cache import KeyValueCache
 from runtime.engines.layout import stack
 from runtime.engines.onnxruntime import graph_inputs, use_little_memory
+from runtime.engines.packing import nobodys_rows
 from runtime.engines.protocol import Batch
 from runtime.rows import Rows
 
@@ -79,6 +80,7 @@ class GraphTracer:
         model = onnx.load(path, load_external_data=False)
         self._names = [output.name for output in model.graph.output]
         self._lowered = bindings.key_new(0) not in self._names
+        self._packed = any(value.name == bindings.SLOT_ROWS for value in model.graph.input)
         taps = attention_outputs(model)
         self._names += taps
         self._compute = _evaluator(path, model, taps) if reference else tapped_session(path, taps, _element(dims))
@@ -91,6 +93,8 @@ class GraphTracer:
         for binding in self.dims.inputs():
             if binding.dtype == self.dims.dtype:
                 feed[binding.name] = self._cache_input(feed[binding.name], len(rows.position_ids))
+        if self._packed:
+            feed |= nobodys_rows(1)
         found = self._compute(self._names, feed)
         logits, drafts, *new = found[: 2 + 2 * layers]
         outputs = Computed(logits[0], drafts[0], *self._new(new[:layers], new[layers:], rows, cache))

@@ -78,6 +78,15 @@ def pack(batch: Sequence[Rows], lengths: Sequence[int], join_order: Sequence[int
     )
 
 
+def nobodys_rows(slots: int) -> dict[str, NDArray]:
+    """Return the inputs that tell rows of different slots apart, where there are none to tell apart."""
+    return {
+        bindings.SLOT_ROWS: np.zeros((slots, 1), dtype=np.int64),
+        bindings.ROW_SLOTS: np.zeros(1, dtype=np.int64),
+        bindings.ROW_PLACES: np.zeros(1, dtype=np.int64),
+    }
+
+
 def _shifted(numbers: Sequence[IntArray], firsts: IntArray) -> IntArray:
     return np.concatenate([own + first for own, first in zip(numbers, firsts, strict=False)])[None]
 
@@ -86,13 +95,8 @@ def _stacked(batch: Sequence[Rows], laid_out: BatchInputs) -> PackedInputs:
     """Return what has no rows to spare as it is: the rows of one request, or one of each of several."""
     count, size = len(batch), laid_out.logit_count
     pseudo_rows = sum(laid_out.sizes.pseudo_rows)
-    unused = {
-        bindings.SLOT_ROWS: np.zeros((count, 1), dtype=np.int64),
-        bindings.ROW_SLOTS: np.zeros(1, dtype=np.int64),
-        bindings.ROW_PLACES: np.zeros(1, dtype=np.int64),
-    }
     return PackedInputs(
-        laid_out.values | unused,
+        laid_out.values | nobodys_rows(count),
         count * size,
         count * pseudo_rows,
         laid_out.sizes.tree_rows + pseudo_rows,

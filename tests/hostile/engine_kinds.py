@@ -74,9 +74,15 @@ def _reusing(opened: Callable[..., Engine]) -> Callable[..., Engine]:
     """Return an `open_engine` that opens one of the same graph, weights and dimensions once: it takes long."""
     known: dict[Any, Engine] = {}
 
-    def opening(files: EngineFiles, about: EngineFile, device: str | None = None, threads: int | None = None) -> Engine:
-        if about.plan is not None or device is not None:
-            return opened(files, about, device, threads)
+    def opening(
+        files: EngineFiles,
+        about: EngineFile,
+        device: str | None = None,
+        threads: int | None = None,
+        gpu_memory_bytes: int | None = None,
+    ) -> Engine:
+        if about.plan is not None or device is not None or gpu_memory_bytes is not None:
+            return opened(files, about, device, threads, gpu_memory_bytes)
         records = (about.graph, about.cpu_graph, about.weights)
         key = (*(record and (record.name, record.sha256) for record in records), about.dims, threads)
         if key not in known:

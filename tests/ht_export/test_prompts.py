@@ -45,7 +45,7 @@ def test_conversations_that_differ_after_the_turns_answered_are_duplicates() -> 
         ('{"prompt": "a", "x": NaN}\n', r"line 1 is not .*malformed.*NaN"),
         ('{"prompt": "a", "id": 1' + "0" * 5000 + "}\n", "line 1 is not .*out of range"),
         ('{"prompt": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "line 1 is not .*nested too deeply"),
-        ('{"prompt": "a"}\n{"prompt": "\udcff"}\n', "line 2 is not .*decode"),
+        ('{"prompt": "a"}\n{"prompt": "\udcff"}\n', "line 2 is not .*(decode|encoded)"),
         ('{"prompt": "a\\ud800"}\n', "line 1 is not"),
         ('{"prompt": "a\\udc00b"}\n', "line 1 is not"),
         ("\n", "holds no prompts"),
