@@ -9,128 +9,63 @@ many requests that is soon so: then drafts rest, and are tried again now and the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runtime.drafting.drafter import Offer
-from runtime.drafting.sizing import STEP_VALUES, AdaptiveSizes, BatchMenu, FixedSizes
+from runtime.drafting.sizing import STEP_VALUES, BatchMenu, FixedSizes
 from runtime.engines.protocol import Batch
 from runtime.scheduling.experience import LONGEST_PAUSE, Experience
 from runtime.scheduling.job import Job
+from runtime.scheduling.pass_sizes import BEST, Choice, Offering, PassSizes
 from runtime.scheduling.pass_times import PassTimes
 from runtime.tree import TreeSizes
 
-# Of the first drafts, about the most that are accepted where transfer layers are at their best.
-BEST = 0.75
 # Prices to try, in terms of the right one, where a pass would cost more than it may.
 PRICES = (1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True)
-class _Choice:
-    """Sizes of each request, what they promise each in drafted tokens; rows beyond the roots, pseudo rows, and what all
-    of them are worth beyond their cost, in tokens.
+class _Priced(Choice):
+    """A choice of so many `rows` beyond the roots, and of pseudo rows; and the tokens that they are `worth` beyond
+    their cost.
     """
 
-    sizes: list[TreeSizes]
-    promised: list[float]
-    rows: int
-    pseudo_rows: int
-    worth: float
+    rows: int = 0
+    pseudo_rows: int = 0
+    worth: float = 0.0
 
 
-class RowBudget:
-    """Chooses what each request of a pass verifies and drafts, by the times of passes of so many (`menus`)."""
+class RowBudget(PassSizes):
+    """Chooses what each request of a pass verifies and drafts, by times that every pass corrects."""
 
     def __init__(self, menus: Sequence[BatchMenu]) -> None:
-        self._menus = sorted(menus, key=lambda menu: menu.requests)
+        super().__init__(menus)
         self._times: dict[int, PassTimes] = {}
-        self._experience: dict[int, Experience] = {}
-        # Those of the pass chosen last, and its time in plain passes.
-        self._last: tuple[Experience, float] | None = None
-
-    def prepare(self, jobs: Sequence[Job]) -> None:
-        """Let the drafts of these jobs, which decode together, rest or not: before any of them makes an offer."""
-        rests = self._menu(len(jobs)) is not None and self._learned(jobs).rests
-        for job in jobs:
-            if job.offer is None and isinstance(job.state.drafter.sizing, AdaptiveSizes):
-                job.state.drafter.rests = rests or self._beyond(len(jobs))
-
-    def choose(self, jobs: Sequence[Job]) -> dict[Job, TreeSizes]:
-        """Return the sizes of the jobs that have an offer and no sizes of their own; none for a job that is alone."""
-        self._last = None
-        offering = [
-            (job, job.offer, sizing)
-            for job in jobs
-            if job.offer is not None and isinstance(sizing := job.state.drafter.sizing, AdaptiveSizes)
-        ]
-        if not offering or self._menu(len(jobs)) is None:
-            return {}
-        learned, times = self._learned(jobs), self._times_of(len(jobs))
-        if self._beyond(len(jobs)) or all(job.state.drafter.rests for job, _, _ in offering):
-            learned.idle += 1
-            found, time = _plain(offering), 1.0
-        else:
-            found, time = _best(jobs, offering, learned, times)
-        self._last = (learned, time)
-        for (_, _, sizing), promised in zip(offering, found.promised, strict=True):
-            sizing.chosen(promised, time)
-        return {job: sizes for (job, _, _), sizes in zip(offering, found.sizes, strict=True)}
-
-    def learn(self, tokens: Sequence[int]) -> None:
-        """Take note of how many tokens the pass chosen last made certain for each request."""
-        if self._last is not None and tokens:
-            learned, time = self._last
-            learned.learn(sum(tokens) / len(tokens), time)
 
     def took(self, batch: Batch, seconds: float) -> None:
-        """Take note of how long the pass of `batch` took, the one chosen last."""
-        if self._last is None or self._menu(len(batch)) is None:
+        """See `PassSizes.took`."""
+        menu = self._menu(len(batch))
+        if self._last is None or menu is None:
             return
         rows = sum(len(rows.input_ids) for rows in batch.rows) - len(batch)
         pseudo_rows = sum(sum(rows.counts) for rows in batch.rows)
         # Lengths are those after it: what it made certain is little.
         context = sum(batch.lengths) // len(batch)
-        self._times_of(len(batch)).learn(context, rows, pseudo_rows, seconds)
+        self._times_of(menu, len(batch)).learn(context, rows, pseudo_rows, seconds)
 
-    def _menu(self, requests: int) -> BatchMenu | None:
-        """Return what was measured of so many requests, or of the next larger number: rows are dearer the more requests
-        there are. None for one request, and where nothing was measured.
-        """
-        if requests < 2 or not self._menus:
-            return None
-        return next((menu for menu in self._menus if menu.requests >= requests), self._menus[-1])
+    def _best(self, jobs: Sequence[Job], offering: Offering, menu: BatchMenu, learned: Experience) -> Choice:
+        """See `PassSizes._best`."""
+        return _best_within(jobs, offering, learned, self._times_of(menu, len(jobs)))
 
-    def _beyond(self, requests: int) -> bool:
-        """Return whether there are far more requests than were ever measured: then none of them speculates."""
-        return bool(self._menus) and requests > 2 * self._menus[-1].requests
-
-    def _times_of(self, requests: int) -> PassTimes:
+    def _times_of(self, menu: BatchMenu, requests: int) -> PassTimes:
         if requests not in self._times:
-            menu = self._menu(requests)
-            assert menu is not None
             self._times[requests] = PassTimes(menu, requests)
         return self._times[requests]
 
-    def _learned(self, jobs: Sequence[Job]) -> Experience:
-        menu = self._menu(len(jobs))
-        assert menu is not None
-        if menu.requests not in self._experience:
-            self._experience[menu.requests] = Experience.of(job.state.drafter.sizing for job in jobs)
-        return self._experience[menu.requests]
 
-
-Offering = Sequence[tuple[Job, Offer, AdaptiveSizes]]
-
-
-def _plain(offering: Offering) -> _Choice:
-    sizes = [TreeSizes.plain(len(sizing.menu.sizes[0].pseudo_rows)) for _, _, sizing in offering]
-    return _Choice(sizes, [0.0] * len(offering), 0, 0, 0.0)
-
-
-def _best(jobs: Sequence[Job], offering: Offering, learned: Experience, times: PassTimes) -> tuple[_Choice, float]:
-    """Return the best sizes of those that offer, and the time of the pass in plain ones."""
+def _best_within(jobs: Sequence[Job], offering: Offering, learned: Experience, times: PassTimes) -> _Priced:
+    """Return the best sizes of those that offer."""
     # A pass that has trees anyway, of fixed sizes, costs what it costs.
     fixed = [sizing.sizes for job in jobs if isinstance(sizing := job.state.drafter.sizing, FixedSizes)]
     rows = sum(sizes.tree_rows - 1 for sizes in fixed)
@@ -138,28 +73,27 @@ def _best(jobs: Sequence[Job], offering: Offering, learned: Experience, times: P
     given = times.relative(rows, pseudo_rows)
     drafted = sum(offer.drafted for _, offer, _ in offering)
 
-    def time_of(choice: _Choice) -> float:
-        return times.relative(rows + choice.rows, pseudo_rows + choice.pseudo_rows)
-
     # Tokens of all requests in the time of a plain pass.
     rate = max(1.0, learned.rate) * len(jobs)
 
-    def priced(verify: bool, price: float = 1.0, least: int = 0) -> _Choice:
-        found = _chosen(offering, learned.draft_value, rate * price * times.row, rate * price * times.pseudo_row,
-                        verify=verify, least=least)  # fmt: skip
-        cost = rate * (time_of(found) - given)
-        return _Choice(found.sizes, found.promised, found.rows, found.pseudo_rows, found.worth - cost)
+    def priced(verify: bool, price: float = 1.0, least: int = 0) -> _Priced:
+        row, pseudo_row = rate * price * times.row, rate * price * times.pseudo_row
+        found = _chosen(offering, learned.draft_value, row, pseudo_row, verify=verify, least=least)
+        # What those of fixed sizes cost is not theirs.
+        time = times.relative(rows + found.rows, pseudo_rows + found.pseudo_rows) - given + 1.0
+        return replace(found, time=time, worth=found.worth - rate * (time - 1.0))
 
-    plain, root, tree = _plain(offering), priced(verify=False), priced(verify=True)
+    plain = _Priced(**vars(Choice.plain(offering)))
+    root, tree = priced(verify=False), priced(verify=True)
     if drafted:
         learned.learn_worth((max(tree.worth, root.worth, 0.0) - max(root.worth, 0.0)) / drafted)
 
-    def affordable(choice: _Choice) -> bool:
-        return learned.affords(time_of(choice) - given + 1.0, drafted > 0, choice.pseudo_rows > 0)
+    def affordable(choice: _Priced) -> bool:
+        return learned.affords(choice.time, drafted > 0, choice.pseudo_rows > 0)
 
     dearer = (priced(verify=True, price=price) for price in PRICES[1:])
     tree = next((one for one in (tree, *dearer) if affordable(one)), plain)
-    best = max((one for one in (plain, root, tree) if affordable(one)), key=lambda one: one.worth)
+    best = max((plain, *(one for one in (root, tree) if affordable(one))), key=lambda one: one.worth)
     learned.idle = 0 if best.rows or best.pseudo_rows else learned.idle + 1
     if learned.idle > learned.pause:
         # Other sources are looked at every time. Drafts cost a pass: they are tried where they seem to be able to pay,
@@ -173,12 +107,12 @@ def _best(jobs: Sequence[Job], offering: Offering, learned: Experience, times: P
         else:
             learned.lengthen_pause()
             learned.idle = 1
-    return best, time_of(best)
+    return best
 
 
 def _chosen(
     offering: Offering, draft_value: float, row_price: float, pseudo_price: float, *, verify: bool, least: int
-) -> _Choice:
+) -> _Priced:
     """Return what is worth its price in tokens: of each tree the first candidates, where they are to be verified at
     all, and the likeliest ends of each draft step, `least` for the first.
     """
@@ -203,10 +137,5 @@ def _chosen(
         worth += believed * promised
         promises.append(promised)
         sizes.append(TreeSizes(count, tuple(pseudo_rows)))
-    return _Choice(
-        sizes,
-        promises,
-        sum(one.tree_rows - 1 for one in sizes),
-        sum(sum(one.pseudo_rows) for one in sizes),
-        worth,
-    )
+    rows = sum(one.tree_rows - 1 for one in sizes)
+    return _Priced(sizes, promises, rows=rows, pseudo_rows=sum(sum(one.pseudo_rows) for one in sizes), worth=worth)

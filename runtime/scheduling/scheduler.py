@@ -19,6 +19,7 @@ from runtime.rows import Rows
 from runtime.scheduling.job import Job
 from runtime.scheduling.metrics import Metrics
 from runtime.scheduling.pace import Pace
+from runtime.scheduling.pass_sizes import PassSizes
 from runtime.scheduling.pool import Footprint
 from runtime.scheduling.row_budget import RowBudget
 from runtime.scheduling.shared_sizes import SharedSizes
@@ -62,8 +63,7 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         # What packs rows takes them one by one; the others bring all requests to one size.
-        choice = RowBudget if self.engine.packs else SharedSizes
-        self._shared: RowBudget | SharedSizes = choice(self.batch_menus)
+        self._sizes: PassSizes = (RowBudget if self.engine.packs else SharedSizes)(self.batch_menus)
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.slots = Slots(self.engine, self.limits.cache_rows, self.limits.prefix_rows, self.limits.footprint)
@@ -103,7 +103,7 @@ class Scheduler:
             self._run_prompts(beside=bool(decoding))
             begun = time.perf_counter()
             for group in self._groups(decoding):
-                self._shared.prepare(group)
+                self._sizes.prepare(group)
                 self._pass([(job, self._limit) for job in group])
             if decoding:
                 self._pace.decoded(time.perf_counter() - begun)
@@ -218,7 +218,7 @@ class Scheduler:
             with self._alone(job):
                 job.prepare(chunk)
                 jobs.append(job)
-        sizes = self._shared.choose(jobs)
+        sizes = self._sizes.choose(jobs)
         wanted: list[tuple[Job, Rows]] = []
         for job in jobs:
             with self._alone(job):
@@ -265,8 +265,8 @@ class Scheduler:
         except Exception as error:
             raise _EngineFailedError from error
         self.metrics.passed(batch, accepted)
-        self._shared.learn([len(job.state.tokens) - before for job, before in grown])
-        self._shared.took(batch, time.perf_counter() - begun)
+        self._sizes.learn([len(job.state.tokens) - before for job, before in grown])
+        self._sizes.took(batch, time.perf_counter() - begun)
         for job, failure in failures:
             self._fail(job, failure)
         for job, before in grown:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from runtime.decode import DecodingState
-from runtime.drafting.best_first import likely_ends
 from runtime.drafting.drafter import Drafter, Offer
 from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import AdaptiveSizes, BatchMenu, FixedSizes, Menu
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.scheduling.job import Job
+from runtime.scheduling.pass_sizes import PassSizes
 from runtime.scheduling.row_budget import RowBudget
 from runtime.scheduling.scheduler import Limits, Scheduler
+from runtime.scheduling.shared_sizes import SharedSizes
 from runtime.scheduling.slots import MANY
 from runtime.tree import Tree, TreeSizes, chain
 from tests.runtime.drafting.test_sizing import PLAIN, SIZES, Text, always, menu_of, never
+from tests.runtime.scheduling.simulated_texts import Decoded, decode_together
 from tests.runtime.test_decode import DIMS, known_engine, plain
 
 REQUESTS = 4
@@ -40,58 +41,11 @@ def job_of(sizing: AdaptiveSizes | FixedSizes | None = None) -> Job:
     return Job(DecodingState([1], Drafter(sizing, [TransferDrafts()]), 8, (0, 1, 2)), MANY)
 
 
-@dataclass
-class Decoded:
-    tokens: int
-    time: float
-    chosen: list[list[TreeSizes]]
-    offers: int
-
-    def rate(self, requests: int) -> float:
-        """Tokens of one request in the time of a plain pass."""
-        return self.tokens / self.time / requests
-
-
-def decode(texts: Sequence[Text], found: BatchMenu, row: float, steps: int = 400) -> Decoded:
-    """Decode so many steps of `texts` together, all by one budget."""
-    budget = RowBudget([found])
-    jobs = [job_of() for _ in texts]
-    position, drafted = [0] * len(texts), [3] * len(texts)
-    result = Decoded(0, 0.0, [], 0)
-    for _ in range(steps):
-        budget.prepare(jobs)
-        trees: list[Tree] = []
-        for index, (job, text) in enumerate(zip(jobs, texts, strict=True)):
-            drafter = job.state.drafter
-            if drafter.rests:
-                drafted[index] = 0
-                tree = chain([0])
-            else:
-                result.offers += 1
-                tree = text.tree(position[index] % text.tokens, drafted[index], drafter.sizing.most_rows)
-            trees.append(tree)
-            job.offer = Offer(tree, 128, drafted[index] > 0)
-        sizes = budget.choose(jobs)
-        gained, rows, pseudo_rows = [], 0, 0
-        for index, (job, text) in enumerate(zip(jobs, texts, strict=True)):
-            tree = trees[index].first(sizes[job].tree_rows)
-            rows += len(tree) - 1
-            node = accepted = 0
-            at = position[index] % text.tokens
-            while accepted < drafted[index] and (child := tree.child(node, text.right[at][accepted])) is not None:
-                node, accepted = child, accepted + 1
-            job.state.drafter.accept([0] * (accepted + 1))
-            gained.append(accepted + 1)
-            position[index] += accepted + 1
-            ends = likely_ends(tree, sizes[job].pseudo_rows)
-            pseudo_rows += sum(map(len, ends))
-            drafted[index] = next((k for k, nodes in enumerate(ends) if node not in nodes), len(ends))
-            job.offer = None
-        budget.learn(gained)
-        result.tokens += sum(gained)
-        result.time += relative(len(texts), row, rows, pseudo_rows)
-        result.chosen.append([sizes[job] for job in jobs])
-    return result
+def decode(texts: Sequence[Text], found: BatchMenu, row: float) -> Decoded:
+    """Decode `texts` together, all by one budget."""
+    return decode_together(
+        RowBudget([found]), texts, lambda sizes, rows, pseudo_rows: relative(len(texts), row, rows, pseudo_rows)
+    )
 
 
 def texts(honest: bool = True, requests: int = REQUESTS) -> list[Text]:
@@ -154,16 +108,19 @@ def test_sizes_of_its_own_stay_a_requests_own() -> None:
     assert list(budget.choose([fixed, free])) == [free]
 
 
-def test_far_more_requests_than_were_measured_decode_plainly_and_nothing_is_chosen_without_times() -> None:
+@pytest.mark.parametrize("kind", [RowBudget, SharedSizes])
+def test_far_more_requests_than_were_measured_decode_plainly_and_nothing_is_chosen_without_times(
+    kind: type[PassSizes],
+) -> None:
     jobs = [job_of() for _ in range(5)]
     for job in jobs:
         job.offer = Offer(chain([0]), 10, drafted=False)
-    budget = RowBudget([batch_menu(2, 0.002)])
+    sizes = kind([batch_menu(2, 0.002)])
     for _ in range(20):
-        budget.prepare(jobs)
-        assert set(budget.choose(jobs).values()) == {PLAIN}
-        budget.learn([1] * 5)
-    assert RowBudget([]).choose(jobs) == {}
+        sizes.prepare(jobs)
+        assert set(sizes.choose(jobs).values()) == {PLAIN}
+        sizes.learn([1] * 5)
+    assert kind([]).choose(jobs) == {}
 
 
 @pytest.mark.parametrize("row", [0.005, 0.05, 5.0])
@@ -200,3 +157,14 @@ def test_requests_that_never_speculate_say_nothing_of_what_drafts_are_worth() ->
         job.offer = Offer(chain([0]), 10, drafted=False)
     chosen.prepare(jobs)
     assert all(any(sizes.pseudo_rows) for sizes in chosen.choose(jobs).values())
+
+
+def test_trees_of_fixed_sizes_beside_them_never_leave_requests_without_a_choice() -> None:
+    budget = RowBudget([batch_menu(2, 0.2)])
+    fixed, free = job_of(FixedSizes(TreeSizes(8, (4, 2, 2)))), job_of()
+    for _ in range(50):
+        for job in (fixed, free):
+            job.offer = Offer(chain([0]), 10, drafted=False)
+        budget.prepare([fixed, free])
+        assert list(budget.choose([fixed, free])) == [free]
+        budget.learn([1, 1])

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from runtime.decode import DecodingState
-from runtime.drafting.best_first import likely_ends
 from runtime.drafting.drafter import Drafter, Offer
 from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import AdaptiveSizes, BatchMenu, FixedSizes, Menu
@@ -21,6 +19,7 @@ from runtime.scheduling.shared_sizes import SharedSizes
 from runtime.scheduling.slots import MANY
 from runtime.tree import Tree, TreeSizes, chain
 from tests.runtime.drafting.test_sizing import PLAIN, SIZES, Text, always, menu_of, never
+from tests.runtime.scheduling.simulated_texts import Decoded, decode_together
 from tests.runtime.test_decode import DIMS, known_engine, plain
 
 REQUESTS = 4
@@ -32,62 +31,15 @@ def batch_menu(requests: int, row: float) -> BatchMenu:
     return BatchMenu(requests, Menu(SIZES, (128,), np.array([times])))
 
 
-@dataclass
-class Decoded:
-    tokens: int
-    time: float
-    chosen: list[TreeSizes]
-    offers: int
-
-    def rate(self, requests: int) -> float:
-        """Tokens of one request in the time of a plain pass."""
-        return self.tokens / self.time / requests
-
-
-def decode(texts: Sequence[Text], found: BatchMenu, steps: int = 400) -> Decoded:
-    """Decode so many steps of `texts` together, all by one shared choice."""
-    shared = SharedSizes([found])
-    jobs = [
-        Job(DecodingState([1], Drafter(AdaptiveSizes(menu_of(0.03, 0.013)), [TransferDrafts()]), 8, (0, 1, 2)), MANY)
-        for _ in texts
-    ]
-    position, drafted = [0] * len(texts), [3] * len(texts)
-    result = Decoded(0, 0.0, [], 0)
+def decode(texts: Sequence[Text], found: BatchMenu) -> Decoded:
+    """Decode `texts` together, all by one shared choice."""
     seconds = dict(zip(found.menu.sizes, found.menu.seconds[0].tolist(), strict=True))
-    for _ in range(steps):
-        shared.prepare(jobs)
-        trees: list[Tree] = []
-        for index, (job, text) in enumerate(zip(jobs, texts, strict=True)):
-            drafter = job.state.drafter
-            if drafter.rests:
-                drafted[index] = 0
-                tree = chain([0])
-            else:
-                result.offers += 1
-                tree = text.tree(position[index] % text.tokens, drafted[index], drafter.sizing.most_rows)
-            trees.append(tree)
-            job.offer = Offer(tree, 128, drafted[index] > 0)
-        sizes = shared.choose(jobs)
-        assert len(set(sizes.values())) == 1, "they are brought to one size anyway"
-        size = sizes[jobs[0]]
-        gained = []
-        for index, (job, text) in enumerate(zip(jobs, texts, strict=True)):
-            tree = trees[index].first(size.tree_rows)
-            node = accepted = 0
-            at = position[index] % text.tokens
-            while accepted < drafted[index] and (child := tree.child(node, text.right[at][accepted])) is not None:
-                node, accepted = child, accepted + 1
-            job.state.drafter.accept([0] * (accepted + 1))
-            gained.append(accepted + 1)
-            position[index] += accepted + 1
-            ends = likely_ends(tree, size.pseudo_rows)
-            drafted[index] = next((k for k, nodes in enumerate(ends) if node not in nodes), len(ends))
-            job.offer = None
-        shared.learn(gained)
-        result.tokens += sum(gained)
-        result.time += seconds[size]
-        result.chosen.append(size)
-    return result
+
+    def time_of(sizes: Sequence[TreeSizes], rows: int, pseudo_rows: int) -> float:
+        (size,) = set(sizes)
+        return seconds[size]
+
+    return decode_together(SharedSizes([found]), texts, time_of)
 
 
 def texts(honest: bool = True) -> list[Text]:
@@ -110,7 +62,7 @@ def test_where_no_row_can_pay_it_is_plain_decoding_and_no_more(row: float) -> No
     assert found.rate(REQUESTS) > 0.97
     if row > 0.5:
         # Not even tried: it would cost a pass.
-        assert not any(any(one.pseudo_rows) for one in found.chosen[20:])
+        assert not any(any(one.pseudo_rows) for chosen in found.chosen[20:] for one in chosen)
         # Drafts rest: hardly ever is anybody asked for an offer.
         assert found.offers < 0.2 * REQUESTS * len(found.chosen)
 
@@ -142,11 +94,8 @@ def test_sizes_of_its_own_stay_a_requests_own() -> None:
 
 def test_the_menu_is_that_of_as_many_requests_or_more() -> None:
     shared = SharedSizes([batch_menu(8, 0.06), batch_menu(2, 0.06), batch_menu(4, 0.06)])
-    found = [shared._menu(count) for count in (1, 2, 3, 4, 7, 8, 50)]
-    assert [one and one.requests for one in found] == [None, 2, 4, 4, 8, 8, 50]
-    assert found[-1] is not None
-    # So many were never measured: nothing but plain decoding.
-    assert found[-1].menu.sizes == (PLAIN,)
+    found = [shared._menu(count) for count in (1, 2, 3, 4, 7, 8, 16)]
+    assert [one and one.requests for one in found] == [None, 2, 4, 4, 8, 8, 8]
     assert SharedSizes([])._menu(4) is None
 
 
