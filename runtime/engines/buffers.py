@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,24 +144,16 @@ class PassBuffers:
         overwrites them.
         """
         if not self.comes_whole(rows):
-            return FetchedRows(self._logit, rows)
+            return self._fetched(self._logits.address, rows)
         vocab = self._dims.vocab_size
         return self._logits_host.view(np.float32)[: rows * vocab].reshape(rows, vocab)
 
     def drafts(self, rows: int) -> LogitRows:
         """Return the draft logits [rows, V] of the last pass, all requests' after each other."""
-        return FetchedRows(self._draft, rows)
+        return self._fetched(self._drafts.address, rows)
 
-    def _logit(self, row: int) -> NDArray[np.float32]:
-        return self._fetch(self._logits.address, row)
-
-    def _draft(self, row: int) -> NDArray[np.float32]:
-        return self._fetch(self._drafts.address, row)
-
-    def _fetch(self, start: int, row: int) -> NDArray[np.float32]:
-        self._cuda.download(self._row_host, start + row * self._logit_bytes)
-        self._cuda.synchronise()
-        return self._row_host.view(np.float32).copy()
+    def _fetched(self, start: int, count: int) -> FetchedRows:
+        return FetchedRows(self._cuda, self._row_host, start, count)
 
     def commit(self, cache: DeviceCache, first: int, sizes: TreeSizes, accepted: Sequence[Sequence[int]]) -> Commit:
         """Send what the commit of the `accepted` rows [B] of the last pass needs, which had these `sizes` and began at
@@ -229,17 +221,24 @@ class _GrowingRows:
 
 
 class FetchedRows:
-    """Rows of logits of the last pass, each fetched when it is asked for: few ever are."""
+    """Rows of V logits on the GPU, each fetched when it is asked for, by way of pinned memory for one."""
 
-    def __init__(self, fetch: Callable[[int], NDArray[np.float32]], count: int) -> None:
-        self._fetch = fetch
+    def __init__(self, cuda: Cuda, pinned: NDArray[np.uint8], start: int, count: int) -> None:
+        self._cuda = cuda
+        self._pinned = pinned
+        self._start = start
         self._count = count
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, row: int) -> NDArray[np.float32]:
-        return self._fetch(row)
+        if not 0 <= row < self._count:
+            raise IndexError(f"row {row} of {self._count} rows of logits")
+        self._cuda.use()
+        self._cuda.download(self._pinned, self._start + row * self._pinned.nbytes)
+        self._cuda.synchronise()
+        return self._pinned.view(np.float32).copy()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from plugins.choose_launch import ChooseBuffers, ChooseLauncher, scratch_bytes
 from plugins.choosing import JOB
 from runtime.drafting.drafts import DraftStep
+from runtime.engines.buffers import FetchedRows
 from runtime.engines.choice_jobs import Answers, Jobs
 from runtime.engines.cuda import Cuda, DeviceMemory
 from runtime.engines.layout import BatchInputs
@@ -63,8 +64,8 @@ class DeviceChoices:
             first, first_draft = logits + place * laid_out.logit_count * row, drafts + place * pseudo_count * row
             whole = HostOutputs(
                 rows,
-                _FetchedRows(self._cuda, self._whole_row, first, count),
-                PickedRows(_FetchedRows(self._cuda, self._whole_row, first_draft, pseudo_count), pseudo),
+                FetchedRows(self._cuda, self._whole_row, first, count),
+                PickedRows(FetchedRows(self._cuda, self._whole_row, first_draft, pseudo_count), pseudo),
             )
             chosen = jobs.choose(rows, first + row * np.arange(count, dtype=np.int64))
             asked.append((whole, chosen, jobs.shortlist(rows, first_draft + row * pseudo)))
@@ -132,27 +133,6 @@ class DeviceOutputs:
             if found is not None:
                 return found
         return self.whole.draft(row)
-
-
-class _FetchedRows:
-    """Rows of V logits on the GPU, each fetched when it is asked for, by way of pinned memory for one."""
-
-    def __init__(self, cuda: Cuda, pinned: NDArray[np.uint8], start: int, count: int) -> None:
-        self._cuda = cuda
-        self._pinned = pinned
-        self._start = start
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, row: int) -> NDArray[np.float32]:
-        if not 0 <= row < self._count:
-            raise IndexError(f"row {row} of {self._count} rows of logits")
-        self._cuda.use()
-        self._cuda.download(self._pinned, self._start + row * self._pinned.nbytes)
-        self._cuda.synchronise()
-        return self._pinned.view(np.float32).copy()
 
 
 @dataclass(frozen=True)

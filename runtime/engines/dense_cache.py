@@ -19,6 +19,8 @@ from runtime.engines.protocol import Slot
 
 # The rows of a slot grow by blocks of so many: passes of several trees read all that there is room for.
 BLOCK = 64
+# The room that slots may have when a longer one has ended, in terms of the longest that is left.
+SPARE = 2
 
 
 @dataclass(eq=False)
@@ -35,8 +37,8 @@ class KeptRows:
 class DenseCache:
     """Keys and values [2, L, P, Hkv, S, D] of up to P slots, of S rows each.
 
-    P and S grow as they must; then all rows are moved. Memory that was never written takes no room, and neither does
-    that of slots that were released.
+    P and S grow as they must, and S shrinks when a far longer slot has ended; then all rows are moved. Memory that was
+    never written takes no room, and neither does that of slots that were released.
     """
 
     def __init__(self, dims: GraphDims) -> None:
@@ -66,9 +68,14 @@ class DenseCache:
         return slot
 
     def release(self, slot: PlacedSlot) -> None:
-        """Free `slot`, which is used no more, and its memory."""
+        """Free `slot`, which is used no more, and its memory. Where it was far longer than the others S shrinks: passes
+        of several trees read all that there is room for.
+        """
         slot.drop()
         self._reap()
+        longest = max((place.length for place in self._places.used), default=self.capacity)
+        if self.capacity > SPARE * (longest + BLOCK):
+            self._resize(self.arrays.shape[2], self._rounded(longest + longest // 4))
 
     def _reap(self) -> None:
         """Free the places whose slots are used no more, and their memory."""
@@ -81,7 +88,11 @@ class DenseCache:
         needed = length + rows
         if needed > self.capacity:
             target = max(needed, self.capacity + self.capacity // 4)
-            self._resize(self.arrays.shape[2], -(-target // BLOCK) * BLOCK)
+            self._resize(self.arrays.shape[2], self._rounded(target))
+
+    @staticmethod
+    def _rounded(rows: int) -> int:
+        return -(-rows // BLOCK) * BLOCK
 
     def commit(self, slot: PlacedSlot, rows: Sequence[int], written: int) -> None:
         """Accept `rows` of the `written` ones that the pass before has left behind the committed ones, in that order.

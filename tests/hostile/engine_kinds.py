@@ -74,20 +74,14 @@ def _reusing(opened: Callable[..., Engine]) -> Callable[..., Engine]:
     """Return an `open_engine` that opens one of the same graph, weights and dimensions once: it takes long."""
     known: dict[Any, Engine] = {}
 
-    def opening(
-        files: EngineFiles,
-        about: EngineFile,
-        device: str | None = None,
-        threads: int | None = None,
-        gpu_memory_bytes: int | None = None,
-    ) -> Engine:
-        if about.plan is not None or device is not None or gpu_memory_bytes is not None:
-            return opened(files, about, device, threads, gpu_memory_bytes)
+    def opening(files: EngineFiles, about: EngineFile, *how: Any) -> Engine:
+        if about.plan is not None:
+            return opened(files, about, *how)
         records = (about.graph, about.cpu_graph, about.weights)
-        key = (*(record and (record.name, record.sha256) for record in records), about.dims, threads)
+        key = (*(record and (record.name, record.sha256) for record in records), about.dims, how)
         if key not in known:
             known.clear()
-            known[key] = opened(files, about, device, threads)
+            known[key] = opened(files, about, *how)
         return known[key]
 
     return opening

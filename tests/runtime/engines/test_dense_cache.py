@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from runtime.bindings import GraphDims
 from runtime.engines import dense_cache as module
 from runtime.engines import places
-from runtime.engines.dense_cache import DenseCache, KeptRows
+from runtime.engines.dense_cache import BLOCK, DenseCache, KeptRows
 from runtime.engines.places import PlacedSlot
 
 DIMS = GraphDims(3, 4, 2, 5, 20, 50, (2,))
@@ -313,7 +313,9 @@ def resident_bytes(cache: DenseCache) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="memory is counted as Linux tells it")
-def test_memory_is_taken_as_it_is_used_and_given_back_on_release() -> None:
+def test_memory_is_taken_as_it_is_used_and_given_back_on_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Room that shrinks would be other memory.
+    monkeypatch.setattr(module, "SPARE", 1 << 30)
     cache = DenseCache(WHOLE_PAGES)
     slots = [cache.new_slot() for _ in range(16)]
     cache.reserve(0, 1 << 18)
@@ -369,3 +371,19 @@ def test_slots_that_end_while_a_slot_is_made_harm_nothing(monkeypatch: pytest.Mo
     append(cache, other, [row_of(3)])
     assert_holds(cache, slot, [row_of(1), row_of(2)])
     assert_holds(cache, other, [row_of(3)])
+
+
+def test_others_do_not_pay_for_a_long_request_once_it_has_ended() -> None:
+    cache = DenseCache(DIMS)
+    short, long = cache.new_slot(), cache.new_slot()
+    append(cache, short, [row_of(1), row_of(2)])
+    for start in range(0, 40 * BLOCK, BLOCK):
+        append(cache, long, [row_of(start + place) for place in range(BLOCK)])
+    assert cache.capacity >= 40 * BLOCK
+    cache.release(long)
+    assert cache.capacity <= 2 * BLOCK
+    assert_holds(cache, short, [row_of(1), row_of(2)])
+    # With nobody there is nothing to pay for, and room that the next one may need.
+    before = cache.capacity
+    cache.release(short)
+    assert cache.capacity == before
