@@ -14,6 +14,7 @@ from ht_export.model.correction import correction_tables
 from ht_export.model.transfer import TransferLayers
 from runtime.bundle.engine_file import FileRecord
 from runtime.bundle.reading import CHAT_TEMPLATE
+from runtime.drafting.draft_tokens import write_draft_tokens
 from runtime.errors import InputError, shown
 from runtime.tokenizer import tokens_beyond
 
@@ -88,5 +89,14 @@ def write_correction(base: PreTrainedModel, transfer: TransferLayers, folder: Pa
     if transfer.correction is None:
         return None
     path = folder / f"{stem}.correction.npy"
-    correction_tables(base, transfer.correction).write(path)
+    correction_tables(base, transfer.correction, transfer.draft_tokens).write(path)
+    return FileRecord.of(path)
+
+
+def write_tokens_of_drafts(transfer: TransferLayers, folder: Path, stem: str) -> FileRecord | None:
+    """Write the tokens that draft logits are of, where that is not the whole vocabulary."""
+    if transfer.draft_tokens is None:
+        return None
+    path = folder / f"{stem}.draft_tokens.npy"
+    write_draft_tokens(transfer.draft_tokens.numpy(), path)
     return FileRecord.of(path)

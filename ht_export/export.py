@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from ht_export.bundle import check_tokenizer, write_correction, write_tokenizer
+from ht_export.bundle import check_tokenizer, write_correction, write_tokenizer, write_tokens_of_drafts
 from ht_export.graph.domains import OPSET
 from ht_export.graph.lower_cpu import can_be_lowered, lower_for_cpu
 from ht_export.graph.trace import build_graph, graph_dims
@@ -143,6 +143,7 @@ def trace(checked: Checked, folder: Path, stage: Stage) -> Traced:
         tokenizer=tokenizer,
         chat_template=template,
         correction=correction,
+        draft_tokens=write_tokens_of_drafts(loaded.model.transfer, folder, stem),
         base_model=base.identity(),
         transfer=loaded.about_transfer,
         versions=_versions(),
@@ -170,7 +171,9 @@ def load(checked: Checked, stage: Stage) -> Loaded:
         chat_template(base.tokenizer)
         transfer, about_transfer = transfer_layers(checked.transfer, base)
     tree = settings.tree(transfer.num_steps, plan=planner is not None)
-    weights_take = weight_bytes(base.model, checked.dtype, checked.storage, as_stored=checked.as_stored)
+    weights_take = weight_bytes(
+        base.model, checked.dtype, checked.storage, as_stored=checked.as_stored, draft_size=transfer.draft_size
+    )
     check_space(weights_take, checked.out)
     check_memory(base.model, weights_take.quantised if checked.as_stored else 0)
     dims = graph_dims(base.model.config, transfer, str(checked.dtype).removeprefix("torch."))

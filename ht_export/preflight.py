@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ht_export.quantize.formats import Storage
@@ -38,21 +39,24 @@ class WeightBytes:
 
 
 def weight_bytes(
-    model: PreTrainedModel, dtype: torch.dtype, storage: Storage | None, *, as_stored: bool
+    model: PreTrainedModel, dtype: torch.dtype, storage: Storage | None, *, as_stored: bool, draft_size: int = 0
 ) -> WeightBytes:
     """Return what the weights of the base model `model` take: in `dtype`, or with `as_stored` as the checkpoint has
-    them where that is less, and then quantised if there is a `storage`.
+    them where that is less, and then quantised if there is a `storage`; with `draft_size` rows of its head once more.
     """
+
+    def size(parameter: Tensor) -> int:
+        return min(parameter.dtype.itemsize, dtype.itemsize) if as_stored else dtype.itemsize
+
     parameters = list(model.parameters())
-    graph = sum(
-        parameter.numel() * (min(parameter.dtype.itemsize, dtype.itemsize) if as_stored else dtype.itemsize)
-        for parameter in parameters
-    )
+    head = model.get_output_embeddings().weight
+    drafts = draft_size * head.shape[1]
+    graph = sum(parameter.numel() * size(parameter) for parameter in parameters) + drafts * size(head)
     if storage is None:
         return WeightBytes(graph)
     embedding = model.get_input_embeddings().weight
-    quantised = sum(parameter.numel() for parameter in parameters if parameter is not embedding)
-    if model.get_output_embeddings().weight is embedding:
+    quantised = drafts + sum(parameter.numel() for parameter in parameters if parameter is not embedding)
+    if head is embedding:
         # A tied head gets weights of its own, which are quantised.
         quantised += embedding.numel()
     return WeightBytes(graph, embedding.numel() * dtype.itemsize + int(quantised * storage.bits / 8))

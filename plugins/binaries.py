@@ -61,6 +61,8 @@ COMMIT = Variant(0, False)
 COMMIT_ENTRY = "commit_rows_kernel"
 # Choices on the device: the largest logits, their weights or scores, what is collected.
 PEAK, WEIGH, COLLECT = CHOOSE = (Variant(1, False), Variant(1, True), Variant(2, False))
+# The same for rows of draft logits, where these are of a part of the vocabulary: kernels are made for a length of rows.
+CHOOSE_DRAFTS = (Variant(3, False), Variant(3, True), Variant(4, False))
 
 
 @dataclass(frozen=True)

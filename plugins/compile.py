@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -120,12 +120,14 @@ def compile_commit(dtype: str, head_dim: int, architectures: Iterable[int]) -> K
     return KernelBinaries(dtype, head_dim, kernels)
 
 
-def compile_choosing(vocab_size: int, architectures: Iterable[int]) -> dict[int, dict[Variant, Kernel]]:
-    """Compile the choices on the device, for rows of V = `vocab_size` logits, by architecture."""
+def compile_choosing(
+    vocab_size: int, architectures: Iterable[int], variants: Sequence[Variant] = CHOOSE
+) -> dict[int, dict[Variant, Kernel]]:
+    """Compile the choices on the device, for rows of V = `vocab_size` logits, by architecture, as these variants."""
     return {
         sm: {
             variant: _compile(kernel, sm, "", {}, choosing_constants(kernel.arg_names, vocab_size), 4, 1)
-            for variant, kernel in zip(CHOOSE, (peak_kernel, weigh_kernel, collect_kernel), strict=True)
+            for variant, kernel in zip(variants, (peak_kernel, weigh_kernel, collect_kernel), strict=True)
         }
         for sm in architectures
     }

@@ -1,7 +1,8 @@
 """The graph's inputs and outputs: the one place with their names, types and shapes.
 
 Letters: B batch, T tree rows, R = T + sum R_k all rows, R_k pseudo rows of step k, M rows whose logits are wanted,
-S capacity of the cache, Hkv key/value heads, D head size, V vocabulary. In the lowered graph P slots, of up to Q rows.
+S capacity of the cache, Hkv key/value heads, D head size, V vocabulary, V_d the part of it that drafts are chosen from.
+In the lowered graph P slots, of up to Q rows.
 """
 
 from __future__ import annotations
@@ -114,7 +115,9 @@ def dynamic_dims(
 
 @dataclass(frozen=True)
 class GraphDims:
-    """The fixed dimensions of a graph. `transfer_layers` holds t_1..t_K, each of 0..num_layers, or raises `ValueError`.
+    """The fixed dimensions of a graph. `transfer_layers` holds t_1..t_K, each of 0..num_layers; `draft_size` is V_d
+    where pseudo rows have a head of their own over a part of the vocabulary, at most all of it. Others raise
+    `ValueError`.
 
     `dtype` ("float32", "float16" or "bfloat16") is that of weights, keys and values. Logits are float32 always.
     """
@@ -127,8 +130,11 @@ class GraphDims:
     vocab_size: Annotated[int, Meta(ge=1, le=MOST_VOCABULARY)]
     transfer_layers: Annotated[tuple[TransferLayer, ...], Meta(min_length=1, max_length=MOST_STEPS)]
     dtype: Dtype = "float32"
+    draft_size: Annotated[int, Meta(ge=1, le=MOST_VOCABULARY)] | None = None
 
     def __post_init__(self) -> None:
+        if self.draft_size is not None and self.draft_size > self.vocab_size:
+            raise ValueError(f"draft_size {self.draft_size}, and the vocabulary has {self.vocab_size} tokens")
         for layer in self.transfer_layers:
             if layer > self.num_layers:
                 raise ValueError(f"transfer layer {layer} does not exist in a model of {self.num_layers} layers")
@@ -137,6 +143,11 @@ class GraphDims:
     def num_steps(self) -> int:
         """K, the number of draft steps."""
         return len(self.transfer_layers)
+
+    @property
+    def draft_width(self) -> int:
+        """V_d, the draft logits of a row: one for each token, where drafts have no head of their own."""
+        return self.vocab_size if self.draft_size is None else self.draft_size
 
     @property
     def join_order(self) -> tuple[int, ...]:
@@ -170,7 +181,7 @@ class GraphDims:
 
         return [
             Binding(LOGITS, "float32", ("B", "M", self.vocab_size)),
-            Binding(DRAFT_LOGITS, "float32", ("B", self.pseudo_rows(), self.vocab_size)),
+            Binding(DRAFT_LOGITS, "float32", ("B", self.pseudo_rows(), self.draft_width)),
             *(Binding(key_new(layer), self.dtype, new(layer)) for layer in range(self.num_layers)),
             *(Binding(value_new(layer), self.dtype, new(layer)) for layer in range(self.num_layers)),
         ]

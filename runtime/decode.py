@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from runtime.arrays import IntArray
 from runtime.drafting.drafter import Drafter, Offer
 from runtime.drafting.drafts import DraftStep
 from runtime.rows import Outputs, Rows, lay_out, prompt_rows
@@ -119,7 +120,7 @@ def decode(request: DecodingState) -> Decoding:
         )
         outputs = yield from run(rows)
         accepted = verify(tree, outputs, request)
-        drafts = drafts_of(accepted[-1], outputs, request.join_order)
+        drafts = drafts_of(accepted[-1], outputs, request.join_order, drafter.draft_tokens)
         request.committed += len(accepted)
         drafter.accept(request.tokens[-len(accepted) :])
         yield Accepted(accepted)
@@ -140,8 +141,9 @@ def verify(tree: Tree, outputs: Outputs, request: DecodingState) -> list[int]:
         accepted.append(child)
 
 
-def drafts_of(node: int, outputs: Outputs, join_order: Sequence[int]) -> list[DraftStep]:
-    """Return the drafts of the pseudo rows of `node`, step 1 first.
+def drafts_of(node: int, outputs: Outputs, join_order: Sequence[int], draft_tokens: IntArray | None) -> list[DraftStep]:
+    """Return the drafts of the pseudo rows of `node`, step 1 first. Draft logits are of `draft_tokens` [V_d], None for
+    all tokens: this is where they get their names.
 
     They end before the first step that it has no row of, or whose logits overflowed.
     """
@@ -159,7 +161,7 @@ def drafts_of(node: int, outputs: Outputs, join_order: Sequence[int]) -> list[Dr
         draft = outputs.draft(first_row[step] + int(found[0])) if len(found) else None
         if draft is None:
             break
-        drafts.append(draft)
+        drafts.append(draft if draft_tokens is None else DraftStep(draft_tokens[draft.tokens], draft.probabilities))
     return drafts
 
 
@@ -188,7 +190,7 @@ def process_prompt(request: DecodingState) -> Generator[Yielded, Sent, list[Draf
         outputs = yield from run(rows)
         if ends_prompt:
             request.take(outputs.chosen(0))
-            drafts = drafts_of(len(tokens) - 1, outputs, request.join_order)
+            drafts = drafts_of(len(tokens) - 1, outputs, request.join_order, drafter.draft_tokens)
         request.committed += len(tokens)
         yield Accepted(range(len(tokens)))
     return drafts

@@ -146,7 +146,7 @@ class Preparation:
         sources: list[DraftSource] = [TransferDrafts(bundle.correction, bundle.reliability, temperature, noise)]
         if ngrams:
             sources.append(Ngrams())
-        return Drafter(sizing, sources)
+        return Drafter(sizing, sources, bundle.draft_tokens)
 
     def _sizing(self, tree: TreeSizes | None, speculate: bool) -> Sizing:
         steps = self.about.dims.num_steps

@@ -86,7 +86,7 @@ class Outputs(Protocol):
 
     @property
     def draft_logits(self) -> LogitRows:
-        """The draft logits [sum R_k, V], in row order."""
+        """The draft logits [sum R_k, V_d], in row order."""
         ...
 
     def chosen(self, index: int) -> Choice:
@@ -94,8 +94,8 @@ class Outputs(Protocol):
         ...
 
     def draft(self, row: int) -> DraftStep | None:
-        """Return the most probable tokens of a pseudo row, as many as the rows ask for; None where it overflowed: a
-        draft may be bad, not fatal.
+        """Return the most probable tokens of a pseudo row, as many as the rows ask for, as numbers of its draft logits;
+        None where it overflowed: a draft may be bad, not fatal.
         """
         ...
 

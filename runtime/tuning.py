@@ -232,7 +232,7 @@ class _Steps:
             verify(tree, outputs, DecodingState([0], drafter, FILL_CHUNK, join_order))
             # A node that all steps draft for, if there is one.
             node = int(ends[sizes.draft_steps - 1][0]) if sizes.draft_steps else 0
-            found = drafts_of(node, outputs, join_order)
+            found = drafts_of(node, outputs, join_order, drafter.draft_tokens)
         seconds = time.perf_counter() - start
         drafted = found
         if len(drafted) >= max(1, len(self._drafted)):

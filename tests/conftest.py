@@ -12,7 +12,7 @@ import re
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -46,6 +46,8 @@ TINY = {
     # Large enough that its tokens depend on their context.
     "initializer_range": 0.3,
 }
+# Those of a draft head: the stop token, and two in three of the others.
+DRAFT_TOKENS = [token for token in range(264) if token % 3 != 1]
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}</s>{% endfor %}"
@@ -157,11 +159,16 @@ def save_checkpoint(folder: Path, model: LlamaForCausalLM, **options: object) ->
 
 
 def random_transfer(
-    layers: tuple[int, ...], hidden_size: int = 32, seed: int = 1, correction_rank: int = 0
+    layers: tuple[int, ...],
+    hidden_size: int = 32,
+    seed: int = 1,
+    correction_rank: int = 0,
+    draft_tokens: Sequence[int] | None = None,
 ) -> TransferLayers:
     """Return transfer layers away from the identity, so that a swapped step or a lost bias shows."""
     generator = torch.Generator().manual_seed(seed)
-    transfer = TransferLayers(layers, hidden_size, correction_rank).requires_grad_(False)
+    tokens = None if draft_tokens is None else torch.tensor(draft_tokens)
+    transfer = TransferLayers(layers, hidden_size, correction_rank, tokens).requires_grad_(False)
     if transfer.correction is not None:
         for parameter in transfer.correction.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
@@ -230,6 +237,26 @@ def tiny_engine(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path,
     return export_tiny(tmp_path_factory, tiny_checkpoint, tiny_transfer, "fp32")
 
 
+@pytest.fixture(scope="session")
+def draft_head_transfer(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """The transfer layers of `tiny_transfer` with a draft head over `DRAFT_TOKENS`."""
+
+    def build(folder: Path) -> None:
+        about = TransferFile(load_base_model(str(tiny_checkpoint)).identity())
+        transfer = random_transfer((3, 1, 3), correction_rank=4, draft_tokens=DRAFT_TOKENS)
+        save_transfer_layers(folder / "tiny.safetensors", transfer, about)
+
+    return shared(tmp_path_factory, "draft-head-transfer", build) / "tiny.safetensors"
+
+
+@pytest.fixture(scope="session")
+def draft_head_engine(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, draft_head_transfer: Path
+) -> Path:
+    """The tiny Llama as an engine whose drafts have a head of their own."""
+    return export_tiny(tmp_path_factory, tiny_checkpoint, draft_head_transfer, "fp32", "draft-head")
+
+
 @pytest.fixture
 def engine_copy(tiny_engine: Path, tmp_path: Path) -> Path:
     """A copy of the tiny engine, to be changed."""
@@ -265,11 +292,13 @@ def family_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     return engine
 
 
-def export_tiny(factory: pytest.TempPathFactory, checkpoint: Path, transfer: Path, precision: str) -> Path:
+def export_tiny(
+    factory: pytest.TempPathFactory, checkpoint: Path, transfer: Path, precision: str, name: str = "engine"
+) -> Path:
     """Export the tiny Llama, once a run; return a copy of this process, beside which it may leave what it measures."""
     settings = ExportSettings(tree_rows=6, pseudo_rows=(6, 4, 2), chunk=16, precision=precision)
 
     def build(folder: Path) -> None:
         export(str(checkpoint), transfer, folder / "engine.onnx", settings, lambda _: nullcontext(lambda _: None))
 
-    return own_copy(factory, shared(factory, f"engine-{precision}", build)) / "engine.onnx"
+    return own_copy(factory, shared(factory, f"{name}-{precision}", build)) / "engine.onnx"

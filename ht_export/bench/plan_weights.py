@@ -82,7 +82,7 @@ def write(engine: Path, precision: str, calibrate: Path | None, out: Path) -> No
         for path in (quantised, folded, folder / f"{quantised.name}.data"):
             path.unlink()
         beside: dict[str, Any] = {}
-        for field in ("tokenizer", "chat_template", "correction"):
+        for field in ("tokenizer", "chat_template", "correction", "draft_tokens"):
             record = getattr(about, field)
             if record is not None:
                 copied = folder / record.name.replace(engine.stem, out.stem, 1)

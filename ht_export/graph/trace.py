@@ -91,6 +91,7 @@ def graph_dims(config: PretrainedConfig, transfer: TransferLayers, dtype: str = 
         vocab_size=config.vocab_size,
         transfer_layers=transfer.layers,
         dtype=cast(Dtype, dtype),
+        draft_size=transfer.draft_size or None,
     )
 
 

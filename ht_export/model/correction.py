@@ -44,14 +44,26 @@ class CorrectionNetwork(nn.Module):
 
 
 @torch.no_grad()
-def correction_tables(base: PreTrainedModel, network: CorrectionNetwork) -> TokenCorrection:
-    """Return the tables that give the runtime what `network` adds to each logit."""
+def correction_tables(
+    base: PreTrainedModel, network: CorrectionNetwork, draft_tokens: Tensor | None = None
+) -> TokenCorrection:
+    """Return the tables that give the runtime what `network` adds to each logit.
+
+    Candidates have a row for every token, as the drafts that the runtime corrects know tokens alone: with
+    `draft_tokens` [V_d] those that are never drafted have zeros.
+    """
     parts = decoder_parts(base)
     ids = torch.arange(base.config.vocab_size, device=base.device)
     with computing_in_float32(base, base.dtype):
         contexts = torch.cat([network.contexts(parts.embed(chunk)) for chunk in ids.split(CHUNK_TOKENS)])
-        # [r, d] through the head, so that this holds for any linear head.
-        candidates = parts.head(network.candidates.weight.T.to(torch.float32)).T
+        # [r, d] through the head, so that this holds for any head; less what it gives for nothing, its biases.
+        head = parts.head if draft_tokens is None else parts.head_of(draft_tokens).to(torch.float32)
+        vectors = network.candidates.weight.T.to(torch.float32)
+        candidates = (head(vectors) - head(torch.zeros_like(vectors[:1]))).T
     # A softmax does not see what all candidates have in common. Without it, tokens off the shortlist need none.
     candidates = candidates - candidates.mean(0)
+    if draft_tokens is not None:
+        drafted = candidates
+        candidates = drafted.new_zeros(len(ids), drafted.shape[1])
+        candidates[draft_tokens] = drafted
     return TokenCorrection(candidates.cpu().numpy(), contexts.cpu().numpy(), network.scales.detach().cpu().numpy())

@@ -74,12 +74,31 @@ OTHER_KINDS = {
 }  # fmt: skip
 
 
+class HeadRows(nn.Module):
+    """The rows of a model's head for some of its `tokens` [V_d]: normed states [..., d] to their logits [..., V_d],
+    which are those that the whole head has for them. It has weights [V_d, d] of its own.
+    """
+
+    def __init__(self, head: nn.Linear, tokens: Tensor, factor: float) -> None:
+        super().__init__()
+        self.tokens: Tensor
+        self.register_buffer("tokens", tokens, persistent=False)
+        self.weight = nn.Parameter(head.weight[tokens], requires_grad=False)
+        self.bias = None if head.bias is None else nn.Parameter(head.bias[tokens], requires_grad=False)
+        self.factor = factor
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """Return the logits."""
+        return _scaled(nn.functional.linear(normed, self.weight, self.bias), self.factor)
+
+
 @dataclass(frozen=True)
 class DecoderParts:
     """The base model's own modules, in the order a row passes through them, and what its family does around them.
 
-    `head` is linear: normed states [..., d] to logits [..., V]. The base model's own logits are `capped` ones; drafts
-    are read by the head alone, so that what is added to their states adds to their logits.
+    `head` is affine: normed states [..., d] to logits [..., V]. The base model's own logits are `capped` ones; drafts
+    are read by the head alone, or by the rows of it that `head_of` gives for some tokens, so that what is added to
+    their states adds to their logits.
     """
 
     embed: Callable[[Tensor], Tensor]
@@ -87,6 +106,7 @@ class DecoderParts:
     layers: nn.ModuleList
     norm: nn.Module
     head: Callable[[Tensor], Tensor]
+    head_of: Callable[[Tensor], HeadRows]
     softcap: float | None
 
     def capped(self, logits: Tensor) -> Tensor:
@@ -129,16 +149,13 @@ def decoder_parts(model: PreTrainedModel) -> DecoderParts:
         hidden = decoder.embed_tokens(ids)
         return hidden if embedding_factor is None else hidden * embedding_factor
 
-    def head(normed: Tensor) -> Tensor:
-        logits = model.get_output_embeddings()(normed)
-        return logits if logit_factor == 1.0 else logits * logit_factor
-
     return DecoderParts(
         embed=embed,
         rotary=lambda hidden, positions: _position_embeddings(model, hidden, positions),
         layers=decoder.layers,
         norm=decoder.norm,
-        head=head,
+        head=lambda normed: _scaled(model.get_output_embeddings()(normed), logit_factor),
+        head_of=lambda tokens: HeadRows(model.get_output_embeddings(), tokens, logit_factor),
         softcap=_number(config, family.logit_softcap),
     )
 
@@ -196,6 +213,10 @@ def _rope_by_layer_type(config: PretrainedConfig) -> Iterator[tuple[str | None, 
         yield from ((kind, rope) for kind, rope in ropes.items() if rope)
     else:
         yield None, ropes
+
+
+def _scaled(logits: Tensor, factor: float) -> Tensor:
+    return logits if factor == 1.0 else logits * factor
 
 
 def _number(config: PretrainedConfig, field: str | None) -> float | None:

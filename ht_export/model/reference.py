@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ht_export.model.attention import AttentionRows, LayerAttention, tree_attention, use_attention_rows
-from ht_export.model.families import decoder_parts
+from ht_export.model.families import HeadRows, decoder_parts
 from ht_export.model.transfer import TransferLayers
 
 TreeAttention = Callable[
@@ -77,8 +77,8 @@ class TreeRows(AttentionRows):
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """logits [B, M, V]; draft_logits [B, sum R_k, V] in row order, without the family's cap; key_new, value_new of each
-    layer [B, Hkv, R_l, D].
+    """logits [B, M, V]; draft_logits [B, sum R_k, V_d] in row order, without the family's cap; key_new, value_new of
+    each layer [B, Hkv, R_l, D].
     """
 
     logits: Tensor
@@ -99,6 +99,8 @@ class HiddenTransferModel(nn.Module):
         self.base = base
         self.transfer = transfer
         self.attention = attention
+        # Weights of its own, that the graph reads beside those of the whole head.
+        self.draft_head = draft_head(base, transfer)
 
     def forward(
         self,
@@ -131,14 +133,22 @@ class HiddenTransferModel(nn.Module):
                 attention_mask=rows,
             )
         hidden = self._join(hidden, len(parts.layers), pseudo_parents)
-        wanted = torch.cat([gather_rows(hidden, logit_rows), hidden[:, tree_size:]], dim=1)
-        logits = parts.head(parts.norm(wanted))
-        count = logit_rows.shape[1]
-        return ForwardOutput(parts.capped(logits[:, :count]), logits[:, count:], rows.key_new, rows.value_new)
+        wanted, pseudo = gather_rows(hidden, logit_rows), hidden[:, tree_size:]
+        if self.draft_head is not None:
+            logits, draft_logits = parts.head(parts.norm(wanted)), self.draft_head(parts.norm(pseudo))
+        else:
+            both = parts.head(parts.norm(torch.cat([wanted, pseudo], dim=1)))
+            logits, draft_logits = both[:, : wanted.shape[1]], both[:, wanted.shape[1] :]
+        return ForwardOutput(parts.capped(logits), draft_logits, rows.key_new, rows.value_new)
 
     def _join(self, hidden: Tensor, layer: int, pseudo_parents: Sequence[Tensor]) -> Tensor:
         joining = [self.transfer(k, gather_rows(hidden, pseudo_parents[k])) for k in self.transfer.joining(layer)]
         return torch.cat([hidden, *joining], dim=1) if joining else hidden
+
+
+def draft_head(base: PreTrainedModel, transfer: TransferLayers) -> HeadRows | None:
+    """Return the head that drafts are read by, None where that is the base model's."""
+    return None if transfer.draft_tokens is None else decoder_parts(base).head_of(transfer.draft_tokens)
 
 
 def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:

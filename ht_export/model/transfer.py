@@ -2,7 +2,8 @@
 
 The file is safetensors: `step{k}.weight` [d, d] and `step{k}.bias` [d] for k = 1..K, and one metadata entry
 `hidden_transfer` that holds JSON: the format version, the transfer layers, the base model's identity, the training
-recipe and the acceptance measured on held-out text. With a token correction there are its tensors, `correction.*`, too.
+recipe and the acceptance measured on held-out text. With a token correction there are its tensors, `correction.*`, too;
+with a draft head, `draft_tokens` [V_d], the tokens that drafts are chosen from.
 """
 
 from __future__ import annotations
@@ -21,12 +22,17 @@ from torch import Tensor, nn
 from ht_export.formats import VersionedFormat
 from ht_export.model.correction import CorrectionNetwork
 from ht_export.model.tensors import opened_tensors, shapes, write_safetensors
-from runtime.bindings import join_order
+from runtime.bindings import MOST_VOCABULARY, join_order
+from runtime.drafting.draft_tokens import fault_of
 from runtime.errors import InputError, one_line, shown
 from runtime.formats import Format
 
 FORMAT_VERSION = 2
 METADATA_KEY = "hidden_transfer"
+DRAFT_TOKENS = "draft_tokens"
+# Types that a file may have them in.
+TOKEN_TYPES = (torch.int32, torch.int64)
+CHOOSE_AGAIN = "choose them again with ht-train draft-head"
 # Far above any model's.
 LARGEST_SIZE = 1 << 16
 MOST_STEPS = 64
@@ -73,9 +79,17 @@ class TransferLayers(nn.Module):
 
     `layers` holds t_1..t_K, 0-based; t_k = L stands for the output of the last layer, which is Medusa-1's place.
     The maps begin as the identity. With `correction_rank` above 0 the drafts are corrected for the token before each.
+    `draft_tokens` [V_d], ascending, are the tokens that drafts are chosen from, read by their rows of the base model's
+    head; None for the whole vocabulary.
     """
 
-    def __init__(self, layers: Sequence[int], hidden_size: int, correction_rank: int = 0) -> None:
+    def __init__(
+        self,
+        layers: Sequence[int],
+        hidden_size: int,
+        correction_rank: int = 0,
+        draft_tokens: Tensor | None = None,
+    ) -> None:
         super().__init__()
         if not layers:
             raise InputError("at least one transfer layer is needed")
@@ -90,11 +104,19 @@ class TransferLayers(nn.Module):
         self.correction: CorrectionNetwork | None = None
         if correction_rank:
             self.correction = CorrectionNetwork(len(layers), hidden_size, correction_rank)
+        # A buffer, to be where the weights are; not among what is trained.
+        self.draft_tokens: Tensor | None
+        self.register_buffer("draft_tokens", draft_tokens, persistent=False)
 
     @property
     def num_steps(self) -> int:
         """K, the number of draft steps."""
         return len(self.layers)
+
+    @property
+    def draft_size(self) -> int:
+        """V_d where drafts have a head of their own, 0 where they do not."""
+        return 0 if self.draft_tokens is None else len(self.draft_tokens)
 
     @property
     def join_order(self) -> tuple[int, ...]:
@@ -115,10 +137,12 @@ class TransferLayers(nn.Module):
                 )
 
     def digest(self) -> str:
-        """Return a SHA-256 of the weights, which tells two sets of them apart."""
+        """Return a SHA-256 of weights and draft tokens, which tells two sets of them apart."""
         digest = hashlib.sha256()
         for name, tensor in self.state_dict().items():
             digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+        if self.draft_tokens is not None:
+            digest.update(DRAFT_TOKENS.encode() + self.draft_tokens.cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def set_affine(self, step: int, weight: Tensor, bias: Tensor) -> None:
@@ -157,6 +181,8 @@ def save_transfer_layers(path: Path, transfer: TransferLayers, about: TransferFi
         "acceptance": about.acceptance,
     }
     tensors = dict(_named_in_file(transfer))
+    if transfer.draft_tokens is not None:
+        tensors[DRAFT_TOKENS] = transfer.draft_tokens.to(torch.int32)
     write_safetensors(path, tensors, {METADATA_KEY: json.dumps(metadata)})
 
 
@@ -186,13 +212,36 @@ def load_transfer_layers(path: Path, base_model: dict[str, Any] | None = None) -
             if found.get(name) != parameter.shape:
                 told = f"of shape {list(found[name])}" if name in found else "missing"
                 raise InputError(f"{path}: {name} is {told}; it must be of shape {list(parameter.shape)}")
-        transfer = TransferLayers(layers, hidden_size, metadata.correction_rank)
+        draft_tokens = None
+        if DRAFT_TOKENS in found:
+            draft_tokens = _read_draft_tokens(path, file, found[DRAFT_TOKENS], metadata.base_model.get("vocab_size"))
+        transfer = TransferLayers(layers, hidden_size, metadata.correction_rank, draft_tokens)
         for name, parameter in _named_in_file(transfer):
             parameter.data = file.get_tensor(name).to(torch.float32)
             if not torch.isfinite(parameter).all():
                 raise InputError(f"{path}: {name} has values that are not finite; train it again")
     about = TransferFile(dict(metadata.base_model), metadata.recipe, metadata.acceptance)
     return transfer.requires_grad_(False), about
+
+
+def _read_draft_tokens(path: Path, file: Any, shape: tuple[int, ...], vocab_size: int | None) -> Tensor:
+    """Return the draft tokens [V_d] of an opened file, which has them in this shape. Raises `InputError` unless they
+    can be tokens of a vocabulary of `vocab_size`.
+    """
+    if vocab_size is None:
+        raise InputError(f"{path} has {DRAFT_TOKENS}, and does not say of which vocab_size; {CHOOSE_AGAIN}")
+    if len(shape) != 1 or not 1 <= shape[0] <= min(vocab_size, MOST_VOCABULARY):
+        raise InputError(
+            f"{path}: {DRAFT_TOKENS} is of shape {list(shape)}; it must have one dimension, of 1 to {vocab_size} "
+            f"tokens; {CHOOSE_AGAIN}"
+        )
+    tokens = file.get_tensor(DRAFT_TOKENS)
+    if tokens.dtype not in TOKEN_TYPES:
+        raise InputError(f"{path}: {DRAFT_TOKENS} is of type {tokens.dtype}, not int32 or int64; {CHOOSE_AGAIN}")
+    tokens = tokens.to(torch.int64)
+    if fault := fault_of(tokens.numpy(), vocab_size):
+        raise InputError(f"{path}, {DRAFT_TOKENS}: {fault}; {CHOOSE_AGAIN}")
+    return tokens
 
 
 def _named_in_file(transfer: TransferLayers) -> Iterator[tuple[str, Tensor]]:

@@ -77,7 +77,9 @@ class NBits(Storage):
         output = product.outputs[0]
         quantised.outputs[0].type, quantised.outputs[0].shape = output.type, output.shape
         graph.insert_before(product, [quantised])
-        ir.convenience.replace_all_uses_with(output, quantised.outputs[0])
+        # Those of a head may be outputs of the graph, which keep their names.
+        quantised.outputs[0].name = output.name
+        ir.convenience.replace_all_uses_with(output, quantised.outputs[0], replace_graph_outputs=True)
         graph.remove(product, safe=True)
 
 

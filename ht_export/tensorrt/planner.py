@@ -12,7 +12,14 @@ from ht_export.tensorrt.build_process import ATTENTIONS, build_plan, check_resou
 from ht_export.tensorrt.graph import attention_forms, write_for_tensorrt
 from ht_export.tensorrt.limits import Profile, cache_bytes, check_limits, profiles
 from ht_export.tensorrt.products import Capability, Product, find_product, show
-from plugins.binaries import ARCHITECTURES, COMMIT_ARCHITECTURES, HEAD_DIMS, PLUGIN_DTYPES, best_architecture
+from plugins.binaries import (
+    ARCHITECTURES,
+    CHOOSE_DRAFTS,
+    COMMIT_ARCHITECTURES,
+    HEAD_DIMS,
+    PLUGIN_DTYPES,
+    best_architecture,
+)
 from plugins.tensorrt_plugin import VERSION
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import Attention, FileRecord, Limits, PlanFile
@@ -164,6 +171,9 @@ class PreparedPlan:
         commit = compile_commit(dims.dtype, dims.head_dim, architectures(COMMIT_ARCHITECTURES))
         choosing = compile_choosing(dims.vocab_size, commit.kernels)
         own = {sm: variants | choosing[sm] for sm, variants in commit.kernels.items()}
+        if dims.draft_size is not None:
+            choosing = compile_choosing(dims.draft_size, commit.kernels, CHOOSE_DRAFTS)
+            own = {sm: variants | choosing[sm] for sm, variants in own.items()}
         kernels_path.write_bytes(replace(commit, kernels=own).to_bytes())
         marked = graph.with_name(f"{graph.stem}.tensorrt.onnx")
         count = write_for_tensorrt(graph, marked, dims, plugin=uses_plugin, decomposable=True)

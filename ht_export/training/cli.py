@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_data(commands)
     _add_fit(commands)
+    _add_draft_head(commands)
     _add_eval(commands)
     _add_sweep(commands)
     return parser
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> None:
         nonlocal interrupted
         options = build_parser().parse_args(arguments)
-        if options.command != "eval":
+        if options.command not in ("eval", "draft-head"):
             interrupted = "interrupted; run the same command again to continue"
         # Imports torch and transformers, which --help and a mistyped option should not wait for.
         import torch
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from ht_export.training import commands
 
         try:
-            getattr(commands, f"run_{options.command}")(options)
+            getattr(commands, f"run_{options.command.replace('-', '_')}")(options)
         except torch.OutOfMemoryError as error:
             lower = "--batch-size" if options.command == "data" else "--sequences or --anchors"
             raise InputError(f"the GPU's memory is used up ({error}); lower {lower}, or use --device cpu") from error
@@ -120,6 +121,24 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     _add_machine(fit, "bfloat16")
 
 
+def _add_draft_head(commands: argparse._SubParsersAction) -> None:
+    head = commands.add_parser(
+        "draft-head",
+        help="let drafts of trained transfer layers be chosen from the most useful tokens only",
+        description="Choose the tokens that drafts are chosen from: the stop tokens, and those that are most frequent "
+        "in the base model's own text. Pseudo rows are read by their rows of the head alone, which is faster; no draft "
+        "is of another token, and the text stays the base model's. ht-train fit --draft-size does it before it trains.",
+    )
+    add_model(head)
+    head.add_argument("--data", type=pathname, nargs="+", required=True, help=DATA_HELP)
+    head.add_argument("--size", type=int, default=8192, help="tokens to choose from (default: 8192)")
+    head.add_argument("--transfer", type=pathname, required=True, help="transfer-layers file to begin with")
+    head.add_argument("--out", type=pathname, required=True, help="transfer-layers file to write (.safetensors)")
+    head.add_argument("--held-out", type=pathname, help="another such folder, to measure acceptance on (default: none; "
+                      "what was measured before is left out)")  # fmt: skip
+    _add_machine(head, "float32")
+
+
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     evaluation = commands.add_parser(
         "eval",
@@ -184,6 +203,8 @@ def _add_batches(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="rank of the token correction, which conditions drafts on the token before (default: 128; 0 for none)",
     )
+    parser.add_argument("--draft-size", type=int, help="choose drafts from so many tokens, the most frequent of the "
+                        "data, as ht-train draft-head does (default: the whole vocabulary)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="draws texts and anchors (default: 0)")
 
 

@@ -24,6 +24,7 @@ from ht_export.model.transfer import TransferFile, default_layers, load_transfer
 from ht_export.progress import progress_bar
 from ht_export.settings import ExportSettings
 from ht_export.training.data import AnsweredPrompt, read_data
+from ht_export.training.draft_tokens import choose_draft_tokens, described
 from ht_export.training.evaluate import evaluate
 from ht_export.training.fit import FitSettings, MetricLog, fit
 from ht_export.training.generate import DataSettings, generate_data
@@ -110,12 +111,43 @@ def run_fit(options: argparse.Namespace) -> None:
         "report": asdict(report),
         "versions": versions,
     }
+    if transfer.draft_tokens is not None:
+        recipe["draft_head"] = described(transfer.draft_tokens, data)
     if start_about:
         recipe["start"] = start_about.recipe
     save_transfer_layers(options.out, transfer, TransferFile(base.identity(), recipe, acceptance))
     print(
         f"wrote {options.out}: {report.steps} steps, {report.anchors_per_second:,.0f} anchors/s, "
         f"peak memory {report.peak_memory / 2**30:.1f} GiB",
+        file=sys.stderr,
+    )
+
+
+def run_draft_head(options: argparse.Namespace) -> None:
+    """Give transfer layers a draft head over the tokens that the data has most of."""
+    check_writable(options.out)
+    _check_out(options.out)
+    base = _load(options)
+    transfer, about = load_transfer_layers(options.transfer, base.identity())
+    data = _read_all(options.data, base, 1)
+    least = transfer.num_steps + 1
+    held_out = read_data(options.held_out, base, least) if options.held_out else []
+    _check_apart(data, held_out, options)
+    tokens = choose_draft_tokens(data, options.size, base.model.config.vocab_size, base.stop_tokens())
+    found = described(tokens, data)
+    transfer.draft_tokens = tokens
+    transfer.to(base.model.device)
+    # What was measured before is not of these drafts.
+    acceptance: dict[str, Any] = {}
+    if held_out:
+        sizes = ExportSettings().tree(transfer.num_steps)
+        with progress_bar() as progress:
+            acceptance = {"dtype": options.dtype, **evaluate(base, transfer, held_out, sizes, progress=progress)}
+    recipe = {**about.recipe, "draft_head": found}
+    save_transfer_layers(options.out, transfer, TransferFile(about.base_model, recipe, acceptance))
+    print(
+        f"wrote {options.out}: drafts are chosen from {len(tokens)} tokens, {found['answer_tokens_covered']:.2%} of "
+        f"those of the answers{'' if held_out else '; measure them with ht-train eval --store'}",
         file=sys.stderr,
     )
 
@@ -182,6 +214,11 @@ def _check_outputs(out: Path, checkpoint: Path) -> None:
     """
     if checkpoint.resolve() == out.resolve():
         raise InputError(f"--checkpoint {checkpoint} is --out too; choose another name for one of them")
+    _check_out(out)
+
+
+def _check_out(out: Path) -> None:
+    """Raise `InputError` for a file in the place of transfer layers that is none of ours."""
     if out.exists():
         try:
             load_transfer_layers(out)
@@ -215,6 +252,7 @@ def _batches_and_loss(options: argparse.Namespace) -> dict[str, Any]:
         "loss_temperature": options.loss_temperature,
         "loss_top_k": options.loss_top_k,
         "seed": options.seed,
+        "draft_size": options.draft_size,
     }
 
 

@@ -20,28 +20,32 @@ PSEUDO_SHARES = (1.0, 0.5)
 class RowCosts:
     """The cost of a pass in units of a plain pass, which has one row.
 
-    Every further tree row adds `row_cost`. A pseudo row adds its share of that: the layers that it passes and the LM
-    head, by their numbers of parameters.
+    Every further tree row adds `row_cost`. A pseudo row adds its share of that: the layers that it passes and the head
+    that reads it, by their numbers of parameters.
     """
 
     row_cost: float
     num_layers: int
     layer_parameters: int
     head_parameters: int
+    draft_parameters: int
 
     @classmethod
-    def of(cls, base: BaseModel, row_cost: float) -> RowCosts:
-        """Return the costs for a base model. Raises `InputError` for a `row_cost` outside 0..1."""
+    def of(cls, base: BaseModel, row_cost: float, draft_size: int | None = None) -> RowCosts:
+        """Return the costs for a base model, with a head for drafts over `draft_size` tokens if that is given. Raises
+        `InputError` for a `row_cost` outside 0..1.
+        """
         if not 0 <= row_cost <= 1:
             raise InputError(f"the cost of a row must be between 0 and 1 plain passes, not {row_cost}")
         parts = decoder_parts(base.model)
         layer = sum(parameter.numel() for parameter in parts.layers[0].parameters())
         head = sum(parameter.numel() for parameter in base.model.get_output_embeddings().parameters())
-        return cls(row_cost, len(parts.layers), layer, head)
+        vocab_size = base.model.config.vocab_size
+        return cls(row_cost, len(parts.layers), layer, head, head * (draft_size or vocab_size) // vocab_size)
 
     def pseudo_row(self, layer: int) -> float:
         """Return the share of a whole row that a pseudo row costs which joins at `layer`."""
-        passed = (self.num_layers - layer) * self.layer_parameters + self.head_parameters
+        passed = (self.num_layers - layer) * self.layer_parameters + self.draft_parameters
         return passed / (self.num_layers * self.layer_parameters + self.head_parameters)
 
     def of_pass(self, layers: Sequence[int], sizes: TreeSizes) -> float:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ht_export.model.checkpoint import BaseModel
 from ht_export.model.correction import correction_tables
-from ht_export.model.families import DecoderParts, decoder_parts
+from ht_export.model.families import DecoderParts, HeadRows, decoder_parts
+from ht_export.model.reference import draft_head
 from ht_export.model.transfer import TransferLayers
 from ht_export.training.batches import make_batch
 from ht_export.training.data import AnsweredPrompt
@@ -37,8 +38,9 @@ BIN_EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9,
 class TextPredictions(TextDrafts):
     """The drafts at every anchor of one text, and what is counted about them.
 
-    kl [A, K] in nats and hits [A, K, SHORTLIST], whether the text's token has rank 1, 2, ... in the draft as corrected
-    for the token before it, with the `predicted` probability of each; uncorrected_hits [A, K, SHORTLIST] without.
+    kl [A, K] in nats, as `ht_export.training.losses` has it; hits [A, K, SHORTLIST], whether the text's token has rank
+    1, 2, ... in the draft as corrected for the token before it, with the `predicted` probability of each;
+    uncorrected_hits [A, K, SHORTLIST] without.
     """
 
     task: str
@@ -79,7 +81,10 @@ def predict(
     parts = decoder_parts(base.model)
     device = base.model.device
     ordered = sorted(data, key=len)
-    correction = correction_tables(base.model, transfer.correction) if transfer.correction else None
+    correction = None
+    if transfer.correction:
+        correction = correction_tables(base.model, transfer.correction, transfer.draft_tokens)
+    read_by = draft_head(base.model, transfer)
     starts = range(0, len(ordered), batch_size)
     bar = progress.add_task("evaluating", total=len(starts)) if progress else None
     for start in starts:
@@ -91,7 +96,7 @@ def predict(
             used = batch.weights[row] > 0
             anchors = batch.anchors[row][used]
             states = context.hidden[len(parts.layers)][row]
-            yield _text_predictions(parts, sequence, hidden[row][used], states, anchors, correction)
+            yield _text_predictions(parts, sequence, hidden[row][used], states, anchors, correction, read_by)
         if progress and bar is not None:
             progress.advance(bar)
 
@@ -137,15 +142,21 @@ def _text_predictions(
     states: Tensor,
     anchors: Tensor,
     correction: TokenCorrection | None,
+    read_by: HeadRows | None,
 ) -> TextPredictions:
-    """Return the predictions of one text from hidden [A, K, d] of its drafts and states [N, d] of its own rows."""
+    """Return the predictions of one text from hidden [A, K, d] of its drafts, which a draft head reads or the base
+    model's, and states [N, d] of its own rows.
+    """
     text = np.array(sequence.tokens)
     positions = anchors.cpu().numpy()
     num_steps = hidden.shape[1]
     steps = torch.arange(num_steps, device=anchors.device)
+    head = parts.head if read_by is None else read_by
     tables = None
     if correction is not None:
         tables = [torch.from_numpy(table).to(hidden.device) for table in (correction.contexts, correction.candidates)]
+        if read_by is not None:
+            tables[1] = tables[1][read_by.tokens]
         scales = torch.from_numpy(correction.scales).to(hidden.device)
         ids = torch.from_numpy(text).to(hidden.device)
     chunks: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -154,16 +165,22 @@ def _text_predictions(
         before_rows = anchors[rows, None] + steps + 1
         targets, index = torch.unique(before_rows, return_inverse=True)
         wanted = parts.capped(parts.head(parts.norm(states[targets]))).float().log_softmax(-1)
+        if read_by is not None:
+            wanted = wanted[:, read_by.tokens]
+        mass = wanted.exp().sum(-1)
         by_step = []
         for k in range(num_steps):
-            logs = parts.head(parts.norm(hidden[rows, k])).float().log_softmax(-1)
+            logs = head(parts.norm(hidden[rows, k])).float().log_softmax(-1)
             best = logs.topk(min(SHORTLIST, logs.shape[-1]), dim=-1)
             if tables is not None:
                 contexts = tables[0][ids[before_rows[:, k]]] * scales[k]
                 logs = (logs + contexts @ tables[1].T).log_softmax(-1)
             base_logs = wanted[index[:, k]]
             kl = (base_logs.exp() * (base_logs - logs)).sum(-1)
-            by_step.append((best.indices.cpu(), best.values.exp().cpu(), kl.cpu()))
+            if read_by is not None:
+                kl -= torch.special.xlogy(mass, mass)[index[:, k]]
+            found = best.indices if read_by is None else read_by.tokens[best.indices]
+            by_step.append((found.cpu(), best.values.exp().cpu(), kl.cpu()))
         indices, values, divergences = zip(*by_step, strict=True)
         chunks.append((torch.stack(indices, 1), torch.stack(values, 1), torch.stack(divergences, 1)))
     tokens, probabilities, kl_by_step = (torch.cat(found).numpy() for found in zip(*chunks, strict=True))

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from ht_export.model.checkpoint import BaseModel
 from ht_export.model.families import decoder_parts
+from ht_export.model.reference import draft_head
 from ht_export.model.transfer import TransferLayers
 from ht_export.training.batches import AnchorBatch, BatchSampler, make_batch
 from ht_export.training.checkpoints import FitState, load_checkpoint, save_checkpoint
 from ht_export.training.data import AnsweredPrompt, fingerprint
+from ht_export.training.draft_tokens import choose_draft_tokens, covered
 from ht_export.training.drafts import Context, draft_hidden, run_context
 from ht_export.training.evaluate import evaluate, headline
 from ht_export.training.features import FeatureCache
@@ -44,7 +46,8 @@ class FitSettings:
 
     A step takes `accumulate` batches of `sequences` texts with `anchors` anchors each, whatever the number of
     processes. `init` "file" begins with transfer layers trained before. `patience` is how many held-out measurements
-    in a row may bring nothing before the fit stops; 0 never stops it.
+    in a row may bring nothing before the fit stops; 0 never stops it. With a `draft_size` drafts are chosen from so
+    many tokens, those that the data has most of; None takes those of the start, or the whole vocabulary.
     """
 
     layers: tuple[int, ...]
@@ -64,6 +67,7 @@ class FitSettings:
     loss_top_k: int = 0
     patience: int = 0
     seed: int = 0
+    draft_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequences", "anchors", "accumulate", "learning_rate", "max_gradient_norm"):
@@ -154,7 +158,14 @@ def fit(
             "--accumulate a multiple of their number"
         )
     torch.manual_seed(settings.seed)
-    transfer = TransferLayers(settings.layers, base.model.config.hidden_size, settings.correction_rank)
+    draft_tokens = start.draft_tokens if start else None
+    if settings.draft_size is not None:
+        vocab_size = base.model.config.vocab_size
+        draft_tokens = choose_draft_tokens(data, settings.draft_size, vocab_size, base.stop_tokens())
+    if draft_tokens is not None:
+        share = covered(draft_tokens, data)
+        report(f"drafts are chosen from {len(draft_tokens)} tokens, {share:.2%} of those of the answers")
+    transfer = TransferLayers(settings.layers, base.model.config.hidden_size, settings.correction_rank, draft_tokens)
     transfer.check_layers(base.model.config.num_hidden_layers)
     if settings.init == "file":
         _copy_start(transfer, start)
@@ -233,7 +244,8 @@ def anchor_losses(
             by_step = [transfer.correction(k, before[:, k]) for k in range(transfer.num_steps)]
             shifts = torch.stack(by_step, dim=1)
     states = context.hidden[len(parts.layers)].flatten(0, 1)
-    losses = draft_losses(parts, drafts, states, targets, objective, shifts)
+    read_by = draft_head(base.model, transfer)
+    losses = draft_losses(parts, drafts, states, targets, objective, shifts, read_by)
     if share is None:
         return losses.by_step
     roots, gradients = [drafts], [losses.gradient * share]

@@ -3,6 +3,13 @@
 A vocabulary-sized row for each draft would dwarf everything else in training. The gradient of a row's KL with respect
 to its logits is known in closed form, softmax(draft) - softmax(base), so each chunk goes through the LM head, back, and
 is forgotten.
+
+**With a draft head** the sum over tokens that is KL is over its tokens alone: with m the base model's probability of
+all of them together, the loss of a row is m KL(base, renormalised || draft), its gradient m softmax(draft) - base. The
+weight m keeps drafts calibrated. Over all rows that look alike to the draft, the minimum is the mean of base divided by
+the mean of m: a draft is surer than the base model by the share of such text that the head covers, and no more. Without
+the weight, rows whose token is outside would count in full, for what little is left of their distribution: drafts would
+learn to be sure where nothing that they can say is right.
 """
 
 from __future__ import annotations
@@ -13,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ht_export.model.families import DecoderParts
+from ht_export.model.families import DecoderParts, HeadRows
 from runtime.errors import InputError
 
 CHUNK_ROWS = 64
@@ -44,7 +51,8 @@ class Objective:
 
 @dataclass(frozen=True)
 class Losses:
-    """by_step [K], the mean KL(base || draft) of each step in nats, and the gradients of their weighted sum.
+    """by_step [K], the mean KL(base || draft) of each step in nats, of a draft head's tokens where there is one, and
+    the gradients of their weighted sum.
 
     As is usual, the sum's gradients are times the temperature squared, so that their size does not depend on it.
 
@@ -64,24 +72,26 @@ def draft_losses(
     targets: Tensor,
     objective: Objective,
     shifts: Tensor | None = None,
+    draft_head: HeadRows | None = None,
 ) -> Losses:
     """Return the losses of `drafts`.
 
     drafts [N, K, d] and states [M, d] are outputs of the last layer, of pseudo rows and of the base model's own rows;
     targets [N, K] say which state predicts the token that a draft stands for; shifts [N, K, d] are added to the normed
-    drafts.
+    drafts, which are read by the `draft_head`, None for the base model's.
     """
     count, num_steps = targets.shape
     gradient = torch.zeros_like(drafts)
     shift_gradient = None if shifts is None else torch.zeros_like(shifts)
     totals = torch.zeros(num_steps, device=drafts.device)
     scale = objective.temperature / max(1, count)
+    read = parts.head if draft_head is None else draft_head
     for start in range(0, count, CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         # Neighbouring anchors share target positions: the base model's head runs once for each.
         positions, index = torch.unique(targets[rows], return_inverse=True)
-        wanted, negative_entropy = _base_distribution(
-            parts.capped(parts.head(parts.norm(states[positions]))), objective
+        wanted, mass, negative_entropy = _base_distribution(
+            parts.capped(parts.head(parts.norm(states[positions]))), objective, draft_head
         )
         for k in range(num_steps):
             leaves = [drafts[rows, k].detach().requires_grad_()]
@@ -90,13 +100,14 @@ def draft_losses(
                 if shifts is not None:
                     leaves.append(shifts[rows, k].detach().requires_grad_())
                     normed = normed + leaves[1].to(normed.dtype)
-                output = parts.head(normed)
+                output = read(normed)
             logits = output.detach().float().div_(objective.temperature)
             normaliser = logits.logsumexp(-1, keepdim=True)
-            target = wanted[index[:, k]]
-            cross = normaliser[:, 0] - (target * logits).sum(-1)
+            target, weight = wanted[index[:, k]], mass[index[:, k]]
+            cross = weight * normaliser[:, 0] - (target * logits).sum(-1)
             totals[k] += (cross + negative_entropy[index[:, k]]).sum()
-            error = logits.sub_(normaliser).exp_().sub_(target).mul_(objective.weights[k] * scale)
+            error = logits.sub_(normaliser).exp_().mul_(weight[:, None]).sub_(target)
+            error.mul_(objective.weights[k] * scale)
             found = torch.autograd.grad(output, leaves, error.to(output.dtype))
             gradient[rows, k] = found[0]
             if shift_gradient is not None:
@@ -104,11 +115,19 @@ def draft_losses(
     return Losses(totals / max(1, count), gradient, shift_gradient)
 
 
-def _base_distribution(logits: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Return the distribution [U, V] that drafts are pulled towards, and its negative entropy [U]."""
+def _base_distribution(
+    logits: Tensor, objective: Objective, draft_head: HeadRows | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the base model's probabilities [U, V_d] of what drafts can be, their sum m [U], and what the loss has of
+    them alone [U]: m times the negative entropy of that distribution.
+    """
     logits = logits.float().div_(objective.temperature)
     if 0 < objective.top_k < logits.shape[-1]:
         least = logits.topk(objective.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    probabilities = logits.softmax(-1)
-    return probabilities, -torch.special.entr(probabilities).sum(-1)
+    if draft_head is None:
+        probabilities = logits.softmax(-1)
+        return probabilities, logits.new_ones(len(logits)), -torch.special.entr(probabilities).sum(-1)
+    probabilities = (logits[:, draft_head.tokens] - logits.logsumexp(-1, keepdim=True)).exp()
+    mass = probabilities.sum(-1)
+    return probabilities, mass, -torch.special.entr(probabilities).sum(-1) - torch.special.xlogy(mass, mass)

@@ -69,8 +69,11 @@ def estimate(base: BaseModel, transfer: TransferLayers, sequences: int, anchors:
         drafts += 2 * size * heads * rows * seen * max(1, passed)
         context += 2 * size * heads * sequences * longest * longest
     # A chunk has up to K base rows for each draft row: output, float32, softmax and entropy of the first; output, its
-    # gradient, float32 and target of the second.
-    chunk = CHUNK_ROWS * config.vocab_size * (num_steps * (size + 12) + 2 * size + 8)
+    # gradient, float32 and target of the second. A draft head is a copy of rows of the base model's, and what is kept
+    # of the softmax.
+    width = transfer.draft_size or config.vocab_size
+    chunk = CHUNK_ROWS * (config.vocab_size * num_steps * (size + 12) + width * (2 * size + 8))
+    chunk += transfer.draft_size * (size * config.hidden_size + 12 * num_steps * CHUNK_ROWS)
     # Gradients and AdamW's two moments.
     optimizer = 12 * sum(parameter.numel() for parameter in transfer.parameters())
     return MemoryEstimate(optimizer, context, drafts, chunk)

@@ -129,7 +129,7 @@ def sweep(
     Killed at any point, the same call continues. A row has name, layers, steps, finalist, top1 and top8 by draft step,
     and for the best row counts at this row cost: sizes, tokens_per_step, cost, speedup. Raises `InputError`.
     """
-    costs = RowCosts.of(base, settings.row_cost)
+    costs = RowCosts.of(base, settings.row_cost, fit_settings.draft_size)
     fits = {
         layers: replace(fit_settings, layers=layers, steps=settings.steps, schedule="constant", patience=0)
         for layers in settings.placements
@@ -141,7 +141,7 @@ def sweep(
         "steps": settings.steps,
         "rungs": settings.rungs,
         "dtype": str(base.model.dtype),
-        "fit": {k: v for k, v in asdict(fit_settings).items() if k not in ("layers", "steps")},
+        "fit": _common(fit_settings),
         "base_model": base.identity(),
         "data_sha256": fingerprint([*data, *held_out]),
         "row_cost": settings.row_cost,
@@ -230,6 +230,14 @@ def recommendation(rows: Sequence[SweepRow], row_cost: float) -> str:
         f"{best['sizes']['pseudo_rows'][0]} pseudo rows a step: {best['tokens_per_step']:.2f} tokens per step at "
         f"{best['cost']:.2f} plain passes"
     )
+
+
+def _common(settings: FitSettings) -> dict[str, Any]:
+    """Return what all fits have in common; of what earlier releases did not have, only what is asked for."""
+    common = {name: value for name, value in asdict(settings).items() if name not in ("layers", "steps")}
+    if settings.draft_size is None:
+        del common["draft_size"]
+    return common
 
 
 def _name(layers: Placement) -> str:

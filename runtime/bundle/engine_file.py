@@ -23,7 +23,9 @@ from runtime.formats import Format, JsonFormat, check_levels
 from runtime.tree import TreeSizes
 
 FORMAT = "hidden-transfer-engine"
-FORMAT_VERSION = 4
+# Engines without a draft head are of the first of these, as before. Releases that know no other would take the draft
+# logits of such a head for those of other tokens.
+FORMAT_VERSION, DRAFT_HEAD_VERSION = 4, 5
 MOST_BYTES = 1 << 22
 CAPACITY_STEP = 64
 
@@ -170,7 +172,8 @@ class EngineFile:
 
     `graph` is the engine itself: an ONNX graph, whose weights are in a file of their own, or a plan, which has them.
     `cpu_graph` is the same graph lowered for ONNX Runtime on the CPU, with the same weights file. `precision` is that
-    of the weights: "float32", "float16", "bfloat16", "int8" or "int4". What cannot be together raises `ValueError`.
+    of the weights: "float32", "float16", "bfloat16", "int8" or "int4". `draft_tokens` has the tokens that draft logits
+    are of, where `dims` has a head for them. What cannot be together raises `ValueError`.
     """
 
     dims: GraphDims
@@ -192,8 +195,11 @@ class EngineFile:
     versions: dict[str, str]
     parity: dict[str, Any]
     plan: PlanFile | None = None
+    draft_tokens: FileRecord | None = None
 
     def __post_init__(self) -> None:
+        if (self.draft_tokens is None) != (self.dims.draft_size is None):
+            raise ValueError("draft_size and draft_tokens: an engine has both, or neither")
         steps = self.dims.num_steps
         self.tree.check(steps)
         if self.plan:
@@ -217,12 +223,17 @@ class EngineFile:
         layers, default sizes.
         """
         files = (self.graph, self.cpu_graph, self.weights, self.correction)
-        parts = [[file and file.sha256 for file in files], asdict(self.tree), self.transfer]
+        hashes = [file and file.sha256 for file in files]
+        if self.draft_tokens:
+            # Not in the place of others: engines without keep the identity that earlier releases know them by.
+            hashes.append(self.draft_tokens.sha256)
+        parts = [hashes, asdict(self.tree), self.transfer]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def write(self, path: Path) -> None:
         """Write this as JSON, atomically."""
-        write_json(path, {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)})
+        version = FORMAT_VERSION if self.draft_tokens is None else DRAFT_HEAD_VERSION
+        write_json(path, {"format": FORMAT, "version": version, **asdict(self)})
 
 
 @dataclass(frozen=True)
@@ -249,10 +260,10 @@ class Description:
         header = HEADER.decode(self.content, self.path)
         if header.format != FORMAT:
             raise EngineFileError(f"{self.path} does not describe a hidden-transfer engine; export the engine again")
-        if header.version != FORMAT_VERSION:
+        if header.version not in (FORMAT_VERSION, DRAFT_HEAD_VERSION):
             raise EngineFileError(
-                f"{self.path} is of version {header.version}, and this runtime reads version {FORMAT_VERSION}; "
-                "update hidden-transfer, or export the engine again"
+                f"{self.path} is of version {header.version}, and this runtime reads versions {FORMAT_VERSION} and "
+                f"{DRAFT_HEAD_VERSION}; update hidden-transfer, or export the engine again"
             )
         return ENGINE.decode(self.content, self.path)
 

@@ -29,9 +29,10 @@ from runtime.formats import JsonFormat
 # Suffix of the graph lowered for the CPU, in the place of the engine's own.
 CPU_SUFFIX = ".cpu.onnx"
 # Suffixes, in the place of the engine's own, of all files that an engine may have besides `engine.json` and itself.
+EVERY = (".tokenizer.json", ".chat_template.jinja", ".correction.npy", ".draft_tokens.npy")
 SUFFIXES = {
-    ".onnx": (".onnx.data", CPU_SUFFIX, ".tokenizer.json", ".chat_template.jinja", ".correction.npy"),
-    ".plan": (".kernels.bin", ".tokenizer.json", ".chat_template.jinja", ".correction.npy"),
+    ".onnx": (".onnx.data", CPU_SUFFIX, *EVERY),
+    ".plan": (".kernels.bin", *EVERY),
 }
 
 
@@ -60,13 +61,15 @@ class NamedFiles:
     tokenizer: NamedFile | None = None
     chat_template: NamedFile | None = None
     correction: NamedFile | None = None
+    draft_tokens: NamedFile | None = None
     plan: NamedKernels | None = None
 
     @property
     def names(self) -> set[str]:
         """The names of the files."""
-        files = (self.graph, self.cpu_graph, self.weights, self.tokenizer, self.chat_template, self.correction)
-        return {file.name for file in (*files, self.plan and self.plan.kernels) if file}
+        files = (self.graph, self.cpu_graph, self.weights, self.tokenizer, self.chat_template)
+        drafts = (self.correction, self.draft_tokens)
+        return {file.name for file in (*files, *drafts, self.plan and self.plan.kernels) if file}
 
 
 assert FORMAT in NamedFiles.__annotations__["format"]

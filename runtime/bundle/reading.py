@@ -7,10 +7,12 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.arrays import IntArray
 from runtime.bundle.engine_file import EngineFile, find_description
 from runtime.chat import ChatTemplate
 from runtime.chat.process import TemplateProcess
 from runtime.drafting.correction import TABLES, TokenCorrection
+from runtime.drafting.draft_tokens import DRAFT_TOKENS, read_draft_tokens
 from runtime.drafting.reliability import Reliability
 from runtime.errors import EngineFileError
 from runtime.formats import Format
@@ -54,7 +56,9 @@ class EngineFiles:
 
 @dataclass(frozen=True)
 class Bundle:
-    """The files of an engine, read and checked; None for those that not every engine has."""
+    """The files of an engine, read and checked; None for those that not every engine has. `draft_tokens` [V_d] are the
+    tokens that draft logits are of, None for the whole vocabulary.
+    """
 
     about: EngineFile
     files: EngineFiles
@@ -62,6 +66,7 @@ class Bundle:
     chat: ChatTemplate | None
     correction: TokenCorrection | None
     reliability: Reliability | None
+    draft_tokens: IntArray | None
 
 
 def read_bundle(path: Path, *, verify_weights: bool = True) -> Bundle:
@@ -104,7 +109,11 @@ def _read(path: Path, about: EngineFile, verify_weights: bool) -> Bundle:
         where, content = about.correction.read(path, TABLES)
         correction = TokenCorrection.of(content, where, about.dims.vocab_size, about.dims.num_steps)
     reliability = Reliability.of(about.transfer.get("acceptance", {}))
-    return Bundle(about, files, tokenizer, chat, correction, reliability)
+    draft_tokens = None
+    if about.draft_tokens:
+        where, content = about.draft_tokens.read(path, DRAFT_TOKENS)
+        draft_tokens = read_draft_tokens(content, where, about.dims.draft_width, about.dims.vocab_size)
+    return Bundle(about, files, tokenizer, chat, correction, reliability, draft_tokens)
 
 
 def _open(path: Path, about: EngineFile, verify_weights: bool) -> EngineFiles:

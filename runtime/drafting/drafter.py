@@ -28,14 +28,16 @@ class Drafter:
     """Builds the trees of one text: what `sources` propose, merged, of the size that `sizing` chooses, or whoever runs
     it together with other texts.
 
-    The `shortlist` most probable tokens of each pseudo row are of use to them, and `draft_steps` draft steps. Where a
+    The `shortlist` most probable tokens of each pseudo row are of use to them, and `draft_steps` draft steps; draft
+    logits are of the `draft_tokens` [V_d], of all tokens where that is None. Where a
     later source and those before it disagree, the surer one has the more weight: their order matters little. While it
     `rests` nothing is proposed.
     """
 
-    def __init__(self, sizing: Sizing, sources: Sequence[DraftSource]) -> None:
+    def __init__(self, sizing: Sizing, sources: Sequence[DraftSource], draft_tokens: IntArray | None = None) -> None:
         self.sizing = sizing
         self.sources = tuple(sources)
+        self.draft_tokens = draft_tokens
         self.shortlist = max((source.shortlist(sizing.most_rows) for source in self.sources), default=0)
         # Pseudo rows that nobody reads are not worth their time.
         self.draft_steps = sizing.draft_steps if self.shortlist else 0

@@ -40,7 +40,7 @@ class PassBuffers:
         # A prompt chunk drafts at its last row only.
         self._most = max(limits.max_rows * (1 + steps), limits.chunk + steps)
         self._most_tree = max(limits.max_rows, limits.chunk)
-        self._logit_bytes = 4 * dims.vocab_size
+        self._logit_bytes, self._draft_bytes = 4 * dims.vocab_size, 4 * dims.draft_width
         self._row_host = cuda.pinned(self._logit_bytes)
         # Of the logits of small passes all come to the host.
         self._logits_host = cuda.pinned(limits.max_rows * self._logit_bytes)
@@ -48,7 +48,7 @@ class PassBuffers:
         self._table = cuda.allocate(len(self._table_host))
         self._table_of: tuple[int, ...] = ()
         self._logits = _GrowingRows(cuda, self._logit_bytes, limits.max_rows)
-        self._drafts = _GrowingRows(cuda, self._logit_bytes, max(1, limits.max_rows * steps))
+        self._drafts = _GrowingRows(cuda, self._draft_bytes, max(1, limits.max_rows * steps))
         # Keys and values of all layers; arrays of so many rows end where another may begin.
         self._new_row = dims.key_value_heads * dims.head_dim * BYTES[dims.dtype]
         self._new = _GrowingRows(cuda, 2 * dims.num_layers * self._new_row, _align(self._most))
@@ -144,16 +144,13 @@ class PassBuffers:
         overwrites them.
         """
         if not self.comes_whole(rows):
-            return self._fetched(self._logits.address, rows)
+            return FetchedRows(self._cuda, self._row_host, self._logits.address, rows)
         vocab = self._dims.vocab_size
         return self._logits_host.view(np.float32)[: rows * vocab].reshape(rows, vocab)
 
     def drafts(self, rows: int) -> LogitRows:
-        """Return the draft logits [rows, V] of the last pass, all requests' after each other."""
-        return self._fetched(self._drafts.address, rows)
-
-    def _fetched(self, start: int, count: int) -> FetchedRows:
-        return FetchedRows(self._cuda, self._row_host, start, count)
+        """Return the draft logits [rows, V_d] of the last pass, all requests' after each other."""
+        return FetchedRows(self._cuda, self._row_host[: self._draft_bytes], self._drafts.address, rows)
 
     def commit(self, cache: DeviceCache, first: int, sizes: TreeSizes, accepted: Sequence[Sequence[int]]) -> Commit:
         """Send what the commit of the `accepted` rows [B] of the last pass needs, which had these `sizes` and began at
@@ -221,7 +218,7 @@ class _GrowingRows:
 
 
 class FetchedRows:
-    """Rows of V logits on the GPU, each fetched when it is asked for, by way of pinned memory for one."""
+    """Rows of logits on the GPU, each fetched when it is asked for, by way of `pinned` memory for one of them."""
 
     def __init__(self, cuda: Cuda, pinned: NDArray[np.uint8], start: int, count: int) -> None:
         self._cuda = cuda

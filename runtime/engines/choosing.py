@@ -32,14 +32,16 @@ LEAST_JOBS, LEAST_WORDS = 64, 1 << 14
 
 
 class DeviceChoices:
-    """Makes the choices of an engine's passes, over rows of V = `vocab_size` logits."""
+    """Makes the choices of an engine's passes, over rows of V = `vocab_size` logits. Draft logits have as many, or are
+    rows of their own length, which `drafts` has a launcher for.
+    """
 
-    def __init__(self, cuda: Cuda, launcher: ChooseLauncher, vocab_size: int) -> None:
-        self._cuda = cuda
-        self._launch = launcher
-        self._vocab_size = vocab_size
-        self._whole_row = cuda.pinned(4 * vocab_size)
-        self._memory = _Memory.of(cuda, vocab_size, LEAST_JOBS, LEAST_WORDS)
+    def __init__(
+        self, cuda: Cuda, launcher: ChooseLauncher, vocab_size: int, drafts: tuple[ChooseLauncher, int] | None = None
+    ) -> None:
+        self._logits = _Chooser(cuda, launcher, vocab_size)
+        # Rows of one length are answered together.
+        self._drafts = self._logits if drafts is None else _Chooser(cuda, *drafts)
 
     def enqueue(
         self,
@@ -50,30 +52,53 @@ class DeviceChoices:
         places: Sequence[int] | None = None,
     ) -> list[DeviceOutputs]:
         """Enqueue the choices of a batch's requests behind the pass, `laid_out`, that has its logits [B, M, V] and
-        draft logits [B, sum R_k, V] at these device addresses; return their outputs.
+        draft logits [B, sum R_k, V_d] at these device addresses; return their outputs.
 
         `places` are where they are among the B that were run, None where they are all of these in order. The outputs
         may be read once the stream is synchronised, until the next call.
         """
-        row = 4 * self._vocab_size
+        row, draft_row = self._logits.row_bytes, self._drafts.row_bytes
         pseudo_count = sum(laid_out.sizes.pseudo_rows)
         jobs = Jobs()
+        draft_jobs = jobs if self._drafts is self._logits else Jobs()
         asked = []
         for rows, place in zip(batch, range(len(laid_out.pseudo)) if places is None else places, strict=True):
             count, pseudo = len(rows.logit_rows), laid_out.pseudo[place]
-            first, first_draft = logits + place * laid_out.logit_count * row, drafts + place * pseudo_count * row
+            first = logits + place * laid_out.logit_count * row
+            first_draft = drafts + place * pseudo_count * draft_row
             whole = HostOutputs(
                 rows,
-                FetchedRows(self._cuda, self._whole_row, first, count),
-                PickedRows(FetchedRows(self._cuda, self._whole_row, first_draft, pseudo_count), pseudo),
+                self._logits.whole_rows(first, count),
+                PickedRows(self._drafts.whole_rows(first_draft, pseudo_count), pseudo),
             )
             chosen = jobs.choose(rows, first + row * np.arange(count, dtype=np.int64))
-            asked.append((whole, chosen, jobs.shortlist(rows, first_draft + row * pseudo)))
-        memory = self._answer(jobs)
-        return [DeviceOutputs(*one, memory.results_host.view(np.int32)) for one in asked]
+            asked.append((whole, chosen, draft_jobs.shortlist(rows, first_draft + draft_row * pseudo)))
+        answers = self._logits.answer(jobs)
+        shortlists = answers if draft_jobs is jobs else self._drafts.answer(draft_jobs)
+        return [DeviceOutputs(*one, answers, shortlists) for one in asked]
 
-    def _answer(self, jobs: Jobs) -> _Memory:
-        """Enqueue the jobs and the copy of their answers to the host; return the memory that they come to."""
+
+class _Chooser:
+    """Answers jobs on rows of V = `vocab_size` logits."""
+
+    def __init__(self, cuda: Cuda, launcher: ChooseLauncher, vocab_size: int) -> None:
+        self._cuda = cuda
+        self._launch = launcher
+        self._vocab_size = vocab_size
+        self._whole_row = cuda.pinned(4 * vocab_size)
+        self._memory = _Memory.of(cuda, vocab_size, LEAST_JOBS, LEAST_WORDS)
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of a row."""
+        return 4 * self._vocab_size
+
+    def whole_rows(self, start: int, count: int) -> FetchedRows:
+        """Return so many rows from a device address on."""
+        return FetchedRows(self._cuda, self._whole_row, start, count)
+
+    def answer(self, jobs: Jobs) -> NDArray[np.int32]:
+        """Enqueue the jobs and the copy of their answers to the host; return where these come to."""
         if jobs.count > self._memory.most_jobs or jobs.words > self._memory.most_words:
             self._memory = self._memory.larger(self._cuda, self._vocab_size, jobs)
         memory = self._memory
@@ -84,19 +109,20 @@ class DeviceChoices:
             buffers = ChooseBuffers(memory.jobs.address, memory.results.address, memory.scratch.address)
             self._launch(buffers, jobs.count, self._vocab_size, self._cuda.stream)
             self._cuda.download(memory.results_host, memory.results.address, 4 * jobs.words)
-        return memory
+        return memory.results_host.view(np.int32)
 
 
 @dataclass(frozen=True)
 class DeviceOutputs:
-    """Outputs whose choices were made on the GPU, where `chosen_at` and `shortlists_at` say where in the `answers` they
-    are; and `whole` ones, for all else. See `Outputs`.
+    """Outputs whose choices were made on the GPU, where `chosen_at` says where in the `answers` they are, and
+    `shortlists_at` where in the `shortlists`; and `whole` ones, for all else. See `Outputs`.
     """
 
     whole: HostOutputs
     chosen_at: Answers | None
     shortlists_at: Answers | None
     answers: NDArray[np.int32]
+    shortlists: NDArray[np.int32]
 
     @property
     def rows(self) -> Rows:
@@ -126,7 +152,7 @@ class DeviceOutputs:
     def draft(self, row: int) -> DraftStep | None:
         """See `Outputs.draft`."""
         if self.shortlists_at is not None:
-            answer = self.shortlists_at.of(row, self.answers)
+            answer = self.shortlists_at.of(row, self.shortlists)
             if not math.isfinite(answer.top):
                 return None
             found = answer.draft(self.rows.shortlist)

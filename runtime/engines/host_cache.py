@@ -84,8 +84,8 @@ def _widen(array: NDArray, length: int, capacity: int) -> NDArray:
 
 @dataclass(frozen=True)
 class HostResult:
-    """A pass whose outputs are all on the host: logits [B, M, V]; draft_logits [B, sum R_k, V] in row order; key_new
-    and value_new L arrays [B, Hkv, R_l, D], the tree's rows first.
+    """A pass whose outputs are all on the host: logits [B, M, V]; draft_logits [B, sum R_k, V_d] in row order;
+    key_new and value_new L arrays [B, Hkv, R_l, D], the tree's rows first.
 
     `pseudo` [B] has for each request the rows of its own draft logits. See `Result`. Nothing of it is used again by a
     later pass.

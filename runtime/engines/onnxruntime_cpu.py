@@ -38,7 +38,7 @@ MOST_BOUND = 8
 
 @dataclass(frozen=True)
 class InPlaceResult:
-    """Pass `number` of an engine, `laid_out` as it was: the logits [N, V] and draft logits [N', V] of all requests; new
+    """Pass `number` of an engine, `laid_out` as it was: logits [N, V] and draft logits [N', V_d] of all requests; new
     keys and values are in the cache. `places` [B] are those of the requests among all that were run. See `Result`.
     """
 
@@ -99,7 +99,7 @@ class OnnxRuntimeCpuEngine:
         self._bound_arrays = self._cache.arrays
         self._freshness = Freshness()
         self._logits = np.empty((0, dims.vocab_size), dtype=np.float32)
-        self._drafts = np.empty((0, dims.vocab_size), dtype=np.float32)
+        self._drafts = np.empty((0, dims.draft_width), dtype=np.float32)
 
     @property
     def row_bytes(self) -> int:
@@ -144,7 +144,7 @@ class OnnxRuntimeCpuEngine:
         logits, draft_logits = self._logits[: laid_out.logit_rows], self._drafts[: laid_out.pseudo_rows]
         stacked = len(values[bindings.INPUT_IDS])
         for output, buffer in zip(self._logit_outputs, (logits, draft_logits), strict=True):
-            shape = (stacked, len(buffer) // stacked, self.dims.vocab_size)
+            shape = (stacked, len(buffer) // stacked, buffer.shape[1])
             binding.bind_output(output.name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
         with running(self._path):
             self._session.run_with_iobinding(binding)

@@ -15,7 +15,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from plugins.binaries import KernelBinaries
+from plugins.binaries import CHOOSE_DRAFTS, KernelBinaries
 from plugins.choose_launch import ChooseLauncher
 from plugins.launch import CommitLauncher
 from plugins.tensorrt_plugin import VERSION, failures, register
@@ -77,6 +77,7 @@ class TensorRTEngine(DeviceEngine):
         try:
             self._commit = CommitLauncher(kernels)
             choose = ChooseLauncher.of(kernels)
+            choose_drafts = None if dims.draft_size is None else ChooseLauncher.of(kernels, CHOOSE_DRAFTS)
         except ValueError as error:
             raise EngineFileError(f"{path}: {error}") from error
         self._runtime_cache = RuntimeCache(self._engine, plan_hash)
@@ -84,8 +85,10 @@ class TensorRTEngine(DeviceEngine):
         # Contexts run one after the other, and so can share it.
         self._scratch = cuda.allocate(int(self._engine.device_memory_size_v2))
         super().__init__(cuda, dims, about.limits, memory_bytes, SHARE)
-        if choose:
+        if choose and dims.draft_size is None:
             self._choices = DeviceChoices(cuda, choose, dims.vocab_size)
+        elif choose and choose_drafts:
+            self._choices = DeviceChoices(cuda, choose, dims.vocab_size, (choose_drafts, dims.draft_width))
         self._prompt: _Context | None = None
         # The least recently used first.
         self._passes: OrderedDict[tuple[int, ...], _CapturedPass] = OrderedDict()

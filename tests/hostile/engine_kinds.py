@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 
 import runtime.engines.tensorrt
@@ -22,6 +23,7 @@ from runtime.bundle.engine_file import EngineFile, read_engine_file
 from runtime.bundle.placing import check_replaceable
 from runtime.bundle.reading import EngineFiles
 from runtime.bundle.tuning_file import read_tuning, tuning_path, write_tuning
+from runtime.drafting.draft_tokens import write_draft_tokens
 from runtime.engines.opening import open_engine
 from runtime.engines.plans import RuntimeCache
 from runtime.engines.protocol import Engine
@@ -36,6 +38,7 @@ KINDS = Kinds()
 ENGINE = Path(__file__).resolve().parents[1] / "fixtures" / "engine-0.1.0"
 NAME, DESCRIPTION = "engine.onnx", "engine.json"
 TOKENIZER, TEMPLATE, TABLES = "engine.tokenizer.json", "engine.chat_template.jinja", "engine.correction.npy"
+DRAFTED = "engine.draft_tokens.npy"
 GRAPH, LOWERED, WEIGHTS = "engine.onnx", "engine.cpu.onnx", "engine.onnx.data"
 PLAN, KERNELS, TUNINGS = "engine.plan", "engine.kernels.bin", "engine.tuning.json"
 RECORDS = {
@@ -45,6 +48,7 @@ RECORDS = {
     "tokenizer": TOKENIZER,
     "chat_template": TEMPLATE,
     "correction": TABLES,
+    "draft_tokens": DRAFTED,
 }
 BINS = [{"predicted": 0.1, "observed": 0.05}, {"predicted": 0.5, "observed": 0.6}]
 PROMPTS = ("Hello, tea.", "<|user|></s>  \x00 é\u0301 🫖 \u200d" + "a" * 40 + "1" * 20 + " \n" * 10)
@@ -97,6 +101,11 @@ def _files(folder: Path, *, template: bool = False) -> dict:
     (folder / TUNINGS).unlink()
     about = load_json(folder / DESCRIPTION)
     about["transfer"]["acceptance"] = {"calibration": [{"bins": BINS}] * 3}
+    # Its graph has logits of all tokens for drafts: a head over every one of them.
+    vocab_size = about["dims"]["vocab_size"]
+    write_draft_tokens(np.arange(vocab_size), folder / DRAFTED)
+    about["dims"]["draft_size"] = vocab_size
+    about["draft_tokens"] = _record(DRAFTED, (folder / DRAFTED).read_bytes())
     if not template:
         (folder / TEMPLATE).unlink()
         about["chat_template"] = None
@@ -176,6 +185,14 @@ def _tables(folder: Path) -> Kind:
     about = _files(folder)
     content = damaged_npy((folder / TABLES).read_bytes())
     cases = st.builds(lambda content: _recorded(about, {TABLES: content}), content)
+    return Kind(folder, cases, lambda case: texts_of(_generator(folder), "Hello"))
+
+
+@KINDS.add("tokens of drafts", "draft_tokens.npy")
+def _draft_tokens(folder: Path) -> Kind:
+    about = _files(folder)
+    content = damaged_npy((folder / DRAFTED).read_bytes())
+    cases = st.builds(lambda content: _recorded(about, {DRAFTED: content}), content)
     return Kind(folder, cases, lambda case: texts_of(_generator(folder), "Hello"))
 
 

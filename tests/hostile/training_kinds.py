@@ -189,7 +189,7 @@ def _transfer_layers(folder: Path) -> Kind:
     base = _base(folder)
     acceptance = {"calibration": [{"bins": [{"predicted": 0.1, "observed": 0.2}]}] * 3, "top": {"1": [0.5, 0.4, 0.3]}}
     about = TransferFile(base.identity(), {"steps": 5}, acceptance)
-    save_transfer_layers(path, random_transfer((3, 1, 3), correction_rank=4), about)
+    save_transfer_layers(path, random_transfer((3, 1, 3), correction_rank=4, draft_tokens=[0, 2, 5, 263]), about)
 
     def use(case: Case) -> None:
         # As asked by somebody who does not have the model, and by somebody who does.

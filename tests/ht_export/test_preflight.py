@@ -87,3 +87,15 @@ def test_an_export_that_quantises_asks_for_more(
 def export_tiny(checkpoint: Path, transfer: Path, out: Path) -> None:
     settings = ExportSettings(precision="int8")
     export(str(checkpoint), transfer, out, settings, lambda _: nullcontext(lambda _: None))
+
+
+def test_a_draft_head_is_written_beside_the_whole_one() -> None:
+    for dtype, storage in ((torch.float16, None), (torch.float32, STORED["int8"])):
+        found, without = (
+            weight_bytes(tiny_llama(), dtype, storage, as_stored=storage is not None, draft_size=size)
+            for size in (100, 0)
+        )
+        values = 100 * 32
+        assert found.graph - without.graph == values * dtype.itemsize
+        bits = 0.0 if storage is None else storage.bits
+        assert found.quantised - without.quantised == pytest.approx(values * bits / 8, abs=1)

@@ -22,7 +22,7 @@ from runtime.scheduling.slots import MANY
 Text = tuple[int, ...]
 # Returns the base model's logits [V] after a text.
 Logits = Callable[[Text], NDArray[np.float32]]
-# Returns the draft logits [V] of a step (1-based) after a text: of the token that comes `step` after the next one.
+# Returns the draft logits [V_d] of a step (1-based) after a text: of the token that comes `step` after the next one.
 DraftLogits = Callable[[Text, int], NDArray[np.float32]]
 
 
@@ -48,7 +48,7 @@ class KnownEngine(HostCacheEngine):
         found = HostResult(
             batch,
             np.zeros((len(batch), laid_out.logit_count, self.dims.vocab_size), dtype=np.float32),
-            np.zeros((len(batch), drafts, self.dims.vocab_size), dtype=np.float32),
+            np.zeros((len(batch), drafts, self.dims.draft_width), dtype=np.float32),
             [laid_out.values[bindings.INPUT_IDS].astype(np.float32)[:, None, :, None]],
             [laid_out.values[bindings.INPUT_IDS].astype(np.float32)[:, None, :, None]],
             laid_out.pseudo,

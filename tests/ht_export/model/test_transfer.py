@@ -194,3 +194,56 @@ def test_a_layer_out_of_range(tmp_path: Path) -> None:
     tensors = {"step1.weight": torch.zeros(32, 32), "step1.bias": torch.zeros(32)}
     with pytest.raises(InputError, match="transfer layer 9 does not exist in a model of 4 layers"):
         load_transfer_layers(write(tmp_path / "t.safetensors", tensors, layers=[9]))
+
+
+def test_draft_tokens_come_back_and_files_without_them_mean_all_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    transfer = random_transfer((1,), draft_tokens=[0, 2, 7])
+    save_transfer_layers(path, transfer, TransferFile(IDENTITY))
+    found, _ = load_transfer_layers(path)
+    assert found.draft_tokens is not None
+    assert (found.draft_tokens.tolist(), found.draft_size) == ([0, 2, 7], 3)
+    assert found.digest() == transfer.digest() != random_transfer((1,)).digest()
+    # They are where the weights are, and nothing of what is trained.
+    assert set(found.state_dict()) == set(random_transfer((1,)).state_dict())
+    save_transfer_layers(path, random_transfer((1,)), TransferFile(IDENTITY))
+    without, _ = load_transfer_layers(path)
+    assert (without.draft_tokens, without.draft_size) == (None, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_draft_tokens_of_either_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {**MAP, "draft_tokens": torch.tensor([1, 5], dtype=dtype)}
+    found, _ = load_transfer_layers(write(tmp_path / "t.safetensors", tensors))
+    assert found.draft_tokens is not None
+    assert found.draft_tokens.dtype == torch.int64
+
+
+MAP = {"step1.weight": torch.zeros(32, 32), "step1.bias": torch.zeros(32)}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(0, dtype=torch.int32), r"of shape \[0\]; it must have one dimension, of 1 to 264 tokens"),
+        (torch.arange(265), r"of shape \[265\]; it must have one dimension"),
+        (torch.zeros(2, 2, dtype=torch.int32), r"of shape \[2, 2\]"),
+        (torch.tensor([0.0, 1.0]), r"of type torch\.float32, not int32 or int64"),
+        (torch.tensor([-1, 1]), "it has token -1, below 0"),
+        (torch.tensor([0, 264]), "it has token 264, and the vocabulary has 264 tokens"),
+        (torch.tensor([0, 1 << 40]), "it has token 1099511627776, and the vocabulary has 264 tokens"),
+        (torch.tensor([3, 2]), "it has token 2 after 3: they must be in ascending order"),
+        (torch.tensor([2, 2]), "it has token 2 after 2"),
+    ],
+)
+def test_draft_tokens_that_cannot_be(tmp_path: Path, tokens: torch.Tensor, message: str) -> None:
+    path = write(tmp_path / "t.safetensors", {**MAP, "draft_tokens": tokens})
+    with pytest.raises(InputError, match=f"{message}.*choose them again with ht-train draft-head"):
+        load_transfer_layers(path)
+
+
+def test_draft_tokens_of_a_vocabulary_that_is_not_stated(tmp_path: Path) -> None:
+    stated = {name: value for name, value in IDENTITY.items() if name != "vocab_size"}
+    tensors = {**MAP, "draft_tokens": torch.tensor([1, 5])}
+    with pytest.raises(InputError, match="does not say of which vocab_size"):
+        load_transfer_layers(write(tmp_path / "t.safetensors", tensors, base_model=stated))

@@ -166,6 +166,15 @@ def test_a_broken_graph_is_caught_and_the_layer_named(
     assert f"WRONG: ONNX Runtime parts from PyTorch reference at {place}: " in printed
 
 
+def test_drafts_with_a_head_of_their_own_hold_stage_by_stage(
+    draft_head_engine: Path, draft_head_transfer: Path, run: Callable
+) -> None:
+    status, _, report = run(draft_head_engine, "--transfer", str(draft_head_transfer))
+    assert (status, report["faults"]) == (0, [])
+    compared = [one["output"] for stage in report["stages"][1:] for one in stage["outputs"]]
+    assert compared.count("draft_logits") == 3
+
+
 def test_a_graph_in_half_precision_is_within_what_rounding_makes(half_engine: Path, run: Callable) -> None:
     status, _, report = run(half_engine)
     assert status == 0

@@ -12,17 +12,20 @@ from typing import Any
 
 import pytest
 
+from ht_export.model.checkpoint import load_base_model
+from ht_export.model.transfer import TransferFile, save_transfer_layers
 from ht_export.tensorrt import build_process, worker
 from ht_export.tensorrt import planner as planner_module
 from ht_export.tensorrt.build_process import check_resources
 from ht_export.tensorrt.planner import Planner, PlanSettings
 from ht_export.tensorrt.products import Product
-from plugins.binaries import CHOOSE, COMMIT, MAGIC, KernelBinaries
+from plugins.binaries import CHOOSE, CHOOSE_DRAFTS, COMMIT, MAGIC, KernelBinaries
 from runtime import Generator
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import Limits, read_engine_file
 from runtime.errors import EngineFileError, InputError
 from runtime.tree import TreeSizes
+from tests.conftest import DRAFT_TOKENS, random_transfer
 from tests.ht_export.tensorrt.conftest import PLAN, build
 
 pytest.importorskip("tensorrt_rtx")
@@ -319,3 +322,20 @@ def test_gpus_that_do_not_compute_in_a_precision(precision: str, least: tuple[in
     old = replace(PLAN, capabilities=((7, 5), least))
     with pytest.raises(InputError, match=rf"--precision {precision}: compute capability 7\.5 does not compute in it"):
         Planner(old, precision)
+
+
+def test_a_plan_whose_drafts_have_a_head_of_their_own(wide_checkpoint: Path, tmp_path: Path) -> None:
+    transfer = tmp_path / "transfer.safetensors"
+    about = TransferFile(load_base_model(str(wide_checkpoint)).identity())
+    save_transfer_layers(transfer, random_transfer((3, 1, 3), draft_tokens=DRAFT_TOKENS), about)
+    out = tmp_path / "plan" / "engine.plan"
+    out.parent.mkdir()
+    build(wide_checkpoint, transfer, out)
+    described = read_engine_file(out)
+    assert described.dims.draft_size == len(DRAFT_TOKENS)
+    assert described.plan is not None
+    assert described.draft_tokens is not None
+    assert (out.parent / described.draft_tokens.name).is_file()
+    own = KernelBinaries.from_bytes((out.parent / described.plan.kernels.name).read_bytes())
+    assert all(set(variants) == {COMMIT, *CHOOSE, *CHOOSE_DRAFTS} for variants in own.kernels.values())
+    build(wide_checkpoint, transfer, tmp_path / "int8.plan", PLAN, "int8")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from runtime import EngineFileError, Generator, InputError, TreeSizes
-from runtime.bundle.engine_file import FORMAT_VERSION, FileRecord, read_engine_file
+from runtime.bundle.engine_file import DRAFT_HEAD_VERSION, FileRecord, read_engine_file
 from runtime.files import sha256_file
 from tests.runtime.conftest import change
 
@@ -25,10 +25,11 @@ def test_the_identity_is_of_all_that_a_tuning_depends_on(tiny_engine: Path) -> N
         replace(about, cpu_graph=other).identity,
         replace(about, weights=other).identity,
         replace(about, correction=other).identity,
+        replace(about, dims=replace(about.dims, draft_size=9), draft_tokens=other).identity,
         replace(about, tree=TreeSizes(7, about.tree.pseudo_rows)).identity,
         replace(about, transfer={**about.transfer, "sha256": "0" * 64}).identity,
     }
-    assert len(found) == 7
+    assert len(found) == 8
     assert replace(about, parity={}, versions={}).identity == read_engine_file(tiny_engine).identity == about.identity
 
 
@@ -133,9 +134,11 @@ def test_a_record_names_a_file_beside_it(engine_copy: Path, name: str) -> None:
 
 
 def test_a_newer_description_is_refused(engine_copy: Path) -> None:
-    newer = FORMAT_VERSION + 1
+    newer = DRAFT_HEAD_VERSION + 1
     change(engine_copy, version=newer)
-    with pytest.raises(EngineFileError, match=f"is of version {newer}, and this runtime reads version {newer - 1}; up"):
+    with pytest.raises(
+        EngineFileError, match=f"is of version {newer}, and this runtime reads versions 4 and {newer - 1}; up"
+    ):
         Generator(engine_copy)
 
 

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 
 from ht_export.tensorrt.limits import profiles
-from plugins.binaries import CHOOSE, COMMIT, COMMIT_ENTRY, Kernel, KernelBinaries
+from plugins.binaries import CHOOSE, CHOOSE_DRAFTS, COMMIT, COMMIT_ENTRY, Kernel, KernelBinaries
 from runtime.bundle.engine_file import EngineFile, FileRecord, Limits, PlanFile, read_engine_file
 from runtime.bundle.places import engine_file_path
 from runtime.engines import device_cache, onnxruntime_cuda
@@ -62,7 +62,8 @@ def kernels_of(about: EngineFile, *, with_choices: bool, commit: str = COMMIT_EN
     """Return a plan's kernels, with those for choices or without."""
     names = {COMMIT: commit}
     if with_choices:
-        names |= dict(zip(CHOOSE, ("peak_kernel", "weigh_kernel", "collect_kernel"), strict=True))
+        for variants in (CHOOSE, *([CHOOSE_DRAFTS] if about.dims.draft_size else [])):
+            names |= dict(zip(variants, ("peak_kernel", "weigh_kernel", "collect_kernel"), strict=True))
     kernels = {variant: Kernel(name, 32, 0, b"\x7fELF") for variant, name in names.items()}
     return KernelBinaries("float32", about.dims.head_dim, {80: kernels}).to_bytes()
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 pytest.importorskip("cuda.bindings")
 
-from plugins.binaries import CHOOSE, Kernel, KernelBinaries
+from plugins.binaries import CHOOSE, CHOOSE_DRAFTS, Kernel, KernelBinaries
 from plugins.choose_launch import ChooseLauncher
 from plugins.choosing import JOB, TOP_ROOM, answer_words, best_room
 from runtime.bundle.engine_file import read_engine_file
@@ -26,8 +26,11 @@ from tests.runtime.engines.simulated_gpu import SimulatedDriver
 
 ORDER = (0, 1)
 NAMES = ("peak_kernel", "weigh_kernel", "collect_kernel")
-KERNELS = {variant: Kernel(name, 128, 0, b"\x7fELF") for variant, name in zip(CHOOSE, NAMES, strict=True)}
-BINARIES = KernelBinaries("float16", 64, {80: KERNELS})
+KERNELS, KERNELS_FOR_DRAFTS = (
+    {variant: Kernel(name, 128, 0, b"\x7fELF") for variant, name in zip(variants, NAMES, strict=True)}
+    for variants in (CHOOSE, CHOOSE_DRAFTS)
+)
+BINARIES = KernelBinaries("float16", 64, {80: KERNELS | KERNELS_FOR_DRAFTS})
 
 
 @pytest.fixture
@@ -40,15 +43,23 @@ def driver(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> SimulatedDrive
 
 
 class Pass:
-    """A pass that left random logits of requests on the GPU, and the choices that are made of them."""
+    """A pass that left random logits of requests on the GPU, and the choices that are made of them. Draft logits are as
+    many, or those of a draft head.
+    """
 
-    def __init__(self, vocab_size: int, kernels: KernelBinaries = BINARIES) -> None:
+    def __init__(self, vocab_size: int, kernels: KernelBinaries = BINARIES, draft_size: int | None = None) -> None:
         self.vocab_size = vocab_size
+        self.widths = (vocab_size, draft_size or vocab_size)
         self.rng = np.random.default_rng(0)
         self.cuda = Cuda()
         launcher = ChooseLauncher.of(kernels)
         assert launcher is not None
-        self.choices = DeviceChoices(self.cuda, launcher, vocab_size)
+        drafts = None
+        if draft_size is not None:
+            of_drafts = ChooseLauncher.of(kernels, CHOOSE_DRAFTS)
+            assert of_drafts is not None
+            drafts = (of_drafts, draft_size)
+        self.choices = DeviceChoices(self.cuda, launcher, vocab_size, drafts)
 
     def rows(self, wanted: Wanted, tokens: int = 2, shortlist: int = 16, drafts: int = 2) -> Rows:
         """Return rows of a request: a chain of tokens, of which the first has pseudo rows."""
@@ -63,7 +74,10 @@ class Pass:
         """
         laid_out = stack(batch, [7] * len(batch), ORDER, TreeSizes(5, (3, 2)))
         shapes = ((len(batch), laid_out.logit_count), (len(batch), 5))
-        values = [(self.rng.standard_normal((*shape, self.vocab_size)) * 6).astype(np.float32) for shape in shapes]
+        values = [
+            (self.rng.standard_normal((*shape, width)) * 6).astype(np.float32)
+            for shape, width in zip(shapes, self.widths, strict=True)
+        ]
         if odd is not None:
             for value in values:
                 value[..., 3] = odd
@@ -119,6 +133,19 @@ def test_requests_that_want_different_things_get_them_in_one_pass(driver: Simula
     for some in (batch, batch[2:5], batch[::-1] * 3):
         for found, host in zip(*one.run(some), strict=True):
             assert_same_choices(found, host)
+
+
+@pytest.mark.parametrize("draft_size", [64, 700, 3000])
+def test_draft_logits_of_a_head_of_their_own_are_rows_of_their_own_length(
+    driver: SimulatedDriver, draft_size: int
+) -> None:
+    one = Pass(3000, draft_size=draft_size)
+    batch = different_requests(one)
+    for some, places in ((batch, None), (batch[2:5], None), (batch[::-1] * 30, None), (batch, [5, 0, 3])):
+        found, hosts = one.run(some, places=places)
+        for outputs, host in zip(found, hosts, strict=True):
+            assert_same_choices(outputs, host)
+            assert len(outputs.draft_logits) == 0 or len(outputs.draft_logits[0]) == draft_size
 
 
 def test_nothing_is_chosen_for_places_without_a_request(driver: SimulatedDriver) -> None:
@@ -205,5 +232,6 @@ def test_kernels_of_earlier_releases_make_no_choices(driver: SimulatedDriver) ->
     Cuda()
     some = dict(list(KERNELS.items())[:2])
     assert ChooseLauncher.of(KernelBinaries("float16", 64, {80: some})) is None
+    assert ChooseLauncher.of(KernelBinaries("float16", 64, {80: KERNELS}), CHOOSE_DRAFTS) is None
     with pytest.raises(ValueError, match=r"compiled for compute capabilities 9\.0, and this GPU has 8\.0"):
         ChooseLauncher.of(KernelBinaries("float16", 64, {90: KERNELS}))

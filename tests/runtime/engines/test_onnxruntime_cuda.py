@@ -38,6 +38,18 @@ def test_text_is_that_of_the_cpu(engine: Path, prompt: str) -> None:
     assert generator.generate(prompt, max_new_tokens=100, speculate=False).tokens == expected.tokens
 
 
+def test_drafts_with_a_head_of_their_own(draft_head_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_gpu_of_onnxruntime(draft_head_engine, monkeypatch)
+    tree = read_engine_file(draft_head_engine).tree
+    cpu, gpu = Generator(draft_head_engine, threads=1), Generator(draft_head_engine, device="cuda")
+    prompts = ["a", "Hello there", "x" * 40]
+    for prompt in prompts:
+        expected, found = (one.generate(prompt, max_new_tokens=80, tree=tree) for one in (cpu, gpu))
+        assert (found.tokens, found.steps) == (expected.tokens, expected.steps)
+    together, alone = gpu.generate(prompts, max_new_tokens=40, tree=tree), cpu.generate(prompts, max_new_tokens=40)
+    assert [one.tokens for one in together] == [one.tokens for one in alone]
+
+
 def test_more_rows_than_there_are_buffers_for(engine: Path) -> None:
     generator = Generator(engine, device="cuda")
     with pytest.raises(InputError, match="a pass of 65 rows; this engine takes at most 64, use fewer"):

@@ -52,6 +52,26 @@ def test_text_is_that_of_onnx_runtime(plan: Path, tiny_engine: Path, prompt: str
     assert generator.generate(prompt, max_new_tokens=100, speculate=False).tokens == expected.tokens
 
 
+@pytest.mark.parametrize("with_choices", [True, False])
+def test_drafts_with_a_head_of_their_own(
+    draft_head_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_choices: bool
+) -> None:
+    path = make_plan(draft_head_engine, tmp_path, LIMITS, monkeypatch)
+    if not with_choices:
+        about = read_engine_file(path)
+        kernels = path.with_name("engine.kernels.bin")
+        kernels.write_bytes(kernels_of(about, with_choices=False))
+        rewrite(path, kernels=FileRecord.of(kernels))
+    use_gpu(path, monkeypatch)
+    expected = Generator(draft_head_engine, threads=1, adapt=False)
+    generator = Generator(path)
+    assert (generator.engine._choices is not None) == with_choices  # type: ignore[attr-defined]
+    for prompt in ("a", "Hello there", "x" * 40):
+        for sampling in (None, Sampling(temperature=0.9, seed=5)):
+            one, other = (each.generate(prompt, max_new_tokens=60, sampling=sampling) for each in (expected, generator))
+            assert (other.tokens, other.steps) == (one.tokens, one.steps)
+
+
 @pytest.mark.parametrize("tree", [TreeSizes(1, (1, 1, 1)), TreeSizes(3, (1, 0, 0)), TreeSizes(12, (12, 12, 12))])
 def test_other_trees_give_the_same_text(plan: Path, tiny_engine: Path, tree: TreeSizes) -> None:
     expected = Generator(tiny_engine, threads=1).generate("Hello", max_new_tokens=50, tree=tree)
