@@ -167,7 +167,7 @@ def _text_predictions(
         wanted = parts.capped(parts.head(parts.norm(states[targets]))).float().log_softmax(-1)
         if read_by is not None:
             wanted = wanted[:, read_by.tokens]
-        mass = wanted.exp().sum(-1)
+            mass = wanted.exp().sum(-1)
         by_step = []
         for k in range(num_steps):
             logs = head(parts.norm(hidden[rows, k])).float().log_softmax(-1)
