@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from ht_export.bundle import check_tokenizer, write_correction, write_tokenizer, write_tokens_of_drafts
+from ht_export.example_prompts import samples
 from ht_export.graph.domains import OPSET
 from ht_export.graph.lower_cpu import can_be_lowered, lower_for_cpu
 from ht_export.graph.trace import build_graph, graph_dims
@@ -25,6 +26,7 @@ from ht_export.preflight import check_memory, check_space, weight_bytes
 from ht_export.progress import Stage
 from ht_export.prompts import chat_template, encode_chat
 from ht_export.quantize.gptq import second_moments
+from ht_export.quantize.prepare import prepare
 from ht_export.quantize.weights import quantise
 from ht_export.scopes import collected
 from ht_export.settings import CALIBRATION_TOKENS, Checked, check_settings
@@ -37,6 +39,9 @@ from runtime.bundle.engine_file import EngineFile, FileRecord, PlanFile
 from runtime.bundle.placing import CPU_SUFFIX
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.tree import TreeSizes
+
+# Texts that say which numbers of a row are large, where none are given to calibrate on.
+SAMPLE_TEXTS = 16
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ def trace(checked: Checked, folder: Path, stage: Stage) -> Traced:
         weights=weights,
         dims=loaded.dims,
         expected=expected,
-        texts=[encode_chat(base.tokenizer, [prompt])[:limit] for prompt in checked.prompts],
+        texts=[encode_chat(base.tokenizer, [prompt])[:limit] for prompt in checked.prompts or samples(SAMPLE_TEXTS)],
         plan=loaded.plan,
         describe=describe,
     )
@@ -223,7 +228,15 @@ def quantise_weights(checked: Checked, traced: Traced, lowered: Lowered, stage: 
     if checked.storage is None:
         return Quantised()
     whole = traced.graph.rename(traced.graph.with_name(f"{traced.graph.stem}.whole.onnx"))
-    texts = traced.texts
+    texts, prepared = traced.texts if checked.prompts else [], None
+    if checked.storage.rounds_rows:
+        with stage("rotating and smoothing the weights") as tell:
+            original, whole = whole, whole.with_name(f"{traced.graph.stem}.prepared.onnx")
+            prepared = prepare(
+                original, whole, traced.dims, traced.texts, lambda *at: tell("text {} of {}".format(*at))
+            )
+            for file in (original, traced.weights):
+                file.unlink()
     with stage("quantising the weights") as tell:
         if texts:
             with in_float32(whole, traced.dims) as (graph, computed):
@@ -232,9 +245,13 @@ def quantise_weights(checked: Checked, traced: Traced, lowered: Lowered, stage: 
         else:
             quantise(whole, traced.graph, checked.storage)
     whole.unlink()
+    whole.with_name(f"{whole.name}.data").unlink(missing_ok=True)
     if lowered.graph:
         _write_lowered(traced)
-    return Quantised({"quantisation": {"method": "GPTQ" if texts else "round to nearest", "texts": len(texts)}})
+    about: dict[str, Any] = {"method": "GPTQ" if texts else "round to nearest", "texts": len(texts)}
+    if prepared is not None:
+        about |= {"rotated": prepared.rotated, "smoothed_products": prepared.smoothed}
+    return Quantised({"quantisation": about})
 
 
 def verify_quantised(checked: Checked, traced: Traced, lowered: Lowered, stage: Stage) -> Verified:

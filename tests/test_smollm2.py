@@ -17,7 +17,7 @@ from ht_export.graph.lower_cpu import lower_for_cpu
 from ht_export.model.checkpoint import KNOWN_MODELS, BaseModel, load_base_model
 from ht_export.model.shipped import PRETRAINED
 from ht_export.model.transfer import load_transfer_layers
-from ht_export.quantize.formats import STORED
+from ht_export.quantize.precision import STORED
 from ht_export.quantize.weights import quantise
 from runtime import GenerationResult, Generator, PromptTooLongError
 from runtime.bundle.engine_file import read_engine_file

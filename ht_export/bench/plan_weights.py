@@ -16,8 +16,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from ht_export.graph.lower_cpu import lower_for_cpu
 from ht_export.graph.widen import in_float32, write_widened
 from ht_export.prompts import evenly, read_conversations
-from ht_export.quantize.formats import STORED_IN_PLANS
 from ht_export.quantize.gptq import second_moments
+from ht_export.quantize.precision import STORED_IN_PLANS
 from ht_export.quantize.weights import quantise
 from ht_export.settings import CALIBRATION_TEXTS, CALIBRATION_TOKENS
 from ht_export.staging import check_out, put_in_place, staging_folder

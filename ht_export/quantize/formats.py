@@ -29,12 +29,14 @@ Array = NDArray[np.float32]
 
 class Storage(ABC):
     """The format of weights of one precision: `bits` each, their part of scales and zero points included. `grid` is
-    what they are rounded to, None where that has no steps of one size; `opsets` are domains that the graph needs
+    what they are rounded to, None where that has no steps of one size; `rounds_rows` says that whole rows are rounded
+    too, for which weights are prepared (`ht_export.quantize.prepare`); `opsets` are domains that the graph needs
     besides its own.
     """
 
     bits: float
     grid: Grid | None = None
+    rounds_rows: ClassVar[bool] = False
     opsets: ClassVar[dict[str, int]] = {}
 
     def takes(self, columns: int) -> bool:
@@ -64,7 +66,7 @@ class NBits(Storage):
         parts = zip(("quantised", "scales", "zero_points"), packed_blocks(weights, self.grid.bits, ends), strict=True)
         quantised = ir.node(
             "MatMulNBits",
-            [product.inputs[0], *(_initializer(graph, f"{name}.{part}", ir.tensor(values)) for part, values in parts)],
+            [product.inputs[0], *(initializer(graph, f"{name}.{part}", ir.tensor(values)) for part, values in parts)],
             {
                 "K": weights.shape[1],
                 "N": weights.shape[0],
@@ -92,8 +94,8 @@ class Dequantised(Storage):
         # Blocks of nothing but zeros have scale 0, and TensorRT takes positive ones only.
         scales = np.where(scales > 0, scales, 1)
         values = [
-            _initializer(graph, f"{name}.quantised", tensor),
-            _initializer(graph, f"{name}.scales", ir.tensor(np.ascontiguousarray(scales.astype(np.float16)))),
+            initializer(graph, f"{name}.quantised", tensor),
+            initializer(graph, f"{name}.scales", ir.tensor(np.ascontiguousarray(scales.astype(np.float16)))),
         ]
         node = ir.node("DequantizeLinear", values, attributes)
         node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT16, ir.Shape(weights.shape[::-1])
@@ -154,15 +156,11 @@ class Float8Columns(Dequantised):
         return ir.tensor(np.ascontiguousarray(values.T)), scales, {"axis": 1}
 
 
-def _initializer(graph: ir.Graph, name: str, tensor: Any) -> ir.Value:
+def initializer(graph: ir.Graph, name: str, tensor: Any) -> ir.Value:
+    """Register `tensor` under this name, or one like it; return its value."""
     # Small matrices that are equal are one initializer, of several products.
     name = next(found for found in chain([name], (f"{name}.{n}" for n in count(2))) if found not in graph.initializers)
     tensor.name = name
     value = ir.val(name, const_value=tensor)
     graph.register_initializer(value)
     return value
-
-
-# By precision: for ONNX Runtime, and for TensorRT, whose graphs compute in half precision.
-STORED: dict[str, Storage] = {"int8": NBits(8), "int4": NBits(4)}
-STORED_IN_PLANS: dict[str, Storage] = {"int8": Int8Columns(), "int4": Int4Blocks(), "fp8": Float8Columns()}

@@ -45,7 +45,7 @@ def second_moments(
         compute = tapped_session(graph, names, small=True)
         found: dict[str, NDArray[np.float64]] = {}
         for index, text in enumerate(texts):
-            for name, rows in zip(names, compute(names, _inputs(text, dims)), strict=True):
+            for name, rows in zip(names, compute(names, inputs_of_text(text, dims)), strict=True):
                 flat = rows.reshape(-1, rows.shape[-1])
                 moments = flat.T @ flat
                 found[name] = found[name] + moments if name in found else moments.astype(np.float64)
@@ -113,7 +113,7 @@ def _groups(model: onnx.ModelProto) -> Iterator[list[str]]:
         yield group
 
 
-def _inputs(text: Sequence[int], dims: GraphDims) -> dict[str, NDArray]:
+def inputs_of_text(text: Sequence[int], dims: GraphDims) -> dict[str, NDArray]:
     """Return the graph's inputs for a whole text: drafts after every token, all of which pass the layers as well."""
     tree = chain(text)
     every = np.arange(len(text))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ht_export.quantize.formats import STORED, STORED_IN_PLANS, Storage
+from ht_export.quantize.by_row import ByRow
+from ht_export.quantize.formats import Float8Columns, Int4Blocks, Int8Columns, NBits, Storage
 from runtime.errors import InputError
 
+# By precision: for ONNX Runtime, and for TensorRT, whose graphs compute in half precision.
+STORED: dict[str, Storage] = {"int8": ByRow(), "int4": NBits(4)}
+STORED_IN_PLANS: dict[str, Storage] = {"int8": Int8Columns(), "int4": Int4Blocks(), "fp8": Float8Columns()}
 # Precisions as users write them, and torch's; `runtime.bindings` has torch's names.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # All that users may write, those of quantised weights too.

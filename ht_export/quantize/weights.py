@@ -18,6 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from ht_export.graph.lazy_weights import widen_weights
 from ht_export.quantize.formats import Storage
 from ht_export.quantize.gptq import round_calibrated
+from ht_export.quantize.products import Weights, products
 from ht_export.scopes import collected
 
 # Second moments of rows [K, K], by the name of the value that has them.
@@ -84,12 +85,11 @@ def _products(graph: ir.Graph, moments: Iterable[Moments]) -> Iterator[tuple[ir.
     the last ones all others.
     """
     for found, last in _with_last(moments):
-        for node in list(graph):
-            if node.op_type == "MatMul" and _weights(node) is not None:
-                rows = node.inputs[0]
-                assert rows is not None
-                if rows.name in found or last:
-                    yield node, found.get(rows.name or "")
+        for node, _ in products(graph):
+            rows = node.inputs[0]
+            assert rows is not None
+            if rows.name in found or last:
+                yield node, found.get(rows.name or "")
 
 
 def _with_last(found: Iterable[Moments]) -> Iterator[tuple[Moments, bool]]:
@@ -102,31 +102,12 @@ def _with_last(found: Iterable[Moments]) -> Iterator[tuple[Moments, bool]]:
     yield held, True
 
 
-def _weights(product: ir.Node) -> tuple[ir.Value, bool] | None:
-    """Return the weights of a product where it has any, and whether they are transposed before it, as the head's are
-    where they are tied; they may be cast too.
-    """
-    value, is_transposed = product.inputs[1], False
-    while value is not None and (producer := value.producer()) is not None:
-        if producer.op_type not in ("Transpose", "Cast"):
-            return None
-        value, is_transposed = producer.inputs[0], is_transposed or producer.op_type == "Transpose"
-    if value is None or value.const_value is None or not value.is_initializer() or len(value.const_value.shape) != 2:
-        return None
-    return value, is_transposed
-
-
 def _replace(graph: ir.Graph, product: ir.Node, storage: Storage, moments: NDArray[np.float64] | None) -> None:
-    found = _weights(product)
-    assert found is not None
-    weights, is_transposed = found
-    assert weights.const_value is not None
-    columns, _ = weights.const_value.shape.numpy()[:: -1 if is_transposed else 1]
-    if not storage.takes(columns):
+    weights = Weights.of(product)
+    assert weights is not None
+    if not storage.takes(weights.shape[0]):
         return
-    array, ends = weights.const_value.numpy().astype(np.float32), None
-    if not is_transposed:
-        array = array.T
+    array, ends = weights.numbers().T, None
     if moments is not None and storage.grid is not None:
         array, ends = round_calibrated(array, moments, storage.grid)
-    storage.replace(graph, product, weights.name or "", array, ends)
+    storage.replace(graph, product, weights.value.name or "", array, ends)

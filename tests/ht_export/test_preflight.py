@@ -10,7 +10,7 @@ import torch
 from ht_export import preflight
 from ht_export.export import ExportSettings, export
 from ht_export.preflight import WeightBytes, check_memory, check_space, weight_bytes
-from ht_export.quantize.formats import STORED, STORED_IN_PLANS
+from ht_export.quantize.precision import STORED, STORED_IN_PLANS
 from ht_export.quantize.weights import quantise
 from runtime.errors import InputError
 from tests.conftest import tiny_llama

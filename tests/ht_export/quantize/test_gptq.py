@@ -10,9 +10,9 @@ import pytest
 
 from ht_export import cli
 from ht_export.quantize import gptq
-from ht_export.quantize.formats import STORED
 from ht_export.quantize.gptq import round_calibrated, second_moments
 from ht_export.quantize.grid import Grid, packed_blocks
+from ht_export.quantize.precision import STORED
 from ht_export.quantize.weights import quantise
 from ht_export.verify.passes import compare, record
 from ht_export.verify.traces import tapped_session
@@ -68,7 +68,7 @@ def test_second_moments_are_those_of_the_rows(tiny_engine: Path, monkeypatch: py
     for name, moments in whole.items():
         expected = np.zeros_like(moments)
         for text in TEXTS:
-            (rows,) = compute([name], gptq._inputs(text, dims))
+            (rows,) = compute([name], gptq.inputs_of_text(text, dims))
             flat = rows.reshape(-1, rows.shape[-1])
             expected += flat.T @ flat
         np.testing.assert_allclose(moments, expected, rtol=1e-5, err_msg=name)

@@ -26,8 +26,9 @@ from ht_export.graph import trace as trace_module
 from ht_export.graph.lower_cpu import lower_for_cpu
 from ht_export.graph.trace import build_graph, graph_dims
 from ht_export.model.reference import HiddenTransferModel
-from ht_export.quantize.formats import STORED, Storage
+from ht_export.quantize.formats import Storage
 from ht_export.quantize.grid import BLOCK, packed_blocks
+from ht_export.quantize.precision import STORED
 from ht_export.quantize.weights import quantise
 from ht_export.verify.passes import LoweredEngine, check, compare, difference, record
 from runtime import Generator, Sampling

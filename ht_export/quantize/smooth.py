@@ -1,0 +1,104 @@
+"""Smoothed rows: where one number of a row is much larger than the others, part of it goes into the weights instead
+(SmoothQuant, arXiv 2211.10438).
+
+A row that is the elementwise product of two, one of which comes from a product with weights, as in a gated layer, can
+have each of its numbers divided by any factor: that product's outputs are divided by it, and the weights that the row
+meets are multiplied. The model is the same; rows in few bits lose less. Which numbers are large is seen on texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from ht_export.quantize.gptq import inputs_of_text
+from ht_export.quantize.products import Array, Weights, change_product, products, stated
+from ht_export.verify.traces import tapped_session
+from runtime.bindings import GraphDims
+from runtime.program import Advance
+
+# How much of what stands out goes into the weights: half, as in the paper.
+SHARE = 0.5
+LEAST = 1e-5
+
+
+def largest_numbers(
+    graph: Path,
+    dims: GraphDims,
+    names: Sequence[str],
+    texts: Sequence[Sequence[int]],
+    advance: Advance = lambda *_: None,
+) -> dict[str, Array]:
+    """Return the largest magnitude [K] of each number of the rows of all texts, for values of the float32 graph."""
+    compute = tapped_session(graph, names, small=True)
+    found: dict[str, Array] = {}
+    for index, text in enumerate(texts):
+        for name, rows in zip(names, compute(list(names), inputs_of_text(text, dims)), strict=True):
+            largest = np.abs(rows).reshape(-1, rows.shape[-1]).max(0)
+            found[name] = np.maximum(found[name], largest) if name in found else largest
+        advance(index + 1, len(texts))
+    return found
+
+
+def gated_rows(graph: ir.Graph) -> list[str]:
+    """Return the names of the rows that can be smoothed."""
+    return [
+        str(product.inputs[0].name)
+        for product, _ in products(graph)
+        if product.inputs[0] is not None and _made_by(product.inputs[0]) is not None
+    ]
+
+
+def smooth(graph: ir.Graph, largest: dict[str, Array]) -> None:
+    """Smooth rows of the graph whose `largest` numbers [K] are known, in place."""
+    for product, weights in list(products(graph)):
+        rows = product.inputs[0]
+        assert rows is not None
+        made = _made_by(rows)
+        if made is None or rows.name not in largest:
+            continue
+        maker, columns = made
+        of_weights = np.abs(weights.numbers()).max(1).clip(min=LEAST)
+        factors = largest[rows.name].clip(min=LEAST) ** SHARE / of_weights ** (1 - SHARE)
+        change_product(graph, product, _times(factors[:, None]))
+        change_product(graph, maker, _divided(factors, columns))
+
+
+def _times(factors: Array) -> Callable[[Array], Array]:
+    return lambda found: found * factors
+
+
+def _divided(factors: Array, columns: slice) -> Callable[[Array], Array]:
+    def change(found: Array) -> Array:
+        found = found.copy()
+        found[:, columns] /= factors
+        return found
+
+    return change
+
+
+def _made_by(rows: ir.Value) -> tuple[ir.Node, slice] | None:
+    """Return the product that one factor of `rows` [..., K] comes from, without a bias, and which of its columns that
+    is; None where there is none, or where rows or factor are used elsewhere too.
+    """
+    gate = rows.producer()
+    if gate is None or gate.op_type != "Mul" or len(rows.uses()) != 1:
+        return None
+    for factor in reversed(gate.inputs):
+        if factor is None or len(factor.uses()) != 1:
+            continue
+        node, columns = factor.producer(), slice(None)
+        if node is not None and node.op_type == "Split":
+            sizes, source = stated(node.inputs[1]), node.inputs[0]
+            if sizes is None or source is None or len(source.uses()) != 1:
+                continue
+            here = next(index for index, one in enumerate(node.outputs) if one is factor)
+            start = int(sizes[:here].sum())
+            columns = slice(start, start + int(sizes[here]))
+            node = source.producer()
+        if node is not None and node.op_type == "MatMul" and Weights.of(node) is not None:
+            return node, columns
+    return None
