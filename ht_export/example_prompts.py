@@ -31,12 +31,6 @@ TOPICS = (
 HELD_OUT_TOPICS = ("coffee", "mountains", "robots", "cats", "radio")
 
 
-def samples(count: int) -> list[str]:
-    """Return short texts that have something of everything, to see what numbers a model computes with."""
-    questions = [question.format(topic) for topic in TOPICS for question in QUESTIONS.values()]
-    return ["\n".join(questions[first::count]) for first in range(count)]
-
-
 def main() -> int:
     """Write both files."""
     if len(sys.argv) != 3:

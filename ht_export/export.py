@@ -12,7 +12,6 @@ import onnx
 import onnx_ir as ir
 
 from ht_export.bundle import check_tokenizer, write_correction, write_tokenizer, write_tokens_of_drafts
-from ht_export.example_prompts import samples
 from ht_export.graph.domains import OPSET
 from ht_export.graph.lower_cpu import can_be_lowered, lower_for_cpu
 from ht_export.graph.trace import build_graph, graph_dims
@@ -27,6 +26,7 @@ from ht_export.progress import Stage
 from ht_export.prompts import chat_template, encode_chat
 from ht_export.quantize.gptq import second_moments
 from ht_export.quantize.prepare import prepare
+from ht_export.quantize.sample_texts import TEXTS
 from ht_export.quantize.weights import quantise
 from ht_export.scopes import collected
 from ht_export.settings import CALIBRATION_TOKENS, Checked, check_settings
@@ -39,9 +39,6 @@ from runtime.bundle.engine_file import EngineFile, FileRecord, PlanFile
 from runtime.bundle.placing import CPU_SUFFIX
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.tree import TreeSizes
-
-# Texts that say which numbers of a row are large, where none are given to calibrate on.
-SAMPLE_TEXTS = 16
 
 
 @dataclass(frozen=True)
@@ -158,7 +155,7 @@ def trace(checked: Checked, folder: Path, stage: Stage) -> Traced:
         weights=weights,
         dims=loaded.dims,
         expected=expected,
-        texts=[encode_chat(base.tokenizer, [prompt])[:limit] for prompt in checked.prompts or samples(SAMPLE_TEXTS)],
+        texts=[encode_chat(base.tokenizer, [prompt])[:limit] for prompt in checked.prompts or TEXTS],
         plan=loaded.plan,
         describe=describe,
     )

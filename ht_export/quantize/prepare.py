@@ -33,7 +33,7 @@ def prepare(
     names = gated_rows(model.graph)
     # A rotation does not change these rows.
     largest = largest_numbers(graph, dims, names, texts, advance) if names else {}
-    rotated = rotate(model.graph, dims)
+    rotated = rotate(model.graph, dims.hidden_size)
     smooth(model.graph, largest)
     RemoveUnusedNodesPass()(model)
     ir.save(model, out, external_data=f"{out.name}.data")

@@ -1,22 +1,20 @@
 """Rotated weights: the same model in another basis, in which no number of a row stands out (QuaRot, arXiv 2404.00456).
 
-The residual stream, which all layers read and add to, is multiplied by an orthogonal matrix, and so are the values of
-each attention head. Both are folded into the weights: what reads the stream, what is added to it, the embedding, and
-maps within it, as transfer layers are. Norms lose their weights to the products that follow them, since a norm without
-weights does not see a rotation. In float32 nothing changes but rounding; rows in few bits lose less.
+The residual stream, which all layers read and add to, is multiplied by an orthogonal matrix, which is folded into the
+weights: of what reads the stream, what is added to it, the embedding, and maps within it, as transfer layers are. Norms
+lose their weights to the products that follow them, since a norm without weights does not see a rotation. In float32
+nothing changes but rounding; rows in few bits lose less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
-from ht_export.graph.domains import DOMAIN
 from ht_export.quantize.products import Array, Weights, change_product, changed_initializer, stated
-from runtime.bindings import GraphDims
 
 # What leaves each number of a row where it is.
 STRUCTURE = ("GatherElements", "Slice", "Concat", "Identity")
@@ -63,16 +61,15 @@ class _NotRotatableError(Exception):
     """The stream is used in a way that a rotation would change."""
 
 
-def rotate(graph: ir.Graph, dims: GraphDims) -> bool:
-    """Rotate the stream of the portable graph, and the values of its heads, in place; weights are changed when they are
-    written. Return False, and change nothing, where a family's layers do not allow it: where norms come before the
-    sum, or subtract means.
+def rotate(graph: ir.Graph, hidden_size: int) -> bool:
+    """Rotate the stream of the portable graph in place; weights are changed when they are written. Return False, and
+    change nothing, where a family's layers do not allow it: where norms come before the sum, or subtract means.
     """
     try:
         stream = _stream(graph)
     except _NotRotatableError:
         return False
-    rotation = Rotation(dims.hidden_size)
+    rotation = Rotation(hidden_size)
     for product, norm in stream.readers:
         weights = stated(norm.inputs[1])
         assert weights is not None
@@ -88,7 +85,6 @@ def rotate(graph: ir.Graph, dims: GraphDims) -> bool:
         node.replace_input_with(index, changed_initializer(graph, value, rotation.of_columns, shape, node))
     for norm in stream.norms:
         _forget_weights(graph, norm)
-    _rotate_values(graph, dims)
     return True
 
 
@@ -102,13 +98,14 @@ def _stream(graph: ir.Graph) -> _Stream:
     if embedding is None:
         raise _NotRotatableError
     found = _Stream(tables=[(embedding, 0)])
-    inside: set[ir.Value] = set()
+    # In the order of the graph, so that the same weights get the same names every time.
+    inside: dict[ir.Value, None] = {}
     left = [embedding.outputs[0]]
     while left:
         value = left.pop()
         if value in inside:
             continue
-        inside.add(value)
+        inside[value] = None
         left += [made for use in value.uses() for made in _used(found, use.node, use.idx)]
     for value in inside:
         _check_made(found, value, inside, set())
@@ -138,8 +135,8 @@ def _used(found: _Stream, node: ir.Node, index: int) -> list[ir.Value]:
     raise _NotRotatableError
 
 
-def _check_made(found: _Stream, value: ir.Value, inside: set[ir.Value], seen: set[ir.Value]) -> None:
-    """Note what is added to make a value of the stream. Raises `_NotRotatableError` where that is none of what it may be."""
+def _check_made(found: _Stream, value: ir.Value, inside: Container[ir.Value], seen: set[ir.Value]) -> None:
+    """Note what is added to make a value of the stream. Raises `_NotRotatableError` for what it may not be."""
     node = value.producer()
     if node is None or value in seen:
         raise _NotRotatableError
@@ -166,87 +163,6 @@ def _check_made(found: _Stream, value: ir.Value, inside: set[ir.Value], seen: se
             found.writers.append(node)
     else:
         raise _NotRotatableError
-
-
-def _rotate_values(graph: ir.Graph, dims: GraphDims) -> None:
-    """Rotate the values of each head where they come from a product and go into one."""
-    rotation = Rotation(dims.head_dim)
-    for node in list(graph):
-        if node.domain != DOMAIN or node.inputs[2] is None:
-            continue
-        made, used = _values_of(node.inputs[2]), _output_of(node)
-        if made is None or used is None:
-            continue
-        product, columns, bias = made
-        change_product(graph, product, _some_columns(rotation, columns, dims.head_dim))
-        if bias is not None:
-            adding, index = bias
-            value = _initializer(adding.inputs[index])
-            assert value is not None and value.const_value is not None
-            shape = tuple(value.const_value.shape.numpy())
-            change = _some_columns(rotation, slice(None), dims.head_dim)
-            adding.replace_input_with(index, changed_initializer(graph, value, change, shape, adding))
-        change_product(graph, used, _by_head(rotation, dims.head_dim))
-
-
-def _some_columns(rotation: Rotation, columns: slice, width: int) -> Callable[[Array], Array]:
-    def change(found: Array) -> Array:
-        found = found.copy()
-        part = found[..., columns]
-        found[..., columns] = rotation.of_columns(part.reshape(*part.shape[:-1], -1, width)).reshape(part.shape)
-        return found
-
-    return change
-
-
-def _by_head(rotation: Rotation, width: int) -> Callable[[Array], Array]:
-    def change(found: Array) -> Array:
-        heads = found.reshape(-1, width, found.shape[1])
-        return np.concatenate([rotation.of_rows(head) for head in heads])
-
-    return change
-
-
-def _values_of(value: ir.Value) -> tuple[ir.Node, slice, tuple[ir.Node, int] | None] | None:
-    """Return the product that values [B, Hkv, R, D] come from, its columns that they are, and where a bias is added."""
-    found: ir.Value | None = value
-    for expected in ("Transpose", "Reshape"):
-        node = None if found is None else found.producer()
-        if node is None or node.op_type != expected:
-            return None
-        found = node.inputs[0]
-    assert found is not None
-    node, bias = found.producer(), None
-    if node is not None and node.op_type == "Add":
-        index = next((index for index, one in enumerate(node.inputs) if _is_vector(one)), None)
-        if index is None:
-            return None
-        bias, found = (node, index), node.inputs[1 - index]
-        node = None if found is None else found.producer()
-    columns = slice(None)
-    if node is not None and node.op_type == "Split":
-        sizes = stated(node.inputs[1])
-        if sizes is None or node.inputs[0] is None:
-            return None
-        here = next(index for index, one in enumerate(node.outputs) if one is found)
-        start = int(sizes[:here].sum())
-        columns = slice(start, start + int(sizes[here]))
-        node = node.inputs[0].producer()
-    if node is None or node.op_type != "MatMul" or Weights.of(node) is None:
-        return None
-    return node, columns, bias
-
-
-def _output_of(attention: ir.Node) -> ir.Node | None:
-    """Return the product that reads the output [B, Hq, R, D] of attention, and nothing else does."""
-    value = attention.outputs[0]
-    for expected in ("Transpose", "Reshape", "MatMul"):
-        uses = list(value.uses())
-        if len(uses) != 1 or uses[0].node.op_type != expected or uses[0].idx:
-            return None
-        value = uses[0].node.outputs[0]
-    product = value.producer()
-    return product if product is not None and Weights.of(product) is not None else None
 
 
 def _forget_weights(graph: ir.Graph, norm: ir.Node) -> None:

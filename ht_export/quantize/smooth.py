@@ -92,13 +92,31 @@ def _made_by(rows: ir.Value) -> tuple[ir.Node, slice] | None:
             continue
         node, columns = factor.producer(), slice(None)
         if node is not None and node.op_type == "Split":
-            sizes, source = stated(node.inputs[1]), node.inputs[0]
-            if sizes is None or source is None or len(source.uses()) != 1:
+            source = node.inputs[0]
+            if source is None or len(source.uses()) != 1 or source.producer() is None:
                 continue
-            here = next(index for index, one in enumerate(node.outputs) if one is factor)
-            start = int(sizes[:here].sum())
-            columns = slice(start, start + int(sizes[here]))
-            node = source.producer()
+            split, node = node, source.producer()
+            found = _columns(split, node, factor)
+            if found is None:
+                continue
+            columns = found
         if node is not None and node.op_type == "MatMul" and Weights.of(node) is not None:
             return node, columns
     return None
+
+
+def _columns(split: ir.Node, product: ir.Node | None, part: ir.Value) -> slice | None:
+    """Return which columns of what `product` makes one `part` is that `split` makes of them."""
+    weights = None if product is None or product.op_type != "MatMul" else Weights.of(product)
+    if weights is None:
+        return None
+    if len(split.inputs) > 1:
+        stated_sizes = stated(split.inputs[1])
+        if stated_sizes is None:
+            return None
+        sizes = [int(size) for size in stated_sizes]
+    else:
+        # Equal ones, but for the last.
+        sizes = [-(-weights.shape[1] // len(split.outputs))] * len(split.outputs)
+    here = next(index for index, one in enumerate(split.outputs) if one is part)
+    return slice(sum(sizes[:here]), sum(sizes[: here + 1]))

@@ -8,7 +8,7 @@ import pytest
 
 from ht_export.bench import cli
 from ht_export.graph.widen import in_float32
-from ht_export.quantize.formats import STORED_IN_PLANS
+from ht_export.quantize.precision import STORED_IN_PLANS
 from ht_export.quantize.weights import quantise
 from ht_export.verify.passes import LoweredEngine, compare, record
 from runtime import Generator

@@ -15,7 +15,7 @@ from ht_export.graph.lower_cpu import lower_for_cpu
 from ht_export.graph.trace import build_graph, graph_dims
 from ht_export.graph.widen import in_float32
 from ht_export.model.reference import HiddenTransferModel
-from ht_export.quantize.formats import STORED_IN_PLANS
+from ht_export.quantize.precision import STORED_IN_PLANS
 from ht_export.quantize.weights import quantise
 from ht_export.tensorrt.graph import write_for_tensorrt
 from ht_export.verify.passes import LoweredEngine, check, difference, record

@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 
 from ht_export.graph.widen import write_widened
-from ht_export.quantize.formats import STORED_IN_PLANS
+from ht_export.quantize.precision import STORED_IN_PLANS
 from ht_export.quantize.weights import quantise
 from runtime.bundle.engine_file import read_engine_file
 from runtime.engines.onnxruntime import use_little_memory

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ht_export.cli import build_parser
-from ht_export.quantize.formats import PLAN_BLOCK, STORED_IN_PLANS
+from ht_export.quantize.formats import PLAN_BLOCK
 from ht_export.quantize.gptq import round_calibrated
 from ht_export.quantize.grid import Grid
-from ht_export.quantize.precision import CHOICES, storage_of
+from ht_export.quantize.precision import CHOICES, STORED_IN_PLANS, storage_of
 from ht_export.quantize.weights import quantise
 from runtime.errors import InputError
 from tests.ht_export.quantize.test_gptq import correlated

@@ -26,7 +26,7 @@ from ht_export.graph import trace as trace_module
 from ht_export.graph.lower_cpu import lower_for_cpu
 from ht_export.graph.trace import build_graph, graph_dims
 from ht_export.model.reference import HiddenTransferModel
-from ht_export.quantize.formats import Storage
+from ht_export.quantize.formats import NBits, Storage
 from ht_export.quantize.grid import BLOCK, packed_blocks
 from ht_export.quantize.precision import STORED
 from ht_export.quantize.weights import quantise
@@ -114,11 +114,15 @@ def test_onnx_runtime_reads_weights_so(weights: np.ndarray, bits: int) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=0)
 
 
-@pytest.fixture(scope="module", params=list(STORED))
+# Weights in blocks, whose rows are rounded block by block.
+BLOCKS = {"int8": NBits(8), "int4": NBits(4)}
+
+
+@pytest.fixture(scope="module", params=list(BLOCKS))
 def quantised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_engine: Path) -> Path:
     """The tiny engine's graph with weights of so many bits."""
     out = tmp_path_factory.mktemp(request.param) / "engine.onnx"
-    quantise(tiny_engine, out, STORED[request.param])
+    quantise(tiny_engine, out, BLOCKS[request.param])
     return out
 
 
@@ -227,7 +231,7 @@ def test_weights_are_written_over_the_originals(
     monkeypatch.setattr(ir, "save", save_where_there_is_room)
     shutil.copytree(tiny_engine.parent, tmp_path, dirs_exist_ok=True)
     whole = (tmp_path / "engine.onnx").rename(tmp_path / "whole.onnx")
-    quantise(whole, tmp_path / "engine.onnx", STORED[f"int{bits_of(quantised)}"])
+    quantise(whole, tmp_path / "engine.onnx", BLOCKS[f"int{bits_of(quantised)}"])
     for name in ("engine.onnx", "engine.onnx.data"):
         assert (tmp_path / name).read_bytes() == (quantised.parent / name).read_bytes()
 
