@@ -24,6 +24,7 @@ MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 # Bits more than a float has.
 SURPLUS = np.uint64(11)
+NONE: IntArray = np.empty(0, dtype=np.int64)
 # The last shift leaves so many bits of a word as they are, the highest.
 KEPT_BITS = 31
 
@@ -105,7 +106,11 @@ class Noise:
         _mix(room.words, room.shifted)
         # A number is rounded from its word's highest bits: one less is on the safe side.
         highest = max(0, min(int(least * 2.0**KEPT_BITS), 2**KEPT_BITS) - 1)
-        np.greater_equal(room.words, np.uint64(highest << (64 - KEPT_BITS)), out=room.reached)
+        bound = np.uint64(highest << (64 - KEPT_BITS))
+        # Mostly there is none.
+        if room.words.max(initial=0) < bound:
+            return NONE
+        np.greater_equal(room.words, bound, out=room.reached)
         return room.reached.nonzero()[0]
 
     def waits(self, position: int, tokens: IntArray) -> FloatArray:
