@@ -8,14 +8,16 @@ one whose logits are on a GPU may send the few tokens that the choice depends on
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.arrays import IntArray
+from runtime.arrays import FloatArray, IntArray
 from runtime.sampling.candidates import candidates
-from runtime.sampling.noise import Noise
+from runtime.sampling.noise import Noise, race
 
 Logits = NDArray[np.float32]
 
@@ -111,17 +113,19 @@ class Race:
         if not math.isfinite(top):
             return Chosen(-1, top)
         cut, near = self._near(logits, float(largest), top)
-        first, wait = self._race(logits, near, position, top)
         # What is left out has a smaller logit than the cut, and so no larger weight; the factor is for rounding.
         with np.errstate(over="ignore"):
             weight = 1.00001 * math.exp(float(cut / self._divisor - np.float32(top)))
-        if len(near) < len(logits) and weight >= (self.min_p or 0.0):
-            # It waits for at least 1 - its number, divided by its weight.
-            others = self.noise.near(position, len(logits), 1.0 - wait * weight * (1 + 1e-9) - 2.0**-50)
-            if len(others):
-                # In rising order, as of equal waits the first counts.
-                few = np.sort(np.append(others, first))
-                first, _ = self._race(logits, few, position, top)
+        if len(near) == len(logits) or weight < (self.min_p or 0.0):
+            return Chosen(self._race(logits, near, partial(self.noise.uniforms, position), top)[0], top)
+        noise = self.noise.of_all(position, len(logits))
+        first, wait = self._race(logits, near, noise.uniforms, top)
+        # They wait for at least 1 - their number, divided by their weight.
+        others = noise.reaching(1.0 - wait * weight * (1 + 1e-9) - 2.0**-50)
+        if len(others):
+            # In rising order, as of equal waits the first counts.
+            few = np.sort(np.append(others, first))
+            first, _ = self._race(logits, few, noise.uniforms, top)
         return Chosen(first, top)
 
     def _near(self, logits: Logits, largest: float, top: float) -> tuple[np.float32, IntArray]:
@@ -141,12 +145,16 @@ class Race:
     def _cut(self, largest: float, top: float, depth: float) -> np.float32:
         return np.float32(min(max((top - depth) * self.temperature, SMALLEST_LOGIT), largest))
 
-    def _race(self, logits: Logits, tokens: IntArray, position: int, top: float) -> tuple[int, float]:
-        """Return the winner of a race of `tokens` [N] alone, one of which takes part at least; and its wait."""
+    def _race(
+        self, logits: Logits, tokens: IntArray, uniforms: Callable[[IntArray], FloatArray], top: float
+    ) -> tuple[int, float]:
+        """Return the winner of a race of `tokens` [N] alone, which have these numbers and one of which takes part at
+        least; and its wait.
+        """
         within, weights = candidates(logits[tokens] / self._divisor, top, min_p=self.min_p)
         if within is not None:
             tokens = tokens[within]
-        first, wait = self.noise.race(position, tokens, weights)
+        first, wait = race(uniforms(tokens), weights)
         return int(tokens[first]), wait
 
 

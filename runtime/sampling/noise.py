@@ -63,6 +63,16 @@ def _mix(words: NDArray[np.uint64], shifted: NDArray[np.uint64]) -> None:
         np.multiply(words, multiplier, out=words)
 
 
+def _numbers(words: NDArray[np.uint64]) -> FloatArray:
+    """Return numbers between 0 and 1, both left out, of `words` [N] that `_mix` has left, which are overwritten."""
+    words ^= words >> SHIFTS[2]
+    words >>= SURPLUS
+    numbers = words.astype(np.float64)
+    numbers += 0.5
+    numbers *= 2.0**-53
+    return numbers
+
+
 _room = _Room()
 
 
@@ -90,20 +100,43 @@ class Noise:
         words = _counts(tokens)
         words += self.key(position)
         _mix(words, np.empty_like(words))
-        words ^= words >> SHIFTS[2]
-        words >>= SURPLUS
-        numbers = words.astype(np.float64)
-        numbers += 0.5
-        numbers *= 2.0**-53
-        return numbers
+        return _numbers(words)
 
-    def near(self, position: int, vocab_size: int, least: float) -> IntArray:
-        """Return, in rising order, all tokens below `vocab_size` whose numbers at `position` are `least` or more; some
-        with a little less may be among them.
+    def of_all(self, position: int, vocab_size: int) -> WholeNoise:
+        """Return the noise of all tokens below `vocab_size` at `position`. It holds until this thread asks for that of
+        another position, in whatever noise.
         """
         room = _room.fit(vocab_size)
         np.add(room.counts, self.key(position), out=room.words)
         _mix(room.words, room.shifted)
+        return WholeNoise(room)
+
+    def waits(self, position: int, tokens: IntArray) -> FloatArray:
+        """Return how long `tokens` [N] wait at `position`, each with weight 1: exponentially distributed numbers."""
+        return -np.log(self.uniforms(position, tokens))
+
+    def first(self, position: int, tokens: IntArray, weights: NDArray[np.floating]) -> int:
+        """Return the index of the first of `tokens` [N] with these weights [N], not all 0, at `position`."""
+        return race(self.uniforms(position, tokens), weights)[0]
+
+
+class WholeNoise:
+    """The noise of all tokens of a vocabulary at one position. See `Noise.of_all`."""
+
+    __slots__ = ("_room",)
+
+    def __init__(self, room: _Room) -> None:
+        self._room = room
+
+    def uniforms(self, tokens: IntArray) -> FloatArray:
+        """Return the numbers of `tokens` [N], as `Noise.uniforms` does."""
+        return _numbers(self._room.words[tokens])
+
+    def reaching(self, least: float) -> IntArray:
+        """Return, in rising order, all tokens whose numbers are `least` or more; some with a little less may be among
+        them.
+        """
+        room = self._room
         # A number is rounded from its word's highest bits: one less is on the safe side.
         highest = max(0, min(int(least * 2.0**KEPT_BITS), 2**KEPT_BITS) - 1)
         bound = np.uint64(highest << (64 - KEPT_BITS))
@@ -113,28 +146,20 @@ class Noise:
         np.greater_equal(room.words, bound, out=room.reached)
         return room.reached.nonzero()[0]
 
-    def waits(self, position: int, tokens: IntArray) -> FloatArray:
-        """Return how long `tokens` [N] wait at `position`, each with weight 1: exponentially distributed numbers."""
-        return -np.log(self.uniforms(position, tokens))
 
-    def first(self, position: int, tokens: IntArray, weights: NDArray[np.floating]) -> int:
-        """Return the index of the first of `tokens` [N] with these weights [N], not all 0, at `position`."""
-        return self.race(position, tokens, weights)[0]
-
-    def race(self, position: int, tokens: IntArray, weights: NDArray[np.floating]) -> tuple[int, float]:
-        """Return the index of the first of `tokens` [N] with these weights [N], not all 0, at `position`; and how long
-        it waits.
-        """
-        numbers = self.uniforms(position, tokens)
-        # No logarithm of all: -log(u) is at least 1 - u.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            least = (1.0 - numbers) / weights
-            likely = int(least.argmin())
-            if math.isnan(least[likely]):
-                # No wait at all of a token without weight.
-                likely = int(np.nanargmin(least))
-            bound = -np.log(numbers[likely]) / weights[likely]
-            near = (least <= bound * (1 + 1e-9)).nonzero()[0]
-            waits = -np.log(numbers[near]) / weights[near]
-            first = int(waits.argmin())
-            return int(near[first]), float(waits[first])
+def race(numbers: FloatArray, weights: NDArray[np.floating]) -> tuple[int, float]:
+    """Return the index of the first of N tokens with these numbers [N] and weights [N], not all 0; and how long it
+    waits.
+    """
+    # No logarithm of all: -log(u) is at least 1 - u.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        least = (1.0 - numbers) / weights
+        likely = int(least.argmin())
+        if math.isnan(least[likely]):
+            # No wait at all of a token without weight.
+            likely = int(np.nanargmin(least))
+        bound = -np.log(numbers[likely]) / weights[likely]
+        near = (least <= bound * (1 + 1e-9)).nonzero()[0]
+        waits = -np.log(numbers[near]) / weights[near]
+        first = int(waits.argmin())
+        return int(near[first]), float(waits[first])
