@@ -123,5 +123,5 @@ def likely_ends(tree: Tree, pseudo_rows: Sequence[int]) -> tuple[IntArray, ...]:
     """Return, per draft step, the nodes that get a pseudo row: those where acceptance most probably ends."""
     if not any(pseudo_rows):
         return (NOBODY,) * len(pseudo_rows)
-    order = np.argsort(-tree.end_probabilities(), kind="stable")
+    order = (-tree.end_probabilities()).argsort(kind="stable")
     return tuple(np.sort(order[:count]) for count in pseudo_rows)

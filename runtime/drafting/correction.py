@@ -128,7 +128,7 @@ class CorrectedDrafts:
             rows, rest = self._of_step[step]
             weights = self.correction.after(rows, token)
             np.multiply(np.exp(weights, out=weights), shortlist.probabilities, out=weights)
-            order = np.argsort(-weights, kind="stable")[: self.count]
+            order = (-weights).argsort(kind="stable")[: self.count]
             found = DraftStep(shortlist.tokens[order], weights[order] / (float(weights.sum()) + rest))
             self._known[step, token] = found
         return found

@@ -71,6 +71,6 @@ def ranked(tokens: IntArray, logits: NDArray[np.float32], count: int, total: flo
     those: their `logits` [N], and the sum `total` of exp(logit - largest) of the whole vocabulary.
     """
     # Equal logits: the smaller token first.
-    order = np.argsort(-logits, kind="stable")[:count]
+    order = (-logits).argsort(kind="stable")[:count]
     values = logits[order]
     return DraftStep(tokens[order], np.exp((values - values[0]).astype(np.float64)) / total)

@@ -38,7 +38,7 @@ def candidates(
         kept = _most_probable(logits, weights, top, top_p)
         tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
     if min_p:
-        kept = np.flatnonzero(weights >= min_p)
+        kept = (weights >= min_p).nonzero()[0]
         tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
     return tokens, weights
 
@@ -95,7 +95,7 @@ def _most_probable(logits: Float32Array, weights: Float32Array, top: float, top_
     # Even all tokens together could not make up the rest of the weights where each has less than this; the factor is
     # for what rounding does to a weight.
     least = 0.99 * (total - wanted) / len(logits)
-    near = np.flatnonzero(weights >= least)
+    near = (weights >= least).nonzero()[0]
     values = logits[near]
     falling = np.sort(values)[::-1]
     reached = np.exp(falling - np.float32(top)).astype(np.float64).cumsum()
@@ -110,7 +110,7 @@ def reaching(logits: Float32Array, falling: Float32Array, count: int) -> IntArra
     Among equals at the end the larger tokens are kept.
     """
     last = falling[count - 1]
-    equals = np.flatnonzero(logits == last)
+    equals = (logits == last).nonzero()[0]
     kept = logits >= last
     kept[equals[: np.count_nonzero(kept) - count]] = False
-    return np.flatnonzero(kept)
+    return kept.nonzero()[0]
