@@ -13,8 +13,6 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
 from runtime.arrays import IntArray
 from runtime.drafting.drafter import Drafter, Offer
 from runtime.drafting.drafts import DraftStep
@@ -157,8 +155,8 @@ def drafts_of(node: int, outputs: Outputs, join_order: Sequence[int], draft_toke
         row += len(pseudo_parents[step])
     drafts: list[DraftStep] = []
     for step, parents in enumerate(pseudo_parents):
-        found = np.flatnonzero(parents == node)
-        draft = outputs.draft(first_row[step] + int(found[0])) if len(found) else None
+        nodes = parents.tolist()
+        draft = outputs.draft(first_row[step] + nodes.index(node)) if node in nodes else None
         if draft is None:
             break
         drafts.append(draft if draft_tokens is None else DraftStep(draft_tokens[draft.tokens], draft.probabilities))

@@ -82,6 +82,18 @@ class Tree:
         return ends
 
 
+# Those of every tree that is its root alone, as in plain decoding.
+_ROOT_PARENTS, _ROOT_DEPTHS = np.array([-1], dtype=np.int64), np.array([0], dtype=np.int64)
+_ROOT_PROBABILITIES = np.array([1.0])
+for _shared in (_ROOT_PARENTS, _ROOT_DEPTHS, _ROOT_PROBABILITIES):
+    _shared.setflags(write=False)
+
+
+def root_alone(token: int) -> Tree:
+    """Return the tree of the certain `token` alone."""
+    return Tree(np.array([token], dtype=np.int64), _ROOT_PARENTS, _ROOT_DEPTHS, _ROOT_PROBABILITIES)
+
+
 def chain(tokens: Sequence[int]) -> Tree:
     """Return `tokens` as a tree without branches: how a chunk of the prompt is run."""
     count = len(tokens)
@@ -98,6 +110,8 @@ def candidate_path(root: int, tokens: Sequence[int], probabilities: Sequence[flo
 
     probabilities [N] are of each token, given that those before it are right.
     """
+    if not len(tokens):
+        return root_alone(root)
     path = chain([root, *tokens])
     paths: NDArray[np.float64] = np.cumprod(np.array([1.0, *probabilities], dtype=np.float64), dtype=np.float64)
     return Tree(path.tokens, path.parents, path.depths, paths)

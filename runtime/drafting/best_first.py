@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import numpy as np
 
 from runtime.arrays import IntArray
 from runtime.drafting.drafts import Drafts
-from runtime.tree import Tree, chain
+from runtime.tree import Tree, root_alone
 
 NOBODY: IntArray = np.empty(0, dtype=np.int64)
 
@@ -20,6 +21,8 @@ def best_first_tree(root: int, drafts: Drafts, max_rows: int) -> Tree:
     A path's probability is the product of its tokens' draft probabilities, step by step, as in Medusa's and EAGLE's
     trees. No drafts give a tree of the root alone.
     """
+    if not len(drafts) or max_rows == 1:
+        return root_alone(root)
     tokens, parents, depths, probabilities = [root], [-1], [0], [1.0]
     # Each entry stands for the rank-th candidate below a parent. Taken, it brings in its next sibling and first child.
     heap: list[tuple[float, int, int, int]] = []
@@ -52,13 +55,8 @@ def merge(root: int, proposals: Iterable[Tree], max_rows: int) -> Tree:
     """Return one tree of the `proposals`, each with `root` at its root: the `max_rows` nodes with the highest path
     probabilities.
     """
-    merged = chain([root])
-    for tree in proposals:
-        if len(merged) == 1:
-            merged = tree
-        elif len(tree) > 1:
-            merged = _joined(merged, tree)
-    return merged.first(max_rows)
+    trees = [tree for tree in proposals if len(tree) > 1]
+    return reduce(_joined, trees).first(max_rows) if trees else root_alone(root)
 
 
 def _joined(tree: Tree, other: Tree) -> Tree:
@@ -125,5 +123,5 @@ def likely_ends(tree: Tree, pseudo_rows: Sequence[int]) -> tuple[IntArray, ...]:
     """Return, per draft step, the nodes that get a pseudo row: those where acceptance most probably ends."""
     if not any(pseudo_rows):
         return (NOBODY,) * len(pseudo_rows)
-    order = np.argsort(-tree.end_probabilities(), kind="stable")
+    order = (-tree.end_probabilities()).argsort(kind="stable")
     return tuple(np.sort(order[:count]) for count in pseudo_rows)

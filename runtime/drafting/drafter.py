@@ -10,7 +10,7 @@ from runtime.drafting.best_first import likely_ends, merge
 from runtime.drafting.drafts import DraftStep
 from runtime.drafting.sizing import Sizing
 from runtime.drafting.source import Context, DraftSource
-from runtime.tree import Tree, TreeSizes, chain
+from runtime.tree import Tree, TreeSizes, root_alone
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,16 @@ class Drafter:
         # Pseudo rows that nobody reads are not worth their time.
         self.draft_steps = sizing.draft_steps if self.shortlist else 0
         self.rests = False
+        # Plain decoding asks nobody what may follow, so nobody is told what does.
+        self._most_rows = sizing.most_rows
+        self._verifies_nothing = self._most_rows == 1
         # What became certain and no source was told of yet.
         self._untold: list[int] = []
 
     def begin(self, tokens: Sequence[int]) -> None:
         """Take certain tokens that nobody tried to guess: those of the prompt, and the first one after it."""
+        if self._verifies_nothing:
+            return
         for source in self.sources:
             source.accept(tokens)
 
@@ -57,11 +62,13 @@ class Drafter:
         cached tokens before it.
         """
         if self.rests:
-            return Offer(chain([token]), length, drafted=False)
+            return Offer(root_alone(token), length, drafted=False)
+        if self._verifies_nothing:
+            return Offer(root_alone(token), length, bool(drafted))
         if self._untold:
             self.begin(self._untold)
             self._untold = []
-        context = Context(token, length, self.sizing.most_rows, drafted)
+        context = Context(token, length, self._most_rows, drafted)
         tree = merge(token, (source.propose(context) for source in self.sources), context.max_rows)
         return Offer(tree, length, bool(drafted))
 
@@ -82,5 +89,7 @@ class Drafter:
             self._untold += tokens
             return
         self.sizing.learn(len(tokens) - 1)
+        if self._verifies_nothing:
+            return
         for source in self.sources:
             source.accept(tokens)

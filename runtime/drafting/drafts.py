@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.arrays import FloatArray, IntArray
-from runtime.sampling.candidates import largest
+from runtime.sampling.candidates import largest, sum_of_weights
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,14 @@ def most_probable(logits: NDArray[np.float32], count: int) -> DraftStep:
     """Return the `count` most probable tokens of a softmax over logits [V]."""
     near = largest(logits, min(count, len(logits)))
     values = logits[near]
-    weights = logits - values.max()
-    total = float(np.exp(weights, out=weights).sum(dtype=np.float64))
-    return ranked(near, values, count, total)
+    return ranked(near, values, count, sum_of_weights(logits, float(values.max())))
 
 
 def ranked(tokens: IntArray, logits: NDArray[np.float32], count: int, total: float) -> DraftStep:
-    """Return the `count` most probable of `tokens` [N], which with all that equals them are among those: their `logits`
-    [N], and the sum `total` of exp(logit - largest) of the whole vocabulary.
+    """Return the `count` most probable of `tokens` [N], in rising order, which with all that equals them are among
+    those: their `logits` [N], and the sum `total` of exp(logit - largest) of the whole vocabulary.
     """
     # Equal logits: the smaller token first.
-    order = np.lexsort((tokens, -logits))[:count]
+    order = (-logits).argsort(kind="stable")[:count]
     values = logits[order]
     return DraftStep(tokens[order], np.exp((values - values[0]).astype(np.float64)) / total)

@@ -99,5 +99,5 @@ def foreseen(step: DraftStep, waits: FloatArray, trust: float, count: int) -> Dr
     """
     weights = step.probabilities * waits**-trust
     rest = max(0.0, 1.0 - float(step.probabilities.sum())) * MEDIAN_WAIT**-trust
-    order = np.argsort(-weights, kind="stable")[:count]
+    order = (-weights).argsort(kind="stable")[:count]
     return DraftStep(step.tokens[order], weights[order] / max(float(weights.sum()) + rest, np.finfo(float).tiny))

@@ -74,6 +74,35 @@ class InPlaceResult:
         return keys, values
 
 
+class BoundPass:
+    """A `binding` of a session, and what passes of the same slots give it. What has the shape that it had in the pass
+    before is bound already: binding everything anew takes longer than all else that is done for a small pass.
+    """
+
+    def __init__(self, binding: Any) -> None:
+        self.binding = binding
+        # They are bound by address.
+        self._inputs: dict[str, NDArray] = {}
+        self._outputs: dict[str, tuple[int, tuple[int, ...]]] = {}
+
+    def give(self, name: str, value: NDArray) -> None:
+        """Have a copy of `value` as the input `name`."""
+        held = self._inputs.get(name)
+        if held is not None and held.shape == value.shape:
+            held[...] = value
+            return
+        held = np.array(value, order="C")
+        self.binding.bind_input(name, "cpu", 0, held.dtype, held.shape, held.ctypes.data)
+        self._inputs[name] = held
+
+    def take(self, name: str, buffer: NDArray[np.float32], shape: tuple[int, ...]) -> None:
+        """Have the output `name`, of this shape, written into `buffer`, which the caller keeps."""
+        where = (buffer.ctypes.data, shape)
+        if self._outputs.get(name) != where:
+            self.binding.bind_output(name, "cpu", 0, np.float32, shape, where[0])
+            self._outputs[name] = where
+
+
 class OnnxRuntimeCpuEngine:
     """An ONNX Runtime session of a lowered graph; `threads` and `small` as for `OnnxRuntimeEngine`."""
 
@@ -90,12 +119,12 @@ class OnnxRuntimeCpuEngine:
         self.packs = about.get(bindings.REQUESTS) == bindings.PACKED
         self.max_batch = MAX_BATCH if self.packs else 1
         self._inputs = {binding.name for binding in (dims.lowered_inputs() if self.packs else dims.inputs())}
-        self._logit_outputs = dims.outputs()[:2]
+        self._logit_outputs = [binding.name for binding in dims.outputs()[:2]]
         self._path = path_of(graph)
         inputs = dims.lowered_inputs() if self.packs else dims.inputs()
         check_bindings(self._session, self._path, inputs, dims.lowered_outputs())
         self._cache = DenseCache(dims)
-        self._bound: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._bound: OrderedDict[tuple[int, int], BoundPass] = OrderedDict()
         self._bound_arrays = self._cache.arrays
         self._freshness = Freshness()
         self._logits = np.empty((0, dims.vocab_size), dtype=np.float32)
@@ -133,21 +162,18 @@ class OnnxRuntimeCpuEngine:
         laid_out = pack(whole, lengths, self.dims.join_order)
         self._cache.reserve(max(lengths), laid_out.written)
         number = self._freshness.next_pass()
-        binding = self._binding(first, count)
-        # Kept until the pass is over: they are bound by address.
-        values = {name: np.ascontiguousarray(value) for name, value in laid_out.values.items()}
-        for name, value in values.items():
+        bound = self._bound_pass(first, count)
+        for name, value in laid_out.values.items():
             if name in self._inputs:
-                binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
+                bound.give(name, value)
         self._logits = _room_for(self._logits, laid_out.logit_rows)
         self._drafts = _room_for(self._drafts, laid_out.pseudo_rows)
         logits, draft_logits = self._logits[: laid_out.logit_rows], self._drafts[: laid_out.pseudo_rows]
-        stacked = len(values[bindings.INPUT_IDS])
-        for output, buffer in zip(self._logit_outputs, (logits, draft_logits), strict=True):
-            shape = (stacked, len(buffer) // stacked, buffer.shape[1])
-            binding.bind_output(output.name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+        stacked = len(laid_out.values[bindings.INPUT_IDS])
+        for name, buffer in zip(self._logit_outputs, (logits, draft_logits), strict=True):
+            bound.take(name, buffer, (stacked, len(buffer) // stacked, buffer.shape[1]))
         with running(self._path):
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(bound.binding)
         return InPlaceResult(batch, laid_out, places, logits, draft_logits, self._cache, number, self._freshness)
 
     def commit(self, result: Result, accepted: Sequence[Sequence[int]]) -> None:
@@ -174,16 +200,16 @@ class OnnxRuntimeCpuEngine:
         ]
         return rows, lengths
 
-    def _binding(self, first: int, count: int) -> Any:
-        """Return a binding of the caches of `count` slots from `first` on."""
+    def _bound_pass(self, first: int, count: int) -> BoundPass:
+        """Return what has the caches of `count` slots from `first` on bound."""
         arrays = self._cache.arrays
         if arrays is not self._bound_arrays:
             self._bound.clear()
             self._bound_arrays = arrays
         key = (first, count)
-        if (binding := self._bound.get(key)) is not None:
+        if (bound := self._bound.get(key)) is not None:
             self._bound.move_to_end(key)
-            return binding
+            return bound
         binding = self._session.io_binding()
         for layer in range(self.dims.num_layers):
             names = (
@@ -195,10 +221,10 @@ class OnnxRuntimeCpuEngine:
                 where = ("cpu", 0, array.dtype, array.shape, array.ctypes.data)
                 binding.bind_input(source, *where)
                 binding.bind_output(target, *where)
-        self._bound[key] = binding
+        bound = self._bound[key] = BoundPass(binding)
         if len(self._bound) > MOST_BOUND:
             self._bound.popitem(last=False)
-        return binding
+        return bound
 
 
 def _room_for(buffer: NDArray[np.float32], rows: int) -> NDArray[np.float32]:

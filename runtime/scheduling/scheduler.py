@@ -7,9 +7,8 @@ thread and knows of no other.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from runtime.drafting.sizing import BatchMenu
@@ -311,13 +310,9 @@ class Scheduler:
 
     # What goes wrong.
 
-    @contextlib.contextmanager
-    def _alone(self, job: Job) -> Iterator[None]:
+    def _alone(self, job: Job) -> _Alone:
         """End `job` alone by whatever is raised in the block: a part of it is the user's own."""
-        try:
-            yield
-        except BaseException as error:
-            self._fail(job, error)
+        return _Alone(self._fail, job)
 
     def _fail(self, job: Job, error: BaseException) -> None:
         """End `job` by `error`: its alone."""
@@ -336,6 +331,27 @@ class Scheduler:
             failure.__cause__ = cause
             cause = failure
         self.fail(cause)
+
+
+class _Alone:
+    """Hands what is raised in its block to `fail`, with the `job` that it is of. There is one for each part of each
+    step of each request: a class takes a third of the time of a generator.
+    """
+
+    __slots__ = ("_fail", "_job")
+
+    def __init__(self, fail: Callable[[Job, BaseException], None], job: Job) -> None:
+        self._fail = fail
+        self._job = job
+
+    def __enter__(self) -> None:
+        """Nothing is needed beforehand."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        """Hand the error over; it ends here."""
+        if error is not None:
+            self._fail(self._job, error)
+        return True
 
 
 class _EngineFailedError(Exception):

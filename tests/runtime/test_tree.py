@@ -1,7 +1,8 @@
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
-from runtime.tree import Tree, TreeSizes
+from runtime.tree import Tree, TreeSizes, candidate_path, chain, root_alone
 from tests.strategies import trees
 
 
@@ -19,3 +20,22 @@ def test_a_child_is_found_by_its_token_and_no_other(tree: Tree) -> None:
         for child in children:
             assert tree.child(node, int(tree.tokens[child])) == child
         assert tree.child(node, 999) is None
+
+
+@given(st.integers(0, 1 << 21))
+def test_a_root_alone_is_a_chain_of_one(token: int) -> None:
+    expected = chain([token])
+    for found in (root_alone(token), candidate_path(token, [], [])):
+        for name in ("tokens", "parents", "depths", "probabilities"):
+            array, wanted = getattr(found, name), getattr(expected, name)
+            assert array.tolist() == wanted.tolist()
+            assert array.dtype == wanted.dtype
+
+
+def test_what_all_roots_share_cannot_be_changed_and_their_tokens_are_their_own() -> None:
+    one, other = root_alone(3), root_alone(4)
+    one.tokens[0] = 5
+    assert other.tokens.tolist() == [4]
+    for array in (one.parents, one.depths, one.probabilities):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 7

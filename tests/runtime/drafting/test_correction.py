@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.drafting.correction import TokenCorrection
+from runtime.drafting.correction import LARGEST_CORRECTION, CorrectedDrafts, TokenCorrection
+from runtime.drafting.drafts import DraftStep
 from runtime.errors import EngineFileError
 from tests.runtime.drafting.test_drafts import VOCAB, random_correction
 
@@ -22,6 +23,25 @@ def test_tables_come_back_from_their_file(tmp_path: Path) -> None:
     for step in range(3):
         expected = correction.after(correction.rows(step, np.arange(VOCAB)), 5)
         np.testing.assert_allclose(found.after(found.rows(step, np.arange(VOCAB)), 5), expected, atol=2e-2)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 5.0, 1e4])
+def test_corrections_have_a_bound_and_the_shortlist_of_a_step_is_looked_up_once(scale: float) -> None:
+    correction = random_correction(4, 1, scale)
+    tokens = np.array([3, 5, 9, 11])
+    probabilities = np.array([0.4, 0.3, 0.1, 0.05])
+    drafts = CorrectedDrafts([DraftStep(tokens, probabilities)], correction, 3)
+    rows = correction.rows(0, tokens)
+    for before in (7, 2, 7):
+        added = np.clip(rows @ correction.contexts[before].astype(np.float32), -LARGEST_CORRECTION, LARGEST_CORRECTION)
+        np.testing.assert_array_equal(correction.after(rows, before), added.astype(np.float64))
+        weights = probabilities * np.exp(added.astype(np.float64))
+        order = np.argsort(-weights, kind="stable")[:3]
+        found = drafts.after(0, before)
+        assert found.tokens.tolist() == tokens[order].tolist()
+        rest = 1.0 - float(probabilities.sum())
+        np.testing.assert_array_equal(found.probabilities, weights[order] / (float(weights.sum()) + rest))
+    np.testing.assert_array_equal(probabilities, [0.4, 0.3, 0.1, 0.05])
 
 
 @pytest.mark.parametrize(("vocab", "steps", "expected"), [(VOCAB, 2, 42), (VOCAB + 1, 3, 45), (VOCAB - 1, 3, 41)])

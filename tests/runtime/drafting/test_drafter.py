@@ -57,7 +57,7 @@ def test_sizes_that_adapt_and_ngrams_give_the_tokens_of_plain_decoding(
     tokens: list[int] = []
     for count, certain in enumerate(islice(steps(known_engine(right), prompt, drafter), 25)):
         tokens += certain
-        if ngrams and count:
+        if ngrams and count and drafter.sizing.most_rows > 1:
             assert own.tokens == [*prompt, *tokens]
     assert tokens == plain(prompt, len(tokens))
 
@@ -173,3 +173,33 @@ def test_a_text_known_beforehand_comes_as_fast_as_trees_are_large() -> None:
     drafter = Drafter(FixedSizes(TreeSizes(8, (0, 0, 0))), [Foretold([*prompt, *plain(prompt, 40)])])
     found = list(islice(steps(known_engine([True]), prompt, drafter), 4))
     assert [len(certain) for certain in found] == [1, 8, 8, 8]
+
+
+class Unasked:
+    """A source that must be left alone."""
+
+    def shortlist(self, max_rows: int) -> int:
+        return 4
+
+    def propose(self, context: Context) -> Tree:
+        raise AssertionError("asked what may follow")
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        raise AssertionError("told what follows")
+
+
+@given(texts, st.lists(st.booleans(), min_size=1, max_size=7), st.integers(0, 1), st.booleans())
+def test_where_nothing_can_be_verified_no_source_is_asked_or_told(
+    prompt: list[int], right: list[bool], pseudo_rows: int, adaptive: bool
+) -> None:
+    """Pseudo rows are run all the same where they are asked for, as measuring their time does."""
+    sizes = TreeSizes(1, (pseudo_rows,) * 3)
+    menu = Menu((TreeSizes.plain(3),), (0,), np.ones((1, 1)))
+    drafter = Drafter(AdaptiveSizes(menu) if adaptive else FixedSizes(sizes), [Unasked()])
+    tokens = [token for certain in islice(steps(known_engine(right), prompt, drafter), 12) for token in certain]
+    assert tokens == plain(prompt, 12)
+    step = DraftStep(np.array([3]), np.array([0.9]))
+    offer = drafter.offer(5, [step], 7)
+    assert (offer.tree.tokens.tolist(), offer.length, offer.drafted) == ([5], 7, True)
+    assert not drafter.offer(5, [], 7).drafted
+    assert [len(nodes) for nodes in drafter.cut(offer, sizes)[1]] == [pseudo_rows] * 3

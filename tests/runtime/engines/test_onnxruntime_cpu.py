@@ -348,6 +348,31 @@ def test_the_cache_is_bound_once_at_one_address_as_input_and_output(tiny_engine:
             shapes.add((result.cache.arrays.shape, len(chosen)))
     assert 4 < len(spies) == len(shapes) < 20
     assert {count for one in spies for name, count in one.calls.items() if "_cache_" in name} == {1}
+    # The other inputs are bound once too, as they had the same shapes all the time.
+    names = {binding.name for binding in engine.dims.lowered_inputs()}
+    assert all(one.calls.keys() >= names for one in spies)
+    assert {count for one in spies for name, count in one.calls.items() if name in names} == {1}
+
+
+def test_passes_of_changing_shapes_have_the_inputs_of_their_own(
+    engine: OnnxRuntimeCpuEngine, tiny_engine: Path
+) -> None:
+    """Longer and shorter ones, with pseudo rows and without, of one and of several requests, in any order; each as an
+    engine that ran nothing before has it.
+    """
+    order, rng = engine.dims.join_order, np.random.default_rng(3)
+    slots = [engine.new_slot() for _ in range(3)]
+    passes = []
+    for size, pseudo, count in [(1, 0, 1), (3, 2, 1), (1, 0, 3), (3, 1, 3), (3, 2, 1), (3, 2, 1), (1, 0, 1), (3, 2, 3)]:
+        parents = tuple(np.sort(rng.permutation(size)[:pseudo]) for _ in order)
+        batch = [lay_out(chain(rng.integers(0, 9, size).tolist()), parents, order, 0) for _ in range(count)]
+        passes.append(batch)
+    for batch in passes:
+        found = engine.run(Batch.of(batch, slots[: len(batch)]))
+        fresh = open_cpu(tiny_engine)
+        expected = fresh.run(Batch.of(batch, [fresh.new_slot() for _ in batch]))
+        np.testing.assert_array_equal(found.logits, expected.logits)
+        np.testing.assert_array_equal(found.draft_logits, expected.draft_logits)
 
 
 def test_few_sets_of_slots_stay_bound(tiny_engine: Path) -> None:

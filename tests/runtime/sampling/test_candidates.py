@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from runtime.sampling.candidates import candidates, largest
+from runtime.sampling.candidates import BLOCK, candidates, largest, sum_of_weights
 
 # transformers computes in float32 what lies on the border of a top-p or min-p set.
 ROUNDING = 1e-5
@@ -160,6 +161,47 @@ def test_the_largest_are_found_with_their_equals(logits: np.ndarray, count: int)
     assume(count <= len(logits))
     bound = np.sort(logits)[-count]
     np.testing.assert_array_equal(largest(logits, count), np.flatnonzero(logits >= bound))
+
+
+@given(
+    st.integers(1, 3 * BLOCK) | st.integers(4 * BLOCK, 40 * BLOCK),
+    st.integers(1, 70),
+    st.lists(COARSE | EXTREME | FINE, min_size=1, max_size=9),
+    st.integers(0, 9),
+    st.integers(0, 2**32 - 1),
+)
+def test_the_largest_of_a_large_vocabulary_are_found_wherever_they_are(
+    size: int, count: int, numbers: list[float], apart: int, seed: int
+) -> None:
+    # Few different numbers, so that whole groups are equal, and some apart from the others, the last ones too: those
+    # that are left over when groups are made.
+    rng = np.random.default_rng(seed)
+    logits = rng.choice(np.array(numbers, dtype=np.float32), size)
+    logits[rng.integers(max(0, size - 5), size)] += 1.0
+    logits[rng.integers(0, size, apart)] += rng.integers(1, 9, apart).astype(np.float32)
+    count = min(count, size)
+    bound = np.sort(logits)[-count]
+    np.testing.assert_array_equal(largest(logits, count), np.flatnonzero(logits >= bound))
+
+
+@given(st.integers(1, 40 * BLOCK), st.sampled_from([0.0, 1.0, 10.0, 1000.0]), st.integers(0, 2**32 - 1))
+def test_the_sum_of_weights_is_that_in_double_precision_but_for_rounding(size: int, spread: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal(size) * spread).astype(np.float32)
+    logits[rng.integers(0, size)] = -np.inf if size > 1 else 3.0
+    top = float(logits.max())
+    expected = float(np.exp(logits.astype(np.float64) - top).sum())
+    before = logits.copy()
+    assert sum_of_weights(logits, top) == pytest.approx(expected, rel=2e-5)
+    np.testing.assert_array_equal(logits, before)
+
+
+def test_each_thread_sums_in_memory_of_its_own() -> None:
+    rows = [np.linspace(-spread, 0.0, 30_000, dtype=np.float32) for spread in (1.0, 9.0)]
+    alone = [sum_of_weights(row, 0.0) for row in rows]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(100):
+            assert list(pool.map(lambda row: sum_of_weights(row, 0.0), rows)) == alone
 
 
 def test_logits_stay_as_they_are_and_may_be_read_only() -> None:

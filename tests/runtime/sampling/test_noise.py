@@ -41,6 +41,27 @@ def test_a_number_depends_on_seed_position_and_token_alone(
     assert ((found > 0) & (found < 1)).all()
 
 
+@given(seeds, st.integers(0, 10**6), st.integers(1, 3000), st.floats(-0.5, 1.5) | st.sampled_from([0.999, 1 - 2**-31]))
+def test_no_token_with_a_large_number_is_missed(seed: int, position: int, vocab_size: int, least: float) -> None:
+    noise = Noise(seed, position)
+    numbers = noise.uniforms(position, np.arange(vocab_size))
+    found = noise.of_all(position, vocab_size).reaching(least)
+    assert (np.diff(found) > 0).all()
+    assert set(np.flatnonzero(numbers >= least).tolist()) <= set(found.tolist())
+    assert (numbers[found] > least - 2**-29).all()
+
+
+@given(seeds, st.integers(0, 10**6), st.lists(st.integers(0, 2999), max_size=20), st.integers(0, 9))
+def test_the_noise_of_all_tokens_has_the_numbers_of_each(
+    seed: int, position: int, tokens: list[int], later: int
+) -> None:
+    chosen, noise = np.array(tokens, dtype=np.int64), Noise(seed, position)
+    for place in (position + later, position):
+        whole = noise.of_all(place, 3000)
+        for _ in range(2):
+            assert whole.uniforms(chosen).tolist() == noise.uniforms(place, chosen).tolist()
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1])
 def test_numbers_are_uniform_and_independent_over_tokens_positions_and_seeds(seed: int) -> None:
     noise = Noise(seed, 0)
