@@ -107,9 +107,11 @@ def open_session(
     threads: int | None = None,
     *,
     small: bool = False,
+    exact_products: bool = False,
 ) -> Any:
     """Return a session of `graph`; see `OnnxRuntimeEngine`. A graph given by path keeps the file of its weights mapped:
-    that is for files which nobody else changes.
+    that is for files which nobody else changes. With `exact_products` sums of products of bytes do not saturate, on any
+    processor; graphs whose weights are whole numbers that are scaled before a product cannot have that.
 
     Raises `InputError` without ONNX Runtime, `EngineFileError` when it cannot load the graph.
     """
@@ -122,9 +124,9 @@ def open_session(
     options = onnxruntime.SessionOptions()
     # Fatal errors alone: all others are raised.
     options.log_severity_level = 4
-    # Sums of products of bytes stay exact on processors whose instructions for them saturate: without VNNI, ONNX
-    # Runtime then takes slower ones. What is computed is the same on all.
-    options.add_session_config_entry(EXACT_PRODUCTS, "1")
+    if exact_products:
+        # Where the processor has no VNNI, ONNX Runtime takes slower instructions. What is computed is the same on all.
+        options.add_session_config_entry(EXACT_PRODUCTS, "1")
     if threads is not None:
         options.intra_op_num_threads = whole("threads", threads, 1, MOST_THREADS)
     disabled = use_little_memory(options) if small else None
