@@ -181,8 +181,8 @@ class GraphDims:
         With one row of each request they are stacked, B = P. Otherwise B = 1 and the rows of all requests are one
         behind the other, sorted as those of one request are: all tree rows, then the pseudo rows of each step. The rows
         of slot p are slot_rows[p], ascending, with -1 behind the last; row r is number row_places[r] of slot
-        row_slots[r]; where rows are stacked they are numbered request by request. Two requests with trees of 2 and 1
-        rows, of which the second has a pseudo row:
+        row_slots[r]. Where rows are stacked, or of one request, all three have no meaning. Two requests with trees of 2
+        and 1 rows, of which the second has a pseudo row:
 
             rows        a0  a1  b0  b0'       slot_rows   0  1
             row_slots    0   0   1   1                    2  3

@@ -21,7 +21,7 @@ from runtime.bindings import GraphDims
 from runtime.engines.host_cache import KeyValueCache
 from runtime.engines.layout import stack
 from runtime.engines.onnxruntime import graph_inputs, use_little_memory
-from runtime.engines.packing import stacked_rows
+from runtime.engines.packing import nobodys_rows
 from runtime.engines.protocol import Batch
 from runtime.rows import Rows
 
@@ -94,7 +94,7 @@ class GraphTracer:
             if binding.dtype == self.dims.dtype:
                 feed[binding.name] = self._cache_input(feed[binding.name], len(rows.position_ids))
         if self._packed:
-            feed |= stacked_rows(1, len(rows.position_ids))
+            feed |= nobodys_rows(1)
         found = self._compute(self._names, feed)
         logits, drafts, *new = found[: 2 + 2 * layers]
         outputs = Computed(logits[0], drafts[0], *self._new(new[:layers], new[layers:], rows, cache))

@@ -78,13 +78,12 @@ def pack(batch: Sequence[Rows], lengths: Sequence[int], join_order: Sequence[int
     )
 
 
-def stacked_rows(slots: int, rows: int) -> dict[str, NDArray]:
-    """Return the inputs that say whose each row is, where each of so many slots has `rows` rows."""
-    numbers = np.arange(slots * rows, dtype=np.int64)
+def nobodys_rows(slots: int) -> dict[str, NDArray]:
+    """Return the inputs that tell rows of different slots apart, where there are none to tell apart."""
     return {
-        bindings.SLOT_ROWS: numbers.reshape(slots, rows),
-        bindings.ROW_SLOTS: numbers // rows,
-        bindings.ROW_PLACES: numbers % rows,
+        bindings.SLOT_ROWS: np.zeros((slots, 1), dtype=np.int64),
+        bindings.ROW_SLOTS: np.zeros(1, dtype=np.int64),
+        bindings.ROW_PLACES: np.zeros(1, dtype=np.int64),
     }
 
 
@@ -97,7 +96,7 @@ def _stacked(batch: Sequence[Rows], laid_out: BatchInputs) -> PackedInputs:
     count, size = len(batch), laid_out.logit_count
     pseudo_rows = sum(laid_out.sizes.pseudo_rows)
     return PackedInputs(
-        laid_out.values | stacked_rows(count, laid_out.sizes.tree_rows + pseudo_rows),
+        laid_out.values | nobodys_rows(count),
         count * size,
         count * pseudo_rows,
         laid_out.sizes.tree_rows + pseudo_rows,
