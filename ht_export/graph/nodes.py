@@ -52,7 +52,7 @@ class Nodes:
         self._count -= 1
         found = self.add("If", [condition], branches, outputs=len(kinds))
         for value, kind in zip(found, kinds, strict=True):
-            value.type = kind.type
+            value.type, value.shape = kind.type, kind.shape
         return found
 
 

@@ -8,16 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnxscript import BOOL, FLOAT, INT64, script
-from onnxscript import opset23 as op
 
-from ht_export.graph.lower_cpu import can_be_lowered, lower_for_cpu
-from ht_export.graph.trace import TreeAttention
+from ht_export.graph.lower_cpu import can_be_lowered
+from ht_export.graph.lower_visible import FEW, LONG
 from ht_export.verify.passes import LoweredEngine, difference, record
 from runtime.bindings import Binding, GraphDims
 from runtime.bundle.engine_file import read_engine_file
@@ -58,7 +54,9 @@ def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def assert_same_pass(graphs: Graphs, rows: Rows, length: int, spare: int, seed: int = 0) -> None:
     """Run both graphs; compare the outputs and what is in the cache."""
     count = len(rows.position_ids)
-    with requests_of(graphs, [length], count + spare, np.nan, seed) as requests:
+    # Products read what is behind the valid rows, with a weight of zero.
+    behind = 1e3 if length >= LONG and count <= FEW else np.nan
+    with requests_of(graphs, [length], count + spare, behind, seed) as requests:
         expected, found = requests.portable(0, rows), requests.lowered([0], [rows])
         keys, values = found.new(graphs.dims)
         pairs = [
@@ -84,46 +82,144 @@ def test_any_pass_computes_what_the_portable_graph_does_and_writes_new_rows_only
 
 
 @pytest.mark.parametrize("drafting", [True, False])
-@pytest.mark.parametrize(("count", "length"), [(1, 0), (256, 0), (256, 700), (1, 1500), (40, 1001)])
+@pytest.mark.parametrize(("count", "length"), [(1, 0), (256, 0), (256, 700), (1, 1500), (9, LONG), (FEW + 1, 1001)])
 def test_single_rows_and_chunks_after_long_contexts(graphs: Graphs, count: int, length: int, drafting: bool) -> None:
     tree = chain(np.random.default_rng(count).integers(0, 264, count).tolist())
     ends = tuple(np.arange(count - int(drafting), count) for _ in range(graphs.dims.num_steps))
     assert_same_pass(graphs, lay_out(tree, ends, graphs.dims.join_order, length), length, spare=3)
 
 
+@pytest.mark.parametrize("lengths", [[LONG], [LONG + 300], [LONG, LONG + 7, 700], [LONG + 100, 100]])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_few_rows_after_long_contexts_are_those_of_the_portable_graph(
+    graphs: Graphs, lengths: list[int], tokens: int
+) -> None:
+    dims = graphs.dims
+    ends = tuple(np.arange(int(tokens > 1)) for _ in range(dims.num_steps))
+    with requests_of(graphs, lengths, 20, 1e3) as requests:
+        rows = [lay_out(chain([3] * tokens), ends, dims.join_order, length) for length in lengths]
+        found = requests.lowered(range(len(lengths)), rows)
+        for index, one in enumerate(rows):
+            expected, ours = requests.portable(index, one), found.outputs(index)
+            assert_close(ours.logits, expected.logits[0], f"logits {index}")
+            for row, drafts in enumerate(expected.draft_logits[0]):
+                assert_close(ours.draft_logits[row], drafts, f"draft logits {index} {row}")
+        requests.assert_untouched(range(len(lengths)), max(len(one.position_ids) for one in rows))
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is counted as Linux tells it")
-@pytest.mark.parametrize(
-    ("count", "tokens", "capacity"),
-    # Attention over several trees has a score, and more, for every row that there is room for.
-    [(1, 5, 1 << 21), (4, 1, 1 << 19), (2, 2, 1 << 16)],
-    ids=["one request's tree", "a row of each of several", "trees of several"],
+counted = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is counted as Linux tells it")
+# How many requests, tokens and room of each, how full that is, and the memory, in terms of a layer's cache, that
+# passes may take. A layer's keys are half of it; masks and scores of several trees take nearly as much in these models.
+PASSES_OF_LARGE_CACHES = pytest.mark.parametrize(
+    ("count", "tokens", "capacity", "full", "bound"),
+    [
+        (1, 5, 1 << 21, 0.0, 0.33),
+        (4, 1, 1 << 19, 0.0, 0.33),
+        (2, 2, 1 << 16, 0.0, 0.75),
+        (1, 2, 1 << 19, 0.9, 0.33),
+        (4, 1, 1 << 17, 0.9, 0.33),
+    ],
+    ids=[
+        "one request's tree",
+        "a row of each of several",
+        "trees of several",
+        "one request's tree after a long context",
+        "a row of each of several after long contexts",
+    ],
 )
-def test_the_cache_is_never_copied(graphs: Graphs, count: int, tokens: int, capacity: int) -> None:
-    """Of a large cache a few pages are written: to copy it, of one layer even, would take memory for all."""
+
+
+def memory_taken(graphs: Graphs, count: int, tokens: int, capacity: int, full: float) -> float:
+    """Return what passes of requests with `full` slots take, in terms of a layer's cache, of which they write a few
+    pages.
+    """
     dims = graphs.dims
     with requests_of(graphs, [0] * count, 8, 0.0) as requests:
+        # The places of rows tell nothing of memory: what is cached was never written.
+        rows = [lay_out(chain([3] * tokens), (NOTHING,) * dims.num_steps, dims.join_order, 0)] * count
 
         def run() -> None:
-            rows = [
-                lay_out(chain([3] * tokens), (NOTHING,) * dims.num_steps, dims.join_order, slot.length)
-                for slot in requests.slots
-            ]
             graphs.lowered.commit(requests.lowered(range(count), rows), [range(tokens)] * count)
 
         # What a session sets up in its first pass is not counted.
         run()
         requests.cache.reserve(0, capacity)
+        for slot in requests.slots:
+            slot.place.length = int(capacity * full)
         before = resident_bytes()
         for _ in range(3):
             run()
-        grown = resident_bytes() - before
-        layer = requests.cache.arrays.nbytes // dims.num_layers
-        # A layer's keys are half of its cache; masks and scores of several trees take nearly as much in these models.
-        assert grown < layer * (0.75 if count > 1 and tokens > 1 else 0.33)
+        return (resident_bytes() - before) * dims.num_layers / requests.cache.arrays.nbytes
+
+
+@counted
+@PASSES_OF_LARGE_CACHES
+def test_the_cache_is_never_copied(
+    graphs: Graphs, count: int, tokens: int, capacity: int, full: float, bound: float
+) -> None:
+    """To copy it, of one layer even, would take memory for all."""
+    assert memory_taken(graphs, count, tokens, capacity, full) < bound
+
+
+def copies_one_layer(graphs: Graphs) -> Graphs:
+    """Return graphs of which the lowered one copies the keys of its first layer before they are read and written."""
+    model = graphs.load()
+    constants = {"copy_zero": [0], "copy_one": [1], "copy_end": [1 << 40], "copy_axis": [2]}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.array(v), name) for name, v in constants.items())
+    for graph in all_graphs(model.graph):
+        for index, node in reversed(list(enumerate(graph.node))):
+            if node.op_type in ("GroupQueryAttention", "TensorScatter") and "key_cache_0" in node.input:
+                parts = [f"{node.name or node.output[0]}_part_{part}" for part in range(3)]
+                make = onnx.helper.make_node
+                node.input[list(node.input).index("key_cache_0")] = parts[2]
+                for made in (
+                    make("Concat", parts[:2], parts[2:], axis=2),
+                    make("Slice", ["key_cache_0", "copy_one", "copy_end", "copy_axis"], parts[1:2]),
+                    make("Slice", ["key_cache_0", "copy_zero", "copy_one", "copy_axis"], parts[:1]),
+                ):
+                    graph.node.insert(index, made)
+    path = graphs.path.with_name("copying.cpu.onnx")
+    onnx.save(model, path)
+    return Graphs.open(graphs.path.with_name("engine.onnx"), path, graphs.dims)
+
+
+@counted
+@PASSES_OF_LARGE_CACHES
+def test_a_copy_of_one_layers_keys_would_be_noticed(
+    graphs: Graphs, count: int, tokens: int, capacity: int, full: float, bound: float
+) -> None:
+    assert memory_taken(copies_one_layer(graphs), count, tokens, capacity, full) > bound
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "spare", "products"),
+    [
+        ([LONG], 1, 0, True),
+        ([LONG], FEW, 0, True),
+        ([LONG - 1], 1, 0, False),
+        ([LONG], FEW + 1, 0, False),
+        ([LONG], 1, LONG // 2 - 1, True),
+        ([LONG], 1, LONG // 2, False),
+        ([LONG, LONG], 1, 0, True),
+        ([LONG, LONG // 4], 1, 0, False),
+    ],
+)
+def test_products_are_taken_for_few_rows_after_long_contexts_with_little_room_to_spare(
+    graphs: Graphs, lengths: list[int], tokens: int, spare: int, products: bool
+) -> None:
+    """Products alone read what is behind the rows."""
+    with requests_of(graphs, lengths, tokens + spare, np.nan) as requests:
+        rows = [
+            lay_out(chain([3] * tokens), (NOTHING,) * graphs.dims.num_steps, graphs.dims.join_order, length)
+            for length in lengths
+        ]
+        found = requests.lowered(range(len(lengths)), rows)
+        shared = graphs.dims.query_heads > graphs.dims.key_value_heads
+        assert np.isnan(found.logits).any() == (products and shared)
 
 
 def test_the_passes_of_the_parity_check(graphs: Graphs) -> None:
@@ -150,12 +246,18 @@ def branches(node: onnx.NodeProto) -> dict[str, onnx.GraphProto]:
     return {attribute.name: attribute.g for attribute in node.attribute if attribute.HasField("g")}
 
 
+def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Yield a graph and all branches in it."""
+    yield graph
+    for node in graph.node:
+        for branch in branches(node).values():
+            yield from all_graphs(branch)
+
+
 def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """Yield the nodes of a graph and of all branches in it."""
-    for node in graph.node:
-        yield node
-        for branch in branches(node).values():
-            yield from all_nodes(branch)
+    for one in all_graphs(graph):
+        yield from one.node
 
 
 def attention_of(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -172,21 +274,25 @@ def test_one_operator_reads_and_writes_each_layers_cache_and_nothing_else_touche
     assert [node.op_type for node in chosen] == ["If" for _ in layers]
     assert [list(node.output[1:]) for node in chosen] == outputs
     for node, caches in zip(chosen, inputs, strict=True):
-        several, one = branches(node)["then_branch"], branches(node)["else_branch"]
-        # Of one request all rows, or of each of several one.
-        (grouped,) = one.node
+        # Short contexts and chunks of prompts.
+        (grouped,) = branches(node)["then_branch"].node
         assert (grouped.op_type, list(grouped.input[3:5])) == ("GroupQueryAttention", caches)
-        assert [value.name for value in one.output] == list(grouped.output)
-        # Several rows of several requests.
-        written = [node for node in several.node if node.op_type == "TensorScatter"]
-        assert [node.input[0] for node in written] == caches
-        assert all(node.input[2] == "cache_length" for node in written)
-        (attention,) = (node for node in several.node if node.op_type == "Attention")
-        assert list(attention.input[1:3]) == [node.output[0] for node in written]
-        assert [value.name for value in several.output[1:]] == [node.output[0] for node in written]
+        assert [value.name for value in branches(node)["then_branch"].output] == list(grouped.output)
+        (other,) = branches(node)["else_branch"].node
+        # Several rows of several requests, and few rows after long contexts.
+        for branch, readers in (("then_branch", ["Attention"]), ("else_branch", ["FusedMatMul", "MatMul"])):
+            form = branches(other)[branch]
+            written = [one for one in form.node if one.op_type == "TensorScatter" and one.input[0] in caches]
+            assert [one.input[0] for one in written] == caches
+            assert all(one.input[2] == "cache_length" for one in written)
+            cached = [one.output[0] for one in written]
+            reading = [one for one in form.node if set(one.input) & set(cached)]
+            assert [one.op_type for one in reading] == readers
+            assert [name for one in reading for name in one.input if name in cached] == cached
+            assert [value.name for value in form.output[1:]] == cached
     used = Counter(name for node in all_nodes(graph) for name in node.input if "_cache_" in name)
     measured = [node.input[0] for node in all_nodes(graph) if node.op_type == "Shape" and "_cache_" in node.input[0]]
-    assert used == Counter([*(name for caches in inputs for name in caches * 2), *measured])
+    assert used == Counter([*(name for caches in inputs for name in caches * 3), *measured])
     assert measured == ["key_cache_0"] * 2
     assert not any(node.op_type == "TreeAttention" for node in all_nodes(graph))
     assert not graphs.load().functions
@@ -197,15 +303,18 @@ def test_a_lowered_graph_says_that_it_takes_any_number_of_requests(graphs: Graph
     assert graphs.lowered.max_batch > 1
 
 
-def test_heads_are_never_taken_apart_but_for_several_trees(graphs: Graphs) -> None:
+def test_heads_are_never_taken_apart_by_the_operator_that_short_contexts_take(graphs: Graphs) -> None:
     graph = graphs.load().graph
     operators = Counter(node.op_type for node in graph.node)
     # The head's transpose, where it is the embedding.
     assert operators["Transpose"] <= 1
     assert operators["RotaryEmbedding"] == 2 * graphs.dims.num_layers
     for node in attention_of(graph):
-        found = Counter(one.op_type for one in all_nodes(branches(node)["then_branch"]))
-        assert found["Transpose"] == 4
+        (grouped,) = branches(node)["then_branch"].node
+        assert grouped.op_type == "GroupQueryAttention"
+        (other,) = branches(node)["else_branch"].node
+        for form in branches(other).values():
+            assert Counter(one.op_type for one in form.node)["Transpose"] == 4
 
 
 def test_residual_sums_are_one_operator_with_the_normalisation_after_them(graphs: Graphs) -> None:
@@ -241,50 +350,3 @@ def test_what_there_is_no_lowered_graph_for() -> None:
     assert can_be_lowered(replace(dims, head_dim=8))
     assert not can_be_lowered(replace(dims, head_dim=20))
     assert not can_be_lowered(replace(dims, dtype="float16"))
-
-
-@script(default_opset=op)
-def heads_apart(
-    query: FLOAT[1, 4, "R", 8],  # noqa: F821
-    key: FLOAT[1, 2, "R", 8],  # noqa: F821
-    value: FLOAT[1, 2, "R", 8],  # noqa: F821
-    tree_mask: BOOL[1, "R", "R"],  # noqa: F821
-    cache_length: INT64[1],
-    key_cache_0: FLOAT[1, 2, "S", 8],  # noqa: F821
-    value_cache_0: FLOAT[1, 2, "S", 8],  # noqa: F821
-):
-    attended = TreeAttention(
-        query, key, value, key_cache_0, value_cache_0, cache_length, tree_mask, scale=0.3, softcap=0.0
-    )
-    logits = op.Mul(attended, attended)
-    draft_logits = op.Neg(attended)
-    return logits, draft_logits, op.Identity(key), op.Identity(value)
-
-
-def test_attention_that_nothing_prepares_by_row_is_lowered_too() -> None:
-    before = heads_apart.to_model_proto()
-    model = ir.serde.deserialize_model(before)
-    lower_for_cpu(model, GraphDims(1, 4, 2, 8, 32, 8, (0,)))
-    after = ir.serde.serialize_model(model)
-    sessions = [onnxruntime.InferenceSession(graph.SerializeToString()) for graph in (before, after)]
-    rng = np.random.default_rng(0)
-    count, length, capacity = 3, 5, 11
-    feed = {
-        name: rng.standard_normal((1, heads, rows, 8)).astype(np.float32)
-        for name, heads, rows in (
-            ("query", 4, count),
-            ("key", 2, count),
-            ("value", 2, count),
-            ("key_cache_0", 2, capacity),
-            ("value_cache_0", 2, capacity),
-        )
-    }
-    feed |= {"tree_mask": np.array([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], dtype=bool), "cache_length": np.array([length])}
-    expected = sessions[0].run(None, feed)
-    unused = {"slot_rows": np.zeros((1, 1), np.int64), "row_slots": np.zeros(1, np.int64)}
-    found = sessions[1].run(None, feed | unused | {"row_places": unused["row_slots"]})
-    for ours, theirs in zip(found[:2], expected[:2], strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
-    for cache, new, name in zip(found[2:], ("key", "value"), ("key_cache_0", "value_cache_0"), strict=True):
-        np.testing.assert_array_equal(cache[:, :, :length], feed[name][:, :, :length])
-        np.testing.assert_array_equal(cache[:, :, length : length + count], feed[new])
