@@ -131,6 +131,8 @@ def _add_draft_head(commands: argparse._SubParsersAction) -> None:
     )
     add_model(head)
     head.add_argument("--data", type=pathname, nargs="+", required=True, help=DATA_HELP)
+    head.add_argument("--prompts", type=pathname, help="file of prompts, whose tokens come next after those of the "
+                      "answers: words that so few answers do not have (default: none)")  # fmt: skip
     head.add_argument("--size", type=int, default=8192, help="tokens to choose from (default: 8192)")
     head.add_argument("--transfer", type=pathname, required=True, help="transfer-layers file to begin with")
     head.add_argument("--out", type=pathname, required=True, help="transfer-layers file to write (.safetensors)")

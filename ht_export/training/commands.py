@@ -22,6 +22,7 @@ from rich.progress import Progress
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.transfer import TransferFile, default_layers, load_transfer_layers, save_transfer_layers
 from ht_export.progress import progress_bar
+from ht_export.prompts import read_conversations
 from ht_export.settings import ExportSettings
 from ht_export.training.data import AnsweredPrompt, read_data
 from ht_export.training.draft_tokens import choose_draft_tokens, described
@@ -133,8 +134,11 @@ def run_draft_head(options: argparse.Namespace) -> None:
     least = transfer.num_steps + 1
     held_out = read_data(options.held_out, base, least) if options.held_out else []
     _check_apart(data, held_out, options)
-    tokens = choose_draft_tokens(data, options.size, base.model.config.vocab_size, base.stop_tokens())
-    found = described(tokens, data)
+    texts = [one.turns[0] for one in read_conversations(options.prompts)] if options.prompts else []
+    encoded = base.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    vocab_size = base.model.config.vocab_size
+    tokens = choose_draft_tokens(data, options.size, vocab_size, base.stop_tokens(), encoded)
+    found = described(tokens, data) | {"prompts": len(texts)}
     transfer.draft_tokens = tokens
     transfer.to(base.model.device)
     # What was measured before is not of these drafts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,14 @@ from runtime.errors import InputError
 
 
 def choose_draft_tokens(
-    data: Sequence[AnsweredPrompt], size: int, vocab_size: int, stop_tokens: Iterable[int] = ()
+    data: Sequence[AnsweredPrompt],
+    size: int,
+    vocab_size: int,
+    stop_tokens: Iterable[int] = (),
+    texts: Iterable[Sequence[int]] = (),
 ) -> Tensor:
     """Return the draft tokens [V_d], ascending: all stop tokens, then the most frequent tokens of the answers, then
-    those of the prompts, then all others, as many as there is room for in `size`; equals by id.
+    those of the prompts and of further `texts`, then all others, as many as there is room for in `size`; equals by id.
 
     Raises `InputError` where the size is none that a part of the vocabulary can have.
     """
@@ -31,7 +36,7 @@ def choose_draft_tokens(
             f"the model's vocabulary of {vocab_size} tokens, not {size}; 8192 is usual"
         )
     answers = _counts((one.answer for one in data), vocab_size)
-    prompts = _counts((one.prompt for one in data), vocab_size)
+    prompts = _counts(chain((one.prompt for one in data), texts), vocab_size)
     prompts[answers > 0] = 0
     ids = np.arange(vocab_size)
     is_stop = np.isin(ids, stops)
@@ -56,5 +61,5 @@ def _counts(texts: Iterable[Sequence[int]], vocab_size: int) -> NDArray[np.int64
     """Return how often each token occurs, [V]."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for text in texts:
-        np.add.at(counts, np.array(text), 1)
+        np.add.at(counts, np.array(text, dtype=np.int64), 1)
     return counts

@@ -1,5 +1,6 @@
 """A draft head in training: which tokens it has, what it learns, and what it is measured by."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +62,13 @@ def test_the_most_frequent_tokens_of_answers_are_chosen_then_of_prompts_then_oth
     size: int, stops: list[int], chosen: list[int]
 ) -> None:
     assert choose_draft_tokens(DATA, size, 10, stops).tolist() == chosen
+
+
+def test_tokens_of_further_texts_count_as_those_of_prompts_do() -> None:
+    # 7 occurs once in a prompt and three times here, 9 three times in a prompt and once here.
+    assert choose_draft_tokens(DATA, 5, 10, [], [[7, 7, 7], [9]]).tolist() == [1, 3, 5, 7, 8]
+    # What answers have comes first however often.
+    assert choose_draft_tokens(DATA, 4, 10, [], [[7] * 50]).tolist() == [1, 3, 5, 8]
 
 
 def test_the_share_of_answer_tokens_that_can_be_drafted() -> None:
@@ -208,6 +216,14 @@ def test_the_commands_choose_a_head_and_measure_it(
     again, about = load_transfer_layers(out)
     assert again.digest() == found.digest()
     assert len(about.acceptance["top"]["1"]) == 3
+
+    # Words that the data does not have.
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "zebra quiz"}) + "\n")
+    more = tmp_path / "more.safetensors"
+    assert cli.main([*arguments, "--out", str(more), "--prompts", str(prompts)]) == 0
+    _, about = load_transfer_layers(more)
+    assert about.recipe["draft_head"]["prompts"] == 1
 
     fitted = tmp_path / "fitted.safetensors"
     places = ["--data", str(data_folder), "--out", str(fitted), "--layers", "2", "--steps", "1"]
