@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -25,7 +26,7 @@ from ht_export.preflight import check_memory, check_space, weight_bytes
 from ht_export.progress import Stage
 from ht_export.prompts import chat_template, encode_chat
 from ht_export.quantize.gptq import second_moments
-from ht_export.quantize.prepare import prepare
+from ht_export.quantize.prepare import Prepared, prepare
 from ht_export.quantize.sample_texts import TEXTS
 from ht_export.quantize.weights import quantise
 from ht_export.scopes import collected
@@ -38,6 +39,7 @@ from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import EngineFile, FileRecord, PlanFile
 from runtime.bundle.placing import CPU_SUFFIX
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
+from runtime.program import Advance
 from runtime.tree import TreeSizes
 
 
@@ -228,12 +230,7 @@ def quantise_weights(checked: Checked, traced: Traced, lowered: Lowered, stage: 
     texts, prepared = traced.texts if checked.prompts else [], None
     if checked.storage.rounds_rows:
         with stage("rotating and smoothing the weights") as tell:
-            original, whole = whole, whole.with_name(f"{traced.graph.stem}.prepared.onnx")
-            prepared = prepare(
-                original, whole, traced.dims, traced.texts, lambda *at: tell("text {} of {}".format(*at))
-            )
-            for file in (original, traced.weights):
-                file.unlink()
+            prepared = _prepare(traced, whole, lambda done, total: tell(f"text {done} of {total}"))
     with stage("quantising the weights") as tell:
         if texts:
             with in_float32(whole, traced.dims) as (graph, computed):
@@ -242,13 +239,24 @@ def quantise_weights(checked: Checked, traced: Traced, lowered: Lowered, stage: 
         else:
             quantise(whole, traced.graph, checked.storage)
     whole.unlink()
-    whole.with_name(f"{whole.name}.data").unlink(missing_ok=True)
     if lowered.graph:
         _write_lowered(traced)
     about: dict[str, Any] = {"method": "GPTQ" if texts else "round to nearest", "texts": len(texts)}
     if prepared is not None:
         about |= {"rotated": prepared.rotated, "smoothed_products": prepared.smoothed}
     return Quantised({"quantisation": about})
+
+
+def _prepare(traced: Traced, whole: Path, advance: Advance) -> Prepared:
+    """Put a graph that is prepared for rounded rows in the place of the one at `whole`, and its weights in that of the
+    traced ones.
+    """
+    with tempfile.TemporaryDirectory(prefix=f"{whole.name}.", dir=whole.parent) as folder:
+        made = Path(folder) / traced.graph.name
+        found = prepare(whole, made, traced.dims, traced.texts, advance)
+        made.replace(whole)
+        made.with_name(f"{made.name}.data").replace(traced.weights)
+    return found
 
 
 def verify_quantised(checked: Checked, traced: Traced, lowered: Lowered, stage: Stage) -> Verified:

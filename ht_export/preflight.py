@@ -27,10 +27,13 @@ ARRANGED = 1.3
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of the weights: of the `graph` that is traced and checked, and `quantised`, 0 where they are not."""
+    """Bytes of the weights: of the `graph` that is traced and checked, `quantised`, 0 where they are not, and
+    `prepared` for that, 0 where they need not be.
+    """
 
     graph: int
     quantised: int = 0
+    prepared: int = 0
 
     @property
     def engine(self) -> int:
@@ -59,14 +62,18 @@ def weight_bytes(
     if head is embedding:
         # A tied head gets weights of its own, which are quantised.
         quantised += embedding.numel()
-    return WeightBytes(graph, embedding.numel() * dtype.itemsize + int(quantised * storage.bits / 8))
+    # They are rotated, and then a tied head has weights of its own there too.
+    prepared = graph + (embedding.numel() * size(embedding) if head is embedding else 0) if storage.rounds_rows else 0
+    return WeightBytes(graph, embedding.numel() * dtype.itemsize + int(quantised * storage.bits / 8), prepared)
 
 
 def check_space(weights: WeightBytes, out: Path) -> None:
     """Raise `InputError` unless there is room beside `out` for these weights and what goes with them: for those of the
-    graph, and until the engine is written for the quantised ones too.
+    graph, and until the engine is written for the prepared ones or the quantised ones too.
     """
-    needed = int(SPACE_FACTOR * (weights.graph + weights.quantised)) + SPACE_CONSTANT
+    # Prepared ones take the place of those of the graph.
+    both = max(weights.graph + weights.prepared, (weights.prepared or weights.graph) + weights.quantised)
+    needed = int(SPACE_FACTOR * both) + SPACE_CONSTANT
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise InputError(

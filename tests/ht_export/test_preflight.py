@@ -55,6 +55,18 @@ def test_the_disk_must_have_room_for_both_where_weights_are_quantised(
     check_space(WeightBytes(1000 << 20), tmp_path / "engine.onnx")
     with pytest.raises(InputError, match="has 1200 MiB free, and the export needs about 1324 MiB"):
         check_space(WeightBytes(1000 << 20, 200 << 20), tmp_path / "engine.onnx")
+    # Those that are prepared take the place of the first ones.
+    with pytest.raises(InputError, match="the export needs about 1639 MiB"):
+        check_space(WeightBytes(700 << 20, 100 << 20, 800 << 20), tmp_path / "engine.onnx")
+    check_space(WeightBytes(400 << 20, 500 << 20, 500 << 20), tmp_path / "engine.onnx")
+
+
+def test_weights_are_prepared_where_whole_rows_are_rounded() -> None:
+    model = tiny_llama()
+    both = {name: weight_bytes(model, torch.float32, STORED[name], as_stored=True) for name in STORED}
+    assert both["int4"].prepared == 0
+    tied = model.get_input_embeddings().weight.numel() * 4
+    assert both["int8"].prepared == both["int8"].graph + tied
 
 
 def test_memory_is_asked_for_what_is_converted_or_run(monkeypatch: pytest.MonkeyPatch) -> None:
