@@ -65,6 +65,7 @@ ALLOWED = {
     Reading("ht_export/export.py", "_write_lowered", "ir.load"): OWN,
     Reading("ht_export/graph/widen.py", "write_widened", "ir.load"): OWN,
     Reading("ht_export/quantize/gptq.py", "second_moments", "onnx.load"): OWN,
+    Reading("ht_export/quantize/prepare.py", "prepare", "ir.load"): OWN,
     Reading("ht_export/quantize/weights.py", "quantise", "ir.load"): OWN,
     Reading("ht_export/quantize/weights.py", "_write_in_parts", "ir.load"): OWN,
     Reading("ht_export/tensorrt/graph.py", "attention_forms", "onnx.load"): OWN,
