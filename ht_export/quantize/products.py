@@ -93,11 +93,17 @@ def changed_initializer(
     return cast.outputs[0]
 
 
-def stated(value: ir.Value | None) -> Array | None:
-    """Return the numbers of an initializer, cast or not; None for what is computed."""
+def initializer_of(value: ir.Value | None) -> ir.Value | None:
+    """Return the initializer that `value` is, cast or not; None for what is computed."""
     while value is not None and (producer := value.producer()) is not None and producer.op_type == "Cast":
         value = producer.inputs[0]
-    if value is None or not value.is_initializer() or value.const_value is None:
+    return value if value is not None and value.is_initializer() and value.const_value is not None else None
+
+
+def stated(value: ir.Value | None) -> Array | None:
+    """Return the numbers of an initializer, cast or not; None for what is computed."""
+    value = initializer_of(value)
+    if value is None or value.const_value is None:
         return None
     array: Array = value.const_value.numpy().astype(np.float32)
     return array

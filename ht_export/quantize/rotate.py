@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from ht_export.quantize.products import Array, Weights, change_product, changed_initializer, stated
+from ht_export.quantize.products import Array, Weights, change_product, changed_initializer, initializer_of, stated
 
 # What leaves each number of a row where it is.
 STRUCTURE = ("GatherElements", "Slice", "Concat", "Identity")
@@ -79,7 +79,7 @@ def rotate(graph: ir.Graph, hidden_size: int) -> bool:
     for product in stream.maps:
         change_product(graph, product, lambda found: rotation.of_columns(rotation.of_rows(found)))
     for node, index in stream.tables:
-        value = _initializer(node.inputs[index])
+        value = initializer_of(node.inputs[index])
         assert value is not None and value.const_value is not None
         shape = tuple(value.const_value.shape.numpy())
         node.replace_input_with(index, changed_initializer(graph, value, rotation.of_columns, shape, node))
@@ -175,20 +175,15 @@ def _forget_weights(graph: ir.Graph, norm: ir.Node) -> None:
     norm.replace_input_with(1, graph.initializers[name])
 
 
-def _initializer(value: ir.Value | None) -> ir.Value | None:
-    while value is not None and (producer := value.producer()) is not None and producer.op_type == "Cast":
-        value = producer.inputs[0]
-    return value if value is not None and value.is_initializer() else None
-
-
 def _is_table(value: ir.Value | None) -> bool:
-    found = _initializer(value)
+    found = initializer_of(value)
     return found is not None and found.const_value is not None and len(found.const_value.shape) == 2
 
 
 def _is_vector(value: ir.Value | None) -> bool:
-    found = _initializer(value)
-    return found is not None and found.const_value is not None and len(found.const_value.shape) == 1
+    found = stated(value)
+    # A single number that is added to all of a row is no part of a rotated one.
+    return found is not None and found.ndim == 1 and found.size > 1
 
 
 def _is_number(value: ir.Value | None) -> bool:
