@@ -113,10 +113,12 @@ def _groups(model: onnx.ModelProto) -> Iterator[list[str]]:
         yield group
 
 
-def inputs_of_text(text: Sequence[int], dims: GraphDims) -> dict[str, NDArray]:
-    """Return the graph's inputs for a whole text: drafts after every token, all of which pass the layers as well."""
+def inputs_of_text(text: Sequence[int], dims: GraphDims, drafts: bool = True) -> dict[str, NDArray]:
+    """Return the graph's inputs for a whole text: with `drafts` after every token, all of which pass the layers as
+    well, or without any.
+    """
     tree = chain(text)
-    every = np.arange(len(text))
-    rows = lay_out(tree, (every,) * dims.num_steps, dims.join_order, 0)
+    drafted = np.arange(len(text) if drafts else 0)
+    rows = lay_out(tree, (drafted,) * dims.num_steps, dims.join_order, 0)
     batch = Batch.of([rows], [KeyValueCache(dims)])
     return graph_inputs(stack(batch.rows, batch.lengths, dims.join_order), batch)

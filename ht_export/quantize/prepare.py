@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ht_export.quantize.rotate import rotate
-from ht_export.quantize.smooth import gated_rows, largest_numbers, smooth
+from ht_export.quantize.smooth import gated_rows, root_mean_squares, smooth
 from runtime.bindings import GraphDims
 from runtime.program import Advance
 
@@ -32,9 +32,9 @@ def prepare(
     model = ir.load(graph)
     names = gated_rows(model.graph)
     # A rotation does not change these rows.
-    largest = largest_numbers(graph, dims, names, texts, advance) if names else {}
+    sizes = root_mean_squares(graph, dims, names, texts, advance) if names else {}
     rotated = rotate(model.graph, dims.hidden_size)
-    smooth(model.graph, largest)
+    smooth(model.graph, sizes)
     RemoveUnusedNodesPass()(model)
     ir.save(model, out, external_data=f"{out.name}.data")
-    return Prepared(rotated, len(largest))
+    return Prepared(rotated, len(sizes))

@@ -4,6 +4,9 @@ The residual stream, which all layers read and add to, is multiplied by an ortho
 weights: of what reads the stream, what is added to it, the embedding, and maps within it, as transfer layers are. Norms
 lose their weights to the products that follow them, since a norm without weights does not see a rotation. In float32
 nothing changes but rounding; rows in few bits lose less.
+
+Rows behind such a norm are alike: their root mean square is 1, and their numbers lie about as those of a normal
+distribution do. So it is known beforehand how large they become.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from ht_export.quantize.products import Array, Weights, change_product, changed_
 # What leaves each number of a row where it is.
 STRUCTURE = ("GatherElements", "Slice", "Concat", "Identity")
 SEED = 0
+# What a norm is marked with whose rows are alike.
+ALIKE = "ht.rows_alike"
 
 
 class Rotation:
@@ -85,7 +90,19 @@ def rotate(graph: ir.Graph, hidden_size: int) -> bool:
         node.replace_input_with(index, changed_initializer(graph, value, rotation.of_columns, shape, node))
     for norm in stream.norms:
         _forget_weights(graph, norm)
+        norm.metadata_props[ALIKE] = "true"
     return True
+
+
+def behind_a_layers_norm(rows: ir.Value) -> bool:
+    """Return whether these are the rows of a rotated stream that a layer reads. The last norm, before the head, is not
+    a layer's: nothing is added to its stream any more.
+    """
+    norm = rows.producer()
+    if norm is None or ALIKE not in norm.metadata_props:
+        return False
+    stream = norm.inputs[0]
+    return stream is not None and len(stream.uses()) > 1
 
 
 def _reading(rotation: Rotation, weights: Array) -> Callable[[Array], Array]:

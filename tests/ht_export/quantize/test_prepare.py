@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from ht_export.graph.trace import build_graph, graph_dims
 from ht_export.model.reference import HiddenTransferModel
 from ht_export.quantize.prepare import prepare
-from ht_export.quantize.rotate import Rotation, rotate
-from ht_export.quantize.smooth import gated_rows, largest_numbers, smooth
+from ht_export.quantize.products import products
+from ht_export.quantize.rotate import Rotation, behind_a_layers_norm, rotate
+from ht_export.quantize.smooth import gated_rows, root_mean_squares, smooth
 from ht_export.verify.passes import ReferenceEngine, check, difference, record
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from tests.conftest import random_transfer
@@ -67,6 +68,24 @@ def test_a_prepared_graph_is_the_same_model(name: str, tmp_path: Path) -> None:
     assert changed == (done.rotated or done.smoothed > 0)
 
 
+@pytest.mark.parametrize("name", ROTATED)
+def test_rows_that_a_layer_reads_behind_a_rotated_norm_are_alike(name: str, tmp_path: Path) -> None:
+    path, model = traced(name, tmp_path)
+    graph = ir.load(path)
+    assert not any(behind_a_layers_norm(product.inputs[0]) for product, _ in products(graph.graph) if product.inputs[0])
+    assert rotate(graph.graph, model.base.config.hidden_size)
+    out = tmp_path / "rotated.onnx"
+    ir.save(graph, out, external_data="rotated.onnx.data")
+    alike = [
+        product
+        for product, _ in products(ir.load(out).graph)
+        if product.inputs[0] is not None and behind_a_layers_norm(product.inputs[0])
+    ]
+    # Queries, keys and values; gate and up: each pair is one product or several of the same rows. Not the head.
+    assert len({product.inputs[0] for product in alike}) == 2 * model.base.config.num_hidden_layers
+    assert not any("logits" in str(product.outputs[0].name) for product in alike)
+
+
 def test_what_a_rotation_does_not_allow_leaves_the_graph_as_it_was(tmp_path: Path) -> None:
     path, model = traced("gemma2", tmp_path)
     graph = ir.load(path)
@@ -81,13 +100,13 @@ def test_rows_of_a_gated_layer_are_smoothed(tmp_path: Path) -> None:
     graph = ir.load(path)
     names = gated_rows(graph.graph)
     assert len(names) == dims.num_layers
-    before = largest_numbers(path, dims, names, TEXTS)
+    before = root_mean_squares(path, dims, names, TEXTS)
     # One number stands out.
-    told = {name: largest * np.where(np.arange(len(largest)) == 3, 1000, 1) for name, largest in before.items()}
+    told = {name: sizes * np.where(np.arange(len(sizes)) == 3, 1000, 1) for name, sizes in before.items()}
     smooth(graph.graph, told)
     out = tmp_path / "smooth.onnx"
     ir.save(graph, out, external_data="smooth.onnx.data")
-    after = largest_numbers(out, dims, names, TEXTS)
+    after = root_mean_squares(out, dims, names, TEXTS)
     for name in names:
         ratio = after[name] / before[name]
         assert ratio[3] < 0.1 * np.median(ratio)
