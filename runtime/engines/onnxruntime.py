@@ -4,6 +4,7 @@ there is none, as in half precision.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from runtime import bindings
 from runtime.bindings import Binding, GraphDims
 from runtime.checks import MOST_THREADS, whole
+from runtime.engines.byte_sums import EXACT_SUMS, PRODUCT, byte_sums_are_exact
 from runtime.engines.external_weights import GraphFiles, hand_over
 from runtime.engines.host_cache import HostCacheEngine, HostResult, caches_of
 from runtime.engines.layout import BatchInputs, stack
@@ -27,8 +29,7 @@ LONGEST = 1000
 ORT_TYPES = {"float32": "float"}
 # A provider's name, alone or with its options.
 Provider = str | tuple[str, dict[str, str]]
-# ONNX Runtime's option for sums of bytes that do not saturate.
-EXACT_PRODUCTS = "session.x64quantprecision"
+LOG = logging.getLogger(__name__)
 
 
 class OnnxRuntimeEngine(HostCacheEngine):
@@ -107,10 +108,10 @@ def open_session(
     threads: int | None = None,
     *,
     small: bool = False,
-    exact_products: bool = False,
+    exact_sums: bool = False,
 ) -> Any:
     """Return a session of `graph`; see `OnnxRuntimeEngine`. A graph given by path keeps the file of its weights mapped:
-    that is for files which nobody else changes. With `exact_products` sums of products of bytes do not saturate, on any
+    that is for files which nobody else changes. With `exact_sums` sums of products of bytes do not saturate, on any
     processor; graphs whose weights are whole numbers that are scaled before a product cannot have that.
 
     Raises `InputError` without ONNX Runtime, `EngineFileError` when it cannot load the graph.
@@ -124,13 +125,13 @@ def open_session(
     options = onnxruntime.SessionOptions()
     # Fatal errors alone: all others are raised.
     options.log_severity_level = 4
-    if exact_products:
-        # Where the processor has no VNNI, ONNX Runtime takes slower instructions. What is computed is the same on all.
-        options.add_session_config_entry(EXACT_PRODUCTS, "1")
     if threads is not None:
         options.intra_op_num_threads = whole("threads", threads, 1, MOST_THREADS)
     disabled = use_little_memory(options) if small else None
     path = path_of(graph)
+    if exact_sums and _has_products_of_bytes(graph) and not byte_sums_are_exact():
+        LOG.warning("%s takes slower products: sums of bytes saturate on this processor, which has no VNNI", path)
+        options.add_session_config_entry(EXACT_SUMS, "1")
     held = hand_over(graph, options, onnxruntime) if isinstance(graph, GraphFiles) else []
     try:
         session = onnxruntime.InferenceSession(
@@ -150,6 +151,10 @@ def open_session(
         # The session has copied what it keeps.
         held.clear()
     return session
+
+
+def _has_products_of_bytes(graph: Path | GraphFiles) -> bool:
+    return PRODUCT in (graph.graph if isinstance(graph, GraphFiles) else graph.read_bytes())
 
 
 def check_bindings(session: Any, path: Path, inputs: Sequence[Binding], outputs: Sequence[Binding]) -> None:

@@ -112,7 +112,7 @@ class OnnxRuntimeCpuEngine:
     def __init__(
         self, graph: Path | GraphFiles, dims: GraphDims, threads: int | None = None, *, small: bool = False
     ) -> None:
-        self._session = open_session(graph, ["CPUExecutionProvider"], threads, small=small, exact_products=True)
+        self._session = open_session(graph, ["CPUExecutionProvider"], threads, small=small, exact_sums=True)
         self.dims = dims
         about = self._session.get_modelmeta().custom_metadata_map
         # Graphs of earlier releases are for one request.

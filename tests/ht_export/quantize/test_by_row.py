@@ -16,7 +16,7 @@ from ht_export.quantize.by_row import LARGEST_ALIKE
 from ht_export.quantize.precision import STORED
 from ht_export.quantize.rotate import ALIKE
 from ht_export.quantize.weights import quantise
-from runtime.engines.onnxruntime import EXACT_PRODUCTS
+from runtime.engines.byte_sums import EXACT_SUMS, byte_sums_are_exact
 
 
 def product(weights: np.ndarray, twice: bool = False, alike: bool = False) -> onnxruntime.InferenceSession:
@@ -52,7 +52,8 @@ def product(weights: np.ndarray, twice: bool = False, alike: bool = False) -> on
         others = {"RMSNormalization": 1, "Add": 1} if alike else by_row
         assert counts == {"QuantizeLinear": 1, "MatMulIntegerToFloat": 2, **others}
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry(EXACT_PRODUCTS, "1")
+    if not byte_sums_are_exact():
+        options.add_session_config_entry(EXACT_SUMS, "1")
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
