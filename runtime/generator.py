@@ -182,7 +182,7 @@ class Generator:
         service.check()
         job, delivery = self._preparation.prepare(prompt, **options)
         service.submit(job)
-        return Request(delivery, _canceller(service, job))
+        return Request(delivery, _canceller(service, job), len(job.state.prompt))
 
     # A string is a sequence of strings too, and one prompt.
     @overload
