@@ -14,6 +14,7 @@ from runtime.sampling import Sampling
 from runtime.serving.errors import ApiError
 from runtime.serving.requests import (
     UNSUPPORTED,
+    UNSUPPORTED_INSIDE,
     ChatRequest,
     CompletionRequest,
     Request,
@@ -42,7 +43,7 @@ def decode(body: bytes, kind: type[R]) -> R:
 def _unfit(message: str) -> ApiError:
     if unknown := re.match(r"Object contains unknown field `(.+?)`(?: - at `\$(.*)`)?$", message):
         name = unknown[1]
-        reason = UNSUPPORTED.get(name, "it is no field that this server knows")
+        reason = (UNSUPPORTED | UNSUPPORTED_INSIDE).get(name, "it is no field that this server knows")
         where = _param(f"{unknown[2] or ''}.{name}")
         return ApiError(
             400, f"{where} cannot be honoured: {reason}; leave it out", param=where, code="unknown_parameter"
@@ -53,8 +54,9 @@ def _unfit(message: str) -> ApiError:
     told, _, at = message.partition(" - at ")
     found = re.search(r"`\$(.*?)`$", at)
     where = _param(found[1]) if found else ""
-    name = re.split(r"[.\[]", where)[-1] if where else ""
-    why = UNSUPPORTED.get(name) or UNSUPPORTED.get(re.split(r"[.\[]", where)[0] if where else "")
+    names = re.findall(r"[a-z_]+", where) or [""]
+    inside = UNSUPPORTED_INSIDE.get(names[-1]) if names[0] in ("messages", "input") else None
+    why = UNSUPPORTED.get(names[0]) or inside
     about = f"{where}: " if where else ""
     more = f"; {why}" if why else ""
     return ApiError(400, f"{about}{told}{more}", param=where or None, code="invalid_value")

@@ -255,7 +255,6 @@ UNSUPPORTED = {
     "tool_choice": "this server calls no tools",
     "functions": "this server calls no functions",
     "function_call": "this server calls no functions",
-    "tool_calls": "this server calls no tools",
     "response_format": "answers are text, without a schema",
     "text": "answers are text, without a schema",
     "modalities": "answers are text",
@@ -270,6 +269,12 @@ UNSUPPORTED = {
     "conversation": "nothing is stored; send the whole conversation as input",
     "prompt": "there are no stored prompts; give input and instructions",
     "truncation": "prompts are not cut; shorten them",
+}
+# And in messages.
+UNSUPPORTED_INSIDE = {
+    "audio": "messages are made of text",
+    "function_call": "this server calls no functions",
+    "tool_calls": "this server calls no tools",
     "role": "messages are of the roles system, developer, user and assistant",
     "type": "messages are made of text",
 }
