@@ -43,7 +43,7 @@ def decode(body: bytes, kind: type[R]) -> R:
 def _unfit(message: str) -> ApiError:
     if unknown := re.match(r"Object contains unknown field `(.+?)`(?: - at `\$(.*)`)?$", message):
         name = unknown[1]
-        reason = (UNSUPPORTED | UNSUPPORTED_INSIDE).get(name, "it is no field that this server knows")
+        reason = (UNSUPPORTED_INSIDE | UNSUPPORTED).get(name, "it is no field that this server knows")
         where = _param(f"{unknown[2] or ''}.{name}")
         return ApiError(
             400, f"{where} cannot be honoured: {reason}; leave it out", param=where, code="unknown_parameter"

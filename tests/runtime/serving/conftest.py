@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,6 @@ from runtime import Generator
 
 if TYPE_CHECKING:
     from tests.runtime.serving.live import Live
-
-NEEDED = ("starlette", "uvicorn", "h11", "prometheus_client", "httpx")
-MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-# Where they are missing each file is skipped by its name: see `needs_a_server`.
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,9 @@ class Live:
         self.app = app or create_app(generator, self.settings)
         self.state = getattr(self.app.state, "server", None)
         http: Any = protocol(self.settings.body_s, self.settings.reader_s)
-        config = uvicorn.Config(self.app, host="127.0.0.1", port=0, http=http, log_config=None, lifespan="on")
+        config = uvicorn.Config(
+            self.app, host="127.0.0.1", port=0, http=http, log_config=None, access_log=False, lifespan="on"
+        )
         config.timeout_graceful_shutdown = 5
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
