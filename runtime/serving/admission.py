@@ -33,7 +33,8 @@ def decode(body: bytes, kind: type[R]) -> R:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _unfit(str(error)) from error
+        # It repeats names that the client has chosen.
+        raise _unfit(one_line(error)) from error
     except RecursionError as error:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error
     except (msgspec.MsgspecError, ValueError) as error:

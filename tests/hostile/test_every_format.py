@@ -56,6 +56,7 @@ ALLOWED = {
     Reading("runtime/engines/dense_cache.py", "DenseCache._allocate", "frombuffer"): "memory of its own",
     Reading("runtime/engines/dense_cache.py", "DenseCache._forget", "frombuffer"): "memory of its own",
     Reading("runtime/tuning.py", "cpu_name", "read_text"): SYSTEM,
+    Reading("runtime/serving/admission.py", "decode", "msgspec.json.decode"): "the body of a request, bounded before",
     Reading("runtime/escaping.py", "ControlTokens.tokenizer", "from_str"): MEMORY,
     Reading("runtime/escaping.py", "ControlTokens.tokenizer", "json.loads"): MEMORY,
     Reading("ht_export/bundle.py", "_described", "from_str"): MEMORY,

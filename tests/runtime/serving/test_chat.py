@@ -12,7 +12,7 @@ for needed in ("starlette", "uvicorn", "prometheus_client", "httpx"):
 from runtime import Generator, Sampling
 from tests.runtime.serving.live import CHAT, Live, held_up
 
-GREEDY = {"temperature": 0, "max_tokens": 24}
+GREEDY: Any = {"temperature": 0, "max_tokens": 24}
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,9 @@ def test_an_answer_goes_on_to_the_context_limit_where_nothing_ends_it(live: Live
 def test_n_answers_are_those_of_the_seed_and_the_seeds_after_it(
     live: Live, generator: Generator, streamed: bool
 ) -> None:
+    asked: dict[str, Any] = {"n": 3, "temperature": 1, "seed": 5, "max_tokens": 24}
     sampling = Sampling(temperature=1.0, seed=5)
     expected = [one.text for one in generator.generate("Hello", n=3, max_new_tokens=24, sampling=sampling)]
-    asked = {"n": 3, "temperature": 1, "seed": 5, "max_tokens": 24}
     if streamed:
         texts = ["", "", ""]
         messages = [{"role": "user", "content": "Hello"}]
@@ -152,8 +152,9 @@ def test_log_probabilities_are_the_generators(
         assert bytes(entry["bytes"]) == generator.token_bytes(score.token)
         assert entry["token"] == bytes(entry["bytes"]).decode(errors="replace")
         assert entry["logprob"] == pytest.approx(score.log_probability, abs=1e-5)
-        best = [(bytes(one["bytes"]), pytest.approx(one["logprob"], abs=1e-5)) for one in entry["top_logprobs"]]
-        assert best == [(generator.token_bytes(token), value) for token, value in score.best[: top or 0]]
+        for one, (token, value) in zip(entry["top_logprobs"], score.best[: top or 0], strict=True):
+            assert bytes(one["bytes"]) == generator.token_bytes(token)
+            assert one["logprob"] == pytest.approx(value, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_messages_may_be_written_in_all_of_openais_ways(
 
 def test_an_answer_can_be_sent_back_as_it_came(live: Live) -> None:
     first = live.chat(**GREEDY)["choices"][0]["message"]
-    more = {"annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    more: dict[str, Any] = {"annotations": [], "audio": None, "function_call": None, "tool_calls": None}
     messages = [{"role": "user", "content": "Hello"}, {**first, **more}, {"role": "user", "content": "Go on"}]
     assert live.ask(CHAT, messages=messages, **GREEDY)["choices"][0]["message"]["content"]
 

@@ -12,7 +12,7 @@ for needed in ("starlette", "uvicorn", "prometheus_client", "httpx"):
 from runtime import Generator, Sampling
 from tests.runtime.serving.live import TEXT, Live
 
-GREEDY = {"temperature": 0, "max_tokens": 12}
+GREEDY: Any = {"temperature": 0, "max_tokens": 12}
 PROMPT = "The sky is blue, and 漢字 are 🙂"
 
 

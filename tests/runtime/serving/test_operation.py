@@ -343,7 +343,11 @@ def test_logs_are_json_without_what_was_said(serve: Serve, caplog: pytest.LogCap
     secret = "my secret question"
     answer = live.chat(secret, temperature=0, max_tokens=8)
     live.client.post(CHAT, json={"model": live.name, "messages": [{"role": secret}]})
-    until(lambda: sum(record.message == "request" and "status" in record.fields for record in caplog.records) >= 3)
+    until(
+        lambda: (
+            sum(record.message == "request" and "status" in vars(record)["fields"] for record in caplog.records) >= 3
+        )
+    )
     lines = [JsonLines().format(record) for record in caplog.records if record.name == "runtime.serving"]
     entries = [json.loads(line) for line in lines]
     (one,) = [entry for entry in entries if entry.get("path") == CHAT and entry["status"] == 200]

@@ -12,7 +12,7 @@ for needed in ("starlette", "uvicorn", "prometheus_client", "httpx"):
 from runtime import Generator, Sampling
 from tests.runtime.serving.live import RESPONSES, Live
 
-GREEDY = {"temperature": 0, "max_output_tokens": 24}
+GREEDY: Any = {"temperature": 0, "max_output_tokens": 24}
 
 
 @pytest.mark.parametrize(
