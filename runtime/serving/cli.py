@@ -198,16 +198,18 @@ def _serve(options: argparse.Namespace) -> None:
     from runtime.serving.app import create_app
     from runtime.serving.exporting import engine_of
     from runtime.serving.logs import configure
-    from runtime.serving.running import serve
+    from runtime.serving.running import bound, serve
 
     if not 0 <= options.port < 1 << 16:
         raise InputError(f"--port must be 0 to 65535, not {options.port}")
     settings = settings_of(options)
     _warn_of_strangers(options.host, bool(settings.api_keys))
     configure(options.log_level)
-    engine = engine_of(options.engine, options.precision)
-    with _generator(engine, options) as generator:
-        serve(create_app(generator, settings), options.host, options.port)
+    # An address that is taken is told before the engine is loaded.
+    with bound(options.host, options.port) as listening:
+        engine = engine_of(options.engine, options.precision)
+        with _generator(engine, options) as generator:
+            serve(create_app(generator, settings), listening)
 
 
 def settings_of(options: argparse.Namespace) -> Settings:

@@ -49,7 +49,7 @@ class Generating(Generic[R]):
         """See ASGI."""
         server, settings = self._server, self._server.settings
         exchange = exchange_of(scope)
-        exchange.route = scope["path"] if exchange.path == "" else exchange.path
+        exchange.route = exchange.path
         server.start()
         server.check_open()
         body = await read_body(scope, receive, settings.max_body, settings.body_s)

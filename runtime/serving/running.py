@@ -64,16 +64,12 @@ class DrainingServer(uvicorn.Server):
         LOG.info("stopped", extra={"fields": {"drained": drained}})
 
 
-def serve(app: Starlette, host: str, port: int) -> None:
-    """Serve `app` on `host` and `port` until it is asked to stop by SIGINT or SIGTERM; close its generator then. Raises
-    `OSError` where the address cannot be had.
-    """
+def serve(app: Starlette, listening: socket.socket) -> None:
+    """Serve `app` at the address of a `bound` socket until SIGINT or SIGTERM comes; then close its generator."""
     served: Server = app.state.server
     settings = served.settings
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http=protocol(settings.body_s, settings.reader_s),  # type: ignore[arg-type]
         ws="none",
         access_log=False,
@@ -84,14 +80,17 @@ def serve(app: Starlette, host: str, port: int) -> None:
         backlog=BACKLOG,
         lifespan="on",
     )
-    with _bound(host, port) as listening:
-        told = listening.getsockname()
-        LOG.info("listening", extra={"fields": {"host": told[0], "port": told[1], "models": served.names}})
-        DrainingServer(config, served).run(sockets=[listening])
+    told = listening.getsockname()
+    LOG.info("listening", extra={"fields": {"host": told[0], "port": told[1], "models": served.names}})
+    DrainingServer(config, served).run(sockets=[listening])
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+def bound(host: str, port: int) -> socket.socket:
+    """Return a socket that has this address, and does not listen yet. Raises `OSError` where it cannot be had."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, host) from error
     listening = socket.socket(family, kind, number)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -99,5 +98,4 @@ def _bound(host: str, port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         raise OSError(error.errno, error.strerror, f"{host}:{port}") from error
-    listening.set_inheritable(True)
     return listening

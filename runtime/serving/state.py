@@ -62,6 +62,10 @@ class Server:
         except ServiceError as error:
             # A queue that is full is warm already; of a failed engine the health tells.
             LOG.warning("warming up ended early", extra={"fields": {"error": one_line(error)}})
+        except Exception:
+            # Of a server that nobody should be sent to.
+            LOG.exception("warming up failed")
+            return
         self.warm = True
         LOG.info("ready", extra={"fields": {"seconds": round(time.monotonic() - begun, 3), "models": self.names}})
 

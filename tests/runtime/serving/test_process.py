@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -180,6 +181,17 @@ def test_a_mistake_is_one_line(
     assert found.startswith("ht-serve: error: ")
     assert told in found
     assert found.count("\n") == 1
+
+
+def test_an_address_that_is_taken_is_told_before_the_engine_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main([str(tmp_path / "engine.onnx"), "--port", port]) == 1
+    assert capsys.readouterr().err == f"ht-serve: error: 127.0.0.1:{port}: Address already in use\n"
 
 
 def test_keys_are_lines_of_a_file(tmp_path: Path) -> None:
