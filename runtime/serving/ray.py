@@ -239,8 +239,8 @@ def _front() -> Front:
     return Front(serve.get_deployment_handle(Replica.__name__, app_name=name), Settings(warm_up=False))
 
 
-def build(given: dict[str, Any]) -> serve.Application:
-    """Return the application of Ray Serve with these `Options`. Raises `InputError` where they do not fit."""
+def options_of(given: dict[str, Any]) -> Options:
+    """Return the options that were given, also as strings. Raises `InputError` where they do not fit."""
     try:
         options = msgspec.convert(given, Options, strict=False)
     except msgspec.ValidationError as error:
@@ -249,6 +249,12 @@ def build(given: dict[str, Any]) -> serve.Application:
         raise InputError(
             f"max_replicas is {options.max_replicas}, fewer than min_replicas, {options.min_replicas}; give more"
         )
+    return options
+
+
+def build(given: dict[str, Any]) -> serve.Application:
+    """Return the application of Ray Serve with these `Options`. Raises `InputError` where they do not fit."""
+    options = options_of(given)
     # Of these Ray states no types, or others than it takes.
     made: Any = serve.deployment
     router: Any = PrefixRouter

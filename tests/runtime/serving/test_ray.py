@@ -21,7 +21,7 @@ import ray
 from ray import serve
 
 from runtime import Generator, InputError
-from runtime.serving.ray import Options, build, key_of, ranked
+from runtime.serving.ray import Options, build, key_of, options_of, ranked
 from tests.runtime.serving.live import CHAT
 
 ROOT = str(Path(__file__).parents[3])
@@ -81,12 +81,13 @@ def test_what_is_no_request_has_none(body: bytes) -> None:
 )
 def test_options_that_do_not_fit(given: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError, match=told):
-        build(given)
+        options_of(given)
 
 
 def test_every_option_may_be_a_string_as_on_a_command_line() -> None:
     given = {name: "1" for name in Options.__struct_fields__ if name not in ("adapt", "device")}
-    assert build({**given, "adapt": "false"})
+    found = options_of({**given, "adapt": "false"})
+    assert (found.max_batch, found.num_gpus, found.threads, found.adapt) == (1, 1.0, 1, False)
 
 
 @pytest.fixture(scope="module")
