@@ -19,7 +19,7 @@ def protocol(head_s: float, reader_s: float) -> Callable[..., asyncio.Protocol]:
         _head: asyncio.TimerHandle | None = None
         _reading: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._wait_for_head()
 

@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -68,9 +69,11 @@ def serve(app: Starlette, listening: socket.socket) -> None:
     """Serve `app` at the address of a `bound` socket until SIGINT or SIGTERM comes; then close its generator."""
     served: Server = app.state.server
     settings = served.settings
+    # A function that makes them does as well as a class.
+    http: Any = protocol(settings.body_s, settings.reader_s)
     config = uvicorn.Config(
         app,
-        http=protocol(settings.body_s, settings.reader_s),  # type: ignore[arg-type]
+        http=http,
         ws="none",
         access_log=False,
         log_config=None,
