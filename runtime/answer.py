@@ -30,7 +30,9 @@ class GenerationResult:
     request was made, also while it waited for others. `decode_tokens_per_second` leaves the prompt and the first token
     out; it is 0.0 when there was no second token. `accepted[n]` counts the steps that accepted n drafted tokens and so
     yielded n + 1: all but the prompt's, and the last one, which the answer's end cut short. `seed` is the one that
-    sampling used, None for greedy decoding. `log_probabilities` has an entry for each token, if asked for.
+    sampling used, None for greedy decoding. `log_probabilities` has an entry for each token, if asked for, and
+    `prompt_log_probabilities` for each of the prompt, None for its first. All passes together verified `candidates`
+    drafted tokens, and accepted `accepted_candidates` of them.
     """
 
     text: str
@@ -45,6 +47,9 @@ class GenerationResult:
     accepted: tuple[int, ...]
     seed: int | None
     log_probabilities: list[TokenLogProbability] | None
+    prompt_log_probabilities: list[TokenLogProbability | None] | None = None
+    candidates: int = 0
+    accepted_candidates: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-ready dictionary."""
@@ -129,4 +134,7 @@ class Answer:
             accepted=tuple(self._accepted[n] for n in range(max(self._accepted, default=-1) + 1)),
             seed=self._sampler.seed,
             log_probabilities=self._sampler.log_probabilities,
+            prompt_log_probabilities=None if state.scores is None else state.scores.found,
+            candidates=state.candidates,
+            accepted_candidates=state.accepted,
         )

@@ -17,8 +17,12 @@ from runtime.arrays import IntArray
 from runtime.drafting.drafter import Drafter, Offer
 from runtime.drafting.drafts import DraftStep
 from runtime.rows import Outputs, Rows, lay_out, prompt_rows
-from runtime.sampling.choice import ArgMax, Choice, Chosen, Wanted
+from runtime.sampling.choice import ArgMax, Choice, Chosen, Wanted, WholeLogits
+from runtime.sampling.scores import PromptScores
 from runtime.tree import Tree, TreeSizes
+
+# Rows of a prompt whose whole logits come back at once, where the prompt is scored: all engines have room for so many.
+SCORED_ROWS = 64
 
 # Called once for each token chosen, in order; returns whether the answer ends with it.
 Ends = Callable[[int], bool]
@@ -60,7 +64,9 @@ class DecodingState:
     The prompt is run in chunks of `chunk` tokens, which may change between them, from the first token that is not
     `committed` on: the rows that an engine keeps for it, at the beginning those of a prompt that began alike.
     `join_order` is that of the graph's draft steps. The answer ends with the first token that `ends` is true of, or
-    after `max_new_tokens`. `tokens` are those chosen so far.
+    after `max_new_tokens`, of which there may be none where the prompt has `scores`: then all of its rows have logits,
+    and its tokens are scored by them. `tokens` are those chosen so far; passes have verified `candidates` drafted
+    tokens, of which so many were `accepted`.
     """
 
     prompt: Sequence[int]
@@ -73,6 +79,9 @@ class DecodingState:
     tokens: list[int] = field(default_factory=list)
     committed: int = 0
     ended: bool = False
+    scores: PromptScores | None = None
+    candidates: int = 0
+    accepted: int = 0
 
     def take(self, found: Choice) -> int:
         """Choose the next token, where `found` is what came back of the row before it; return it."""
@@ -120,6 +129,9 @@ def decode(request: DecodingState) -> Decoding:
         accepted = verify(tree, outputs, request)
         drafts = drafts_of(accepted[-1], outputs, request.join_order, drafter.draft_tokens)
         request.committed += len(accepted)
+        # The root was certain before.
+        request.candidates += len(tree) - 1
+        request.accepted += len(accepted) - 1
         drafter.accept(request.tokens[-len(accepted) :])
         yield Accepted(accepted)
 
@@ -171,24 +183,33 @@ def run(rows: Rows) -> Generator[Yielded, Sent, Outputs]:
 
 
 def process_prompt(request: DecodingState) -> Generator[Yielded, Sent, list[DraftStep]]:
-    """Run the prompt in chunks, and choose the token after it. Returns the drafts of what follows that."""
-    drafter, prompt = request.drafter, request.prompt
+    """Run the prompt in chunks, and choose the token after it, if there shall be one. Returns the drafts of what
+    follows that.
+    """
+    drafter, prompt, scores = request.drafter, request.prompt, request.scores
     drafts: list[DraftStep] = []
     while (start := request.committed) < len(prompt):
-        tokens = prompt[start : start + request.chunk]
+        chunk = request.chunk if scores is None else min(request.chunk, SCORED_ROWS)
+        tokens = prompt[start : start + chunk]
         ends_prompt = start + len(tokens) == len(prompt)
         rows = prompt_rows(
             tokens,
             request.join_order,
             start,
-            drafter.draft_steps if ends_prompt else 0,
-            wanted=request.choose.wanted,
+            drafter.draft_steps if ends_prompt and request.max_new_tokens else 0,
+            wanted=request.choose.wanted if scores is None else WholeLogits(),
             shortlist=drafter.shortlist,
+            every_logit=scores is not None,
         )
         outputs = yield from run(rows)
-        if ends_prompt:
-            request.take(outputs.chosen(0))
+        if scores is not None:
+            for row, token in enumerate(prompt[start + 1 : start + len(tokens) + 1]):
+                scores.add(outputs.chosen(row), token)
+        if ends_prompt and request.max_new_tokens:
+            request.take(outputs.chosen(len(rows.logit_rows) - 1))
             drafts = drafts_of(len(tokens) - 1, outputs, request.join_order, drafter.draft_tokens)
         request.committed += len(tokens)
+        # Of an answer without tokens the prompt is all.
+        request.ended = request.ended or (ends_prompt and not request.max_new_tokens)
         yield Accepted(range(len(tokens)))
     return drafts

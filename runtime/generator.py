@@ -21,7 +21,7 @@ from runtime.drafting.sizing import Sizing
 from runtime.engines.device_engine import DeviceEngine
 from runtime.engines.opening import open_engine, runs_on_cpu
 from runtime.engines.protocol import Engine
-from runtime.errors import BusyError, InputError
+from runtime.errors import BusyError, EngineError, InputError
 from runtime.files import check_readable
 from runtime.memory import default_cache_bytes
 from runtime.preparation import MOST_ANSWERS, Preparation, RequestOptions, prompts_of, sampling_of_answers
@@ -31,6 +31,7 @@ from runtime.sampling.noise import Noise
 from runtime.scheduling.pool import Footprint
 from runtime.scheduling.scheduler import Limits, Scheduler
 from runtime.service import Service
+from runtime.token_bytes import TokenBytes
 from runtime.tuning import device_name, load_or_measure
 
 MOST_BATCH = 1 << 10
@@ -99,6 +100,7 @@ class Generator:
                 whole(name, given)
         bundle = read_bundle(path, verify_weights=verify_weights)
         self._bundle = bundle
+        self._token_bytes = TokenBytes(bundle.tokenizer)
         self.about: EngineFile = bundle.about
         with bundle.files as files:
             self.engine: Engine = open_engine(files, self.about, device, threads, gpu_memory_bytes)
@@ -152,6 +154,17 @@ class Generator:
         """Return the text of `tokens`, without special ones. Raises `InputError` for what is no token."""
         return tokenizer.decode(self._bundle.tokenizer, tokens)
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of the text that `token` stands for within a text, a special token's name among them; they
+        may be a part of a character. Raises `InputError` for what is no token.
+        """
+        return self._token_bytes[whole("token", token, 0, self.about.dims.vocab_size - 1)]
+
+    @property
+    def failure(self) -> EngineError | None:
+        """The error that the engine has failed by, None for one that has not: after it no request is answered."""
+        return self._service.scheduler.failure
+
     def check(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> None:
         """Raise what `submit` raises for a request that does not fit, and do nothing else."""
         self._preparation.prepare(prompt, **options)
@@ -169,7 +182,7 @@ class Generator:
         service.check()
         job, delivery = self._preparation.prepare(prompt, **options)
         service.submit(job)
-        return Request(delivery, _canceller(service, job))
+        return Request(delivery, _canceller(service, job), len(job.state.prompt))
 
     # A string is a sequence of strings too, and one prompt.
     @overload

@@ -23,6 +23,7 @@ from runtime.request import Delivery
 from runtime.sampling import Sampling
 from runtime.sampling.noise import Noise
 from runtime.sampling.sampler import Sampler
+from runtime.sampling.scores import PromptScores
 from runtime.scheduling.job import Job
 from runtime.tree import MOST_ROWS, TreeSizes
 
@@ -35,7 +36,8 @@ MOST_ANSWERS = 1024
 class RequestOptions(TypedDict, total=False):
     """What a request may say besides its prompt.
 
-    - `max_new_tokens` (256): of the answer, at most.
+    - `max_new_tokens` (256): of the answer, at most; None for as many as context limit and cache have room for, and 0
+      with `prompt_logprobs`, for no answer.
     - `stop`: strings that end the answer and are left out of its text.
     - `sampling`: how tokens are chosen, None greedily.
     - `speculate=False` decodes plainly, one token a pass, to the same text, given the same seed.
@@ -46,9 +48,12 @@ class RequestOptions(TypedDict, total=False):
     - `priority` (0): requests of a higher one run first.
     - `deadline_s`: seconds after which the answer ends as it is then, with `finish_reason` "deadline"; a request that
       has not begun by then raises `DeadlineError`.
+    - `prompt_logprobs`: the log-probabilities of the prompt's tokens, and of that many of the best in the place of
+      each. All of the prompt is computed then, whatever is kept of earlier ones. Plans cannot.
+    - `ignore_stop_tokens`: the answer goes on after a token with which the model ends its text.
     """
 
-    max_new_tokens: int
+    max_new_tokens: int | None
     stop: Sequence[str]
     speculate: bool
     raw: bool
@@ -58,6 +63,8 @@ class RequestOptions(TypedDict, total=False):
     escape_special_tokens: bool | None
     deadline_s: float | None
     priority: int
+    prompt_logprobs: int | None
+    ignore_stop_tokens: bool
 
 
 class Preparation:
@@ -87,7 +94,7 @@ class Preparation:
         self,
         prompt: Prompt,
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = 256,
         stop: Sequence[str] = (),
         speculate: bool = True,
         raw: bool = False,
@@ -97,11 +104,14 @@ class Preparation:
         escape_special_tokens: bool | None = None,
         deadline_s: float | None = None,
         priority: int = 0,
+        prompt_logprobs: int | None = None,
+        ignore_stop_tokens: bool = False,
     ) -> tuple[Job, Delivery]:
         """Return the job, and where its answer is delivered to; see `RequestOptions`. Raises `InputError` for what does
         not fit, of it `PromptTooLongError` when the prompt leaves no room within the context limit.
         """
-        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+        if max_new_tokens is not None:
+            whole("max_new_tokens", max_new_tokens, 1 if prompt_logprobs is None else 0)
         if not isinstance(stop, Sequence) or isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise InputError(f"stop must be a list of strings that are not empty, not {shown(stop)}")
         if sampling is None:
@@ -122,12 +132,19 @@ class Preparation:
                 "prompt and answer together; shorten the prompt"
             )
         dims = self.about.dims
-        sampler = Sampler(sampling, ids, dims.vocab_size, self.about.stop_tokens)
+        stop_tokens = () if ignore_stop_tokens else self.about.stop_tokens
+        scores = self._scores(prompt_logprobs)
+        sampler = Sampler(sampling, ids, dims.vocab_size, stop_tokens)
         drafter = self.new_drafter(sizing, sampling.temperature, sampler.noise, ngrams=ngrams and speculate)
-        answer = Answer(self._bundle.tokenizer, stop, self.about.stop_tokens, sampler)
-        most = min(max_new_tokens, room)
-        state = DecodingState(ids, drafter, self.about.prompt_chunk, dims.join_order, sampler, most, answer.ends)
-        rows = len(ids) + most + sizing.most_rows * (1 + dims.num_steps)
+        answer = Answer(self._bundle.tokenizer, stop, stop_tokens, sampler)
+        beside = len(ids) + sizing.most_rows * (1 + dims.num_steps)
+        # Where the cache has room for none, it is told below.
+        wanted = max(1, self._cache_rows - beside) if max_new_tokens is None else max_new_tokens
+        most = min(wanted, room)
+        state = DecodingState(
+            ids, drafter, self.about.prompt_chunk, dims.join_order, sampler, most, answer.ends, scores=scores
+        )
+        rows = most + beside
         if rows > self._cache_rows:
             raise InputError(
                 f"the prompt's {len(ids)} tokens and up to {most} new ones need {rows} rows of the cache, and "
@@ -147,6 +164,18 @@ class Preparation:
         if ngrams:
             sources.append(Ngrams())
         return Drafter(sizing, sources, bundle.draft_tokens)
+
+    def _scores(self, count: int | None) -> PromptScores | None:
+        if count is None:
+            return None
+        vocab_size = self.about.dims.vocab_size
+        whole("prompt_logprobs", count, 1, vocab_size)
+        if self.about.plan is not None:
+            raise InputError(
+                "prompt_logprobs cannot be had of a plan, which has the logits of a prompt's last token alone; use "
+                "an .onnx engine, or leave it out"
+            )
+        return PromptScores(count, vocab_size)
 
     def _sizing(self, tree: TreeSizes | None, speculate: bool) -> Sizing:
         steps = self.about.dims.num_steps
@@ -179,9 +208,11 @@ class Preparation:
         return sizes
 
 
-def _check_sampling(sampling: object, max_new_tokens: int) -> None:
+def _check_sampling(sampling: object, max_new_tokens: int | None) -> None:
     if not isinstance(sampling, Sampling):
         raise InputError(f"sampling must be a runtime.Sampling, not {shown(sampling)}")
+    if max_new_tokens is None:
+        return
     if sampling.min_new_tokens > max_new_tokens:
         raise InputError(
             f"min_new_tokens is {sampling.min_new_tokens}, more than max_new_tokens, {max_new_tokens}; change one of "

@@ -121,11 +121,12 @@ class Delivery:
 class Request:
     """One answer under way: iterate over its chunks as they come, with `for` or `async for`, or wait for its `result`.
 
-    It ends early by `cancel`, and when nothing refers to it any more.
+    It ends early by `cancel`, and when nothing refers to it any more. Its prompt has `prompt_tokens` tokens.
     """
 
-    def __init__(self, delivery: Delivery, cancel: Callable[[], None]) -> None:
+    def __init__(self, delivery: Delivery, cancel: Callable[[], None], prompt_tokens: int = 0) -> None:
         self._delivery = delivery
+        self.prompt_tokens = prompt_tokens
         self._cancel = weakref.finalize(self, cancel)
         # At the interpreter's end all requests end.
         self._cancel.atexit = False

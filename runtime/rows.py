@@ -165,14 +165,16 @@ def prompt_rows(
     *,
     wanted: Wanted | None = None,
     shortlist: int = 0,
+    every_logit: bool = False,
 ) -> Rows:
     """Return the rows of a prompt chunk that begins at the absolute position `start`: the logits of its last token are
-    asked for, and drafts of the first `draft_steps` steps after it.
+    asked for, or with `every_logit` those of all, and drafts of the first `draft_steps` steps after it.
     """
     last = np.array([len(tokens) - 1], dtype=np.int64)
+    asked = None if every_logit else last
     parents = tuple(last[: int(step < draft_steps)] for step in range(len(join_order)))
     return lay_out(
-        chain(tokens), parents, join_order, start, last, phase=Phase.PROMPT, wanted=wanted, shortlist=shortlist
+        chain(tokens), parents, join_order, start, asked, phase=Phase.PROMPT, wanted=wanted, shortlist=shortlist
     )
 
 

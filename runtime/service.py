@@ -43,6 +43,10 @@ class Service:
         """Raise `ServiceError` in another process than the one that this was made in, `ClosedError` when it is closed,
         and `InputError` in the engine's own thread, which cannot wait for itself.
         """
+        self._check_caller()
+        self._check_open()
+
+    def _check_caller(self) -> None:
         if os.getpid() != self._process:
             raise ServiceError(
                 "this generator was made before a fork, and its engine's threads are in the process that made it; make "
@@ -50,7 +54,6 @@ class Service:
             )
         if threading.current_thread() is self._thread:
             raise InputError("a processor cannot call the generator that calls it; load another one for that")
-        self._check_open()
 
     def submit(self, job: Job) -> None:
         """Queue `job`. Raises `BusyError` when as many wait as may, `EngineError` when the engine has failed, and what
@@ -105,11 +108,11 @@ class Service:
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more jobs, and wait until those that there are have ended, for up to `timeout` seconds; return
-        whether they have.
+        whether they have. It may be called again, to wait longer.
         """
-        self.check()
+        self._check_caller()
         with self._changed:
-            self._refusal = "the generator is being drained and takes no more requests"
+            self._refusal = self._refusal or "the generator is being drained and takes no more requests"
             return self._changed.wait_for(lambda: self._empty, timeout)
 
     def close(self) -> None:

@@ -65,7 +65,7 @@ def encode(tokenizer: Tokenizer, text: str, vocab_size: int, *, add_special_toke
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     """Return the text of `tokens`, without special ones. Raises `InputError` where there is none."""
-    with failures(_undecodable):
+    with failures(undecodable):
         return tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
@@ -83,11 +83,12 @@ class DecodedStream:
 
         Raises `InputError` where there is none.
         """
-        with failures(_undecodable):
+        with failures(undecodable):
             return self._stream.step(self._tokenizer, token)
 
 
-def _undecodable(cause: str) -> InputError:
+def undecodable(cause: str) -> InputError:
+    """Return the error of tokens that the tokenizer cannot decode, for this `cause`."""
     return InputError(
         f"the tokenizer cannot decode these tokens ({cause}); export the engine again if they are its own"
     )

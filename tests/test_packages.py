@@ -29,11 +29,19 @@ def test_scripts_need_nothing_installed() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["runtime", "runtime.engines.tensorrt", "runtime.engines.onnxruntime_cuda", "plugins.tensorrt_plugin"]
+    "module",
+    [
+        "runtime",
+        "runtime.engines.tensorrt",
+        "runtime.engines.onnxruntime_cuda",
+        "runtime.serving.cli",
+        "plugins.tensorrt_plugin",
+    ],
 )
 def test_importing_the_runtime_loads_no_engine_library_and_no_model_library(module: str) -> None:
     heavy = (
-        "{'torch', 'transformers', 'onnx', 'onnxruntime', 'tensorrt', 'tensorrt_rtx', 'triton', 'tokenizers', 'jinja2'}"
+        "{'torch', 'transformers', 'onnx', 'onnxruntime', 'tensorrt', 'tensorrt_rtx', 'triton', 'tokenizers', "
+        "'jinja2', 'starlette', 'uvicorn', 'prometheus_client'}"
     )
     code = f"import sys, {module}; print(sorted({heavy} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -48,7 +48,7 @@ class Job:
     `submitted` and `deadline` are times of `time.monotonic`. `most_rows` bounds the rows of its cache, those of a pass
     among them. While it runs it is in a `slot`, and `rows` are those that it wants next, or there is an `offer` to be
     cut to sizes; taken out of its slot it keeps them, and the rows before them are computed again. `cached` counts the
-    tokens of the prompt whose rows were there already.
+    tokens of the prompt whose rows were there already; `latest` is when its last token became certain.
     """
 
     state: DecodingState
@@ -63,6 +63,7 @@ class Job:
     offer: Offer | None = None
     cached: int = 0
     preemptions: int = 0
+    latest: float = 0.0
     _decoding: Decoding | None = None
     _replayed: Rows | None = None
 
@@ -70,6 +71,13 @@ class Job:
     def started(self) -> bool:
         """Return whether it has run before."""
         return self._decoding is not None
+
+    @property
+    def reuses(self) -> bool:
+        """Return whether it may begin with rows that were computed for another: where its prompt is scored it needs the
+        logits of all of them, once.
+        """
+        return self.started or self.state.scores is None
 
     @property
     def tokens(self) -> Sequence[int]:

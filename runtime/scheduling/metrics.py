@@ -28,10 +28,10 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def add(self, value: float) -> None:
-        """Count `value`."""
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    def add(self, value: float, times: int = 1) -> None:
+        """Count `value` so many times."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += times
+        self.sum += value * times
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts as plain data."""
@@ -50,15 +50,23 @@ class Metrics:
     most_running: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
+    # Of requests that have finished; and of all.
     new_tokens: int = 0
+    chosen_tokens: int = 0
     prompt_passes: int = 0
     decode_passes: int = 0
     # Passes in which more than one request verified candidates.
     tree_passes: int = 0
     verified_rows: int = 0
     accepted_rows: int = 0
+    # Requests in passes that verified candidates for them, those candidates, and how often the first, the second, and
+    # so on of a path was accepted.
+    drafts: int = 0
+    candidates: int = 0
+    accepted_at: list[int] = field(default_factory=list)
     queue_seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     first_token_seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    token_seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     request_seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     batch_sizes: Histogram = field(default_factory=lambda: Histogram(SIZES))
 
@@ -76,9 +84,32 @@ class Metrics:
             self.prompt_passes += 1
             return
         self.decode_passes += 1
-        self.tree_passes += sum(len(rows.input_ids) > 1 for rows in batch.rows) > 1
-        self.verified_rows += sum(len(rows.input_ids) for rows in batch.rows)
+        rows = [len(one.input_ids) for one in batch.rows]
+        self.verified_rows += sum(rows)
+        trees = sum(count > 1 for count in rows)
+        self.tree_passes += trees > 1
+        self.drafts += trees
+        self.candidates += sum(rows) - len(rows)
         self.accepted_rows += sum(map(len, accepted))
+
+        for path in accepted:
+            for place in range(len(path) - 1):
+                if place == len(self.accepted_at):
+                    self.accepted_at.append(0)
+                self.accepted_at[place] += 1
+
+    def grew(self, job: Job, before: int) -> None:
+        """Count the tokens of a request that had `before` of them. Those of one step share its time."""
+        count = len(job.state.tokens) - before
+        if not count:
+            return
+        now = time.monotonic()
+        self.chosen_tokens += count
+        if before:
+            self.token_seconds.add((now - job.latest) / count, count)
+        else:
+            self.first_token_seconds.add(now - job.submitted)
+        job.latest = now
 
     def finished(self, job: Job) -> None:
         """Count a request that has its whole answer."""
@@ -87,5 +118,13 @@ class Metrics:
         self.request_seconds.add(time.monotonic() - job.submitted)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data: numbers, and for each distribution its bounds, counts and sum."""
-        return {name: value.to_dict() if isinstance(value, Histogram) else value for name, value in vars(self).items()}
+        """Return everything as plain data: numbers, lists of them, and for each distribution its bounds, counts
+        and sum.
+        """
+        return {name: _plain(value) for name, value in vars(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Histogram):
+        return value.to_dict()
+    return list(value) if isinstance(value, list) else value

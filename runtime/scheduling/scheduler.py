@@ -156,11 +156,11 @@ class Scheduler:
             if len(self.running) >= self._most_running:
                 break
             # Whatever is of use to it is the last to make way.
-            prompt = job.state.prompt
+            prompt = job.state.prompt if job.reuses else ()
             there = self.slots.longest_prefix(prompt[:-1], self.running)[1]
             if self.slots.comes_soon(prompt, there, self.running):
                 continue
-            needed = max(len(prompt), job.state.committed) + MARGIN
+            needed = max(len(job.state.prompt), job.state.committed) + MARGIN
             if not self.slots.has_room(min(needed, job.most_rows)):
                 break
             self._start(job)
@@ -173,7 +173,7 @@ class Scheduler:
     def _start(self, job: Job) -> None:
         tokens = job.tokens
         # The last token's pass makes the first drafts: a prompt is never all there.
-        most = job.state.committed or len(tokens) - 1
+        most = job.state.committed or len(tokens) - 1 if job.reuses else 0
         slot = self.slots.begin(tokens[:most], self.running)
         first = not job.started
         job.begin(slot)
@@ -247,6 +247,7 @@ class Scheduler:
             raise _EngineFailedError from error
         accepted: list[Sequence[int]] = []
         failures: list[tuple[Job, BaseException]] = []
+        # Those with new tokens, or at their end, and how many tokens they had.
         grown: list[tuple[Job, int]] = []
         for index, (job, rows, _) in enumerate(ready):
             before = len(job.state.tokens)
@@ -257,20 +258,19 @@ class Scheduler:
                 accepted.append(())
                 failures.append((job, error))
                 continue
-            if len(job.state.tokens) > before:
+            if len(job.state.tokens) > before or job.state.ended:
                 grown.append((job, before))
         try:
             self.engine.commit(result, accepted)
         except Exception as error:
             raise _EngineFailedError from error
         self.metrics.passed(batch, accepted)
-        self._sizes.learn([len(job.state.tokens) - before for job, before in grown])
+        self._sizes.learn([new for job, before in grown if (new := len(job.state.tokens) - before)])
         self._sizes.took(batch, time.perf_counter() - begun)
         for job, failure in failures:
             self._fail(job, failure)
         for job, before in grown:
-            if not before:
-                self.metrics.first_token_seconds.add(time.monotonic() - job.submitted)
+            self.metrics.grew(job, before)
             if job.state.ended:
                 self._retire(job)
             self._tell(job)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +14,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import runtime.generator
-from runtime import Generator, InputError, Sampling
+from runtime import DeadlineError, Generator, InputError, RequestOptions, Sampling, Tokens
 from runtime.bundle.engine_file import EngineFile
 from runtime.chat import ChatTemplate
 from runtime.engines.protocol import Engine
 from runtime.prompts import PromptEncoder
+from runtime.serving import admission
+from runtime.serving.errors import ApiError
+from runtime.serving.keys import Keys, read_keys
+from runtime.serving.requests import ChatRequest, CompletionRequest, ResponseRequest
+from runtime.serving.settings import Settings
 from tests.hostile.cases import SECRET, Case, FaultError, Kind, Kinds
+from tests.hostile.damage import damaged, damaged_json
 from tests.hostile.engine_kinds import ENGINE, NAME, texts_of
 from tests.hostile.messages import STOPS, WAYS, conversations, texts, written
 from tests.hostile.options import VOCABULARY, WHATS, Processor, requests, samplings
@@ -178,3 +186,124 @@ def _processors(folder: Path) -> Kind:
     )
     cases = st.builds(lambda *asked: Case(asked=asked), options, st.lists(one, min_size=1, max_size=3))
     return Kind(folder, cases, use, Case(asked=({}, [Processor("returns a view", 0)])))
+
+
+BODY: dict[str, Any] = {
+    "model": "m",
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 3,
+    "min_p": 0.1,
+    "presence_penalty": 0.5,
+    "repetition_penalty": 1.1,
+    "logit_bias": {"5": 1.5},
+    "seed": 7,
+    "stop": ["a", "b"],
+    "min_tokens": 1,
+    "priority": 1,
+    "deadline": 5.0,
+    "metadata": {"a": "b"},
+    "stream": False,
+}
+PART = {"type": "text", "text": "Hello"}
+BODIES: dict[str, dict[str, Any]] = {
+    "chat": {
+        **BODY,
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [PART]}],
+        "max_tokens": 4,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "n": 2,
+    },
+    "text": {**BODY, "prompt": ["a", "b c"], "max_tokens": 4, "logprobs": 2, "echo": True},
+    "response": {**BODY, "input": [{"role": "user", "content": "Hello"}], "max_output_tokens": 4},
+}
+
+
+def _asked_over_http(kind: str, body: bytes) -> tuple[Any, Sampling, RequestOptions, list[Any]]:
+    """Return what a body asks for, as a server takes it."""
+    settings = Settings(max_tokens=8)
+    if kind == "chat":
+        chat = admission.decode(body, ChatRequest)
+        admission.check_streaming(chat, chat.stream_options)
+        sampling = admission.sampling_of(chat, admission.logprobs_of_chat(chat))
+        options = admission.options_of(chat, admission.most_of_chat(chat), settings)
+        return chat, sampling, options, [admission.messages_of_chat(chat)]
+    if kind == "text":
+        text = admission.decode(body, CompletionRequest)
+        admission.check_streaming(text, text.stream_options)
+        admission.check_completion(text)
+        sampling = admission.sampling_of(text, text.logprobs)
+        prompts: list[Any] = [one if isinstance(one, str) else Tokens(one) for one in admission.prompts_of(text)]
+        return text, sampling, admission.options_of(text, text.max_tokens, settings), prompts
+    response = admission.decode(body, ResponseRequest)
+    admission.check_streaming(response, response.stream_options)
+    admission.check_response(response)
+    sampling = admission.sampling_of(response, admission.logprobs_of_response(response))
+    options = admission.options_of(response, response.max_output_tokens, settings)
+    return response, sampling, options, [admission.messages_of_response(response)]
+
+
+@KINDS.add("bodies of requests over HTTP")
+def _bodies(folder: Path) -> Kind:
+    generator = known_generator(folder)
+
+    def use(case: Case) -> None:
+        kind, body = case.asked
+        try:
+            _, sampling, options, prompts = _asked_over_http(kind, body)
+        except ApiError as error:
+            if error.status != 400:
+                raise FaultError(f"a body that does not fit has status {error.status}") from error
+            raise InputError(str(error)) from error
+        for prompt in prompts:
+            options["raw"] = not isinstance(prompt, list)
+            asked: Any = {**options, "sampling": sampling}
+            # One that is over at once is no fault.
+            with contextlib.suppress(DeadlineError):
+                generator.submit(prompt, **asked).result()
+
+    def damaged_body(kind: str) -> st.SearchStrategy[Case]:
+        return st.builds(lambda body: Case(asked=(kind, body)), damaged_json(BODIES[kind], MORE))
+
+    cases = st.sampled_from(sorted(BODIES)).flatmap(damaged_body)
+    return Kind(folder, cases, use, Case(asked=("chat", json.dumps(BODIES["chat"]).encode())))
+
+
+# What a field may have in the place of its own.
+MORE: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    1 << 70,
+    1.5,
+    -0.0,
+    "",
+    "\ud800",
+    "assistant",
+    "</s>",
+    [],
+    [[1, 2]],
+    {},
+    {"type": "image_url"},
+)
+
+
+@KINDS.add("files of API keys", "file of API keys")
+def _keys(folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    path = folder / "keys.txt"
+    valid = b"# of ours\nsk-one\n\nsk-two \n"
+    path.write_bytes(valid)
+
+    def use(case: Case) -> None:
+        for key in read_keys(path):
+            keys = Keys([key])
+            keys.check(b"Bearer " + key.encode())
+            with contextlib.suppress(ApiError):
+                keys.check(b"Bearer " + key.encode() + b"x")
+                raise FaultError("another key is taken for one of the file's")
+
+    cases = st.builds(lambda content: Case({path.name: content}), damaged(valid))
+    return Kind(folder, cases, use)

@@ -56,8 +56,13 @@ ALLOWED = {
     Reading("runtime/engines/dense_cache.py", "DenseCache._allocate", "frombuffer"): "memory of its own",
     Reading("runtime/engines/dense_cache.py", "DenseCache._forget", "frombuffer"): "memory of its own",
     Reading("runtime/tuning.py", "cpu_name", "read_text"): SYSTEM,
+    Reading("runtime/serving/admission.py", "decode", "msgspec.json.decode"): "the body of a request, bounded before",
     Reading("runtime/escaping.py", "ControlTokens.tokenizer", "from_str"): MEMORY,
     Reading("runtime/escaping.py", "ControlTokens.tokenizer", "json.loads"): MEMORY,
+    Reading(
+        "ht_export/bench/load/calling.py", "Caller._listen", "json.loads"
+    ): "answers of the server that is measured",
+    Reading("ht_export/bench/load/url.py", "_extra", "json.loads"): "an option",
     Reading("ht_export/bundle.py", "_described", "from_str"): MEMORY,
     Reading("ht_export/bundle.py", "_described", "json.loads"): MEMORY,
     Reading("ht_export/training/identity.py", "first_difference", "json.loads"): MEMORY,

@@ -382,6 +382,9 @@ def test_draining_lets_what_is_under_way_end(small: Callable[..., Generator], al
     gate.open.set()
     assert held.result().tokens
     assert [request.result().tokens for request in requests] == alone
+    # For as long as it takes, in several calls.
+    assert generator.drain(timeout=10)
+    assert generator.drain(timeout=10)
 
 
 def test_a_generator_that_is_dropped_ends_its_thread(tiny_engine: Path) -> None:

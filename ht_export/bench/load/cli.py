@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ht_export.bench.bar import bar
+from ht_export.bench.load import url
 from runtime.checks import LARGEST, MOST_REPEATS, number, whole
 from runtime.errors import InputError
 from runtime.files import check_writable, sha256_file, write_json
@@ -39,9 +40,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "Prefix reuse is off. Exits with 1 when a text is not that of its request alone: in float32, other than at a "
         "tie."
     )
-    parser.epilog = "example: ht-bench load engine.onnx --prompts prompts.jsonl --clients 1,4,16 --json load.json"
+    parser.epilog = (
+        "examples: ht-bench load engine.onnx --prompts prompts.jsonl --clients 1,4,16 --json load.json; "
+        "ht-bench load --url http://127.0.0.1:8000/v1 --prompts prompts.jsonl --clients 16 --seconds 60 --leave 0.5"
+    )
     parser.set_defaults(work=load, interrupted="interrupted; nothing was written")
-    parser.add_argument("engine", type=pathname, help="engine file made by ht-export (.onnx or .plan)")
+    parser.add_argument("engine", type=pathname, nargs="?", help="engine file made by ht-export (.onnx or .plan)")
     parser.add_argument(
         "--prompts", type=pathname, required=True, metavar="FILE", help="JSON lines with 'prompt' or 'turns'"
     )
@@ -68,11 +72,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=pathname, metavar="FILE", help="write results here")
     parser.add_argument("--plot", type=pathname, metavar="FILE", help="draw them here, as a PNG file")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+    url.add_options(parser)
 
 
 def load(options: argparse.Namespace) -> int:
     """Measure, print a table, write files; return the exit status. Raises `InputError` for a user's mistake."""
     _check(options)
+    if (options.engine is None) == (options.url is None):
+        raise InputError("give an engine, or --url with the address of a server: one of them")
+    if options.url is not None:
+        return url.load(options, _patterns(options))
+    for name in ("model", "seconds"):
+        if getattr(options, name) is not None:
+            raise InputError(f"--{name} is for a server; give --url, or leave it out")
     from ht_export.bench.load.summary import to_markdown
     from ht_export.bench.settings import Job
     from ht_export.prompts import read_conversations

@@ -114,6 +114,8 @@ def _difference(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]
         if isinstance(value, dict):
             counts = [one - other for one, other in zip(value["counts"], earlier["counts"], strict=True)]
             found[name] = {"bounds": value["bounds"], "counts": counts}
+        elif isinstance(value, list):
+            found[name] = [one - (earlier[place] if place < len(earlier) else 0) for place, one in enumerate(value)]
         elif name.startswith("most_") or name in ("running", "waiting", "max_queue", "cache_rows", "reserved_rows"):
             found[name] = value
         else:

@@ -1,0 +1,24 @@
+"""An OpenAI-compatible HTTP server on a `Generator`: `create_app` makes an ASGI application, `ht-serve` runs it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.serving.app import create_app
+    from runtime.serving.settings import Settings
+
+__all__ = ["Settings", "create_app"]
+
+
+def __getattr__(name: str) -> object:
+    """Return the public `name`, importing the web framework when it is asked for."""
+    if name == "create_app":
+        from runtime.serving.app import create_app
+
+        return create_app
+    if name == "Settings":
+        from runtime.serving.settings import Settings
+
+        return Settings
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

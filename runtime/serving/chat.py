@@ -1,0 +1,113 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+
+import msgspec
+
+from runtime.answer import GenerationChunk, GenerationResult
+from runtime.request import Request
+from runtime.sampling import TokenLogProbability
+from runtime.serving import admission
+from runtime.serving.asking import asked_for, chunks_of, finish_of, note, results_of, submit, usage_of, usage_so_far
+from runtime.serving.exchange import Exchange
+from runtime.serving.replies import (
+    AssistantText,
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChatLogprobs,
+    ChunkChoice,
+    Delta,
+    Usage,
+)
+from runtime.serving.requests import ChatRequest, StreamOptions
+from runtime.serving.state import Server
+from runtime.serving.streaming import DONE, event
+
+
+class Chat:
+    """Answers one request for a chat completion, which is checked when this is made. Raises `ApiError`."""
+
+    def __init__(self, server: Server, request: ChatRequest, exchange: Exchange) -> None:
+        admission.check_streaming(request, request.stream_options)
+        self._server = server
+        self._exchange = exchange
+        self.answers = request.n or 1
+        admission.check_answers(self.answers, server.settings)
+        self._logprobs = admission.logprobs_of_chat(request)
+        options = admission.options_of(request, admission.most_of_chat(request), server.settings)
+        options["sampling"] = admission.sampling_of(request, self._logprobs)
+        options["escape_special_tokens"] = server.settings.escape != "none"
+        self._asked = asked_for([admission.messages_of_chat(request)], self.answers, options)
+        self._options = request.stream_options or StreamOptions()
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._model = request.model
+
+    async def whole(self) -> bytes:
+        """Return the answer, once it is there."""
+        results = await results_of(await submit(self._server.generator, self._asked))
+        usage = usage_of(results, self.answers)
+        note(self._server, self._exchange, results, usage)
+        choices = [self._choice(index, result) for index, result in enumerate(results)]
+        answer = ChatCompletion(
+            self._id, self._server.now, self._model, choices, usage, system_fingerprint=self._server.fingerprint
+        )
+        return msgspec.json.encode(answer)
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """Yield the answer as events."""
+        requests = await submit(self._server.generator, self._asked)
+        created = self._server.now
+        results: dict[int, GenerationResult] = {}
+        counts = [0] * self.answers
+        async for index, chunk in chunks_of(requests):
+            first = not counts[index]
+            counts[index] += len(chunk.tokens)
+            if chunk.result is not None:
+                results[index] = chunk.result
+            choices = self._parts(index, chunk, first=first)
+            if choices:
+                usage = self._so_far(requests, counts)
+                yield b"".join(event(self._chunk(created, [choice], usage)) for choice in choices)
+        ended = [results[index] for index in range(self.answers)]
+        usage = usage_of(ended, self.answers)
+        note(self._server, self._exchange, ended, usage)
+        last = event(self._chunk(created, [], usage)) if self._options.include_usage else b""
+        yield last + DONE
+
+    def _so_far(self, requests: Sequence[Request], counts: Sequence[int]) -> Usage | None:
+        if not self._options.continuous_usage_stats:
+            return None
+        return usage_so_far(requests[0].prompt_tokens, sum(counts))
+
+    def _parts(self, index: int, chunk: GenerationChunk, *, first: bool) -> list[ChunkChoice]:
+        """Return what there is to tell of a chunk."""
+        found = []
+        if first:
+            found.append(ChunkChoice(index, Delta("assistant", "")))
+        logprobs = self._scored(chunk.log_probabilities)
+        if chunk.text or logprobs:
+            found.append(ChunkChoice(index, Delta(content=chunk.text), logprobs=logprobs))
+        if chunk.result is not None:
+            finish, reason = finish_of(chunk.result)
+            found.append(ChunkChoice(index, Delta(), finish, stop_reason=reason))
+        return found
+
+    def _chunk(self, created: int, choices: list[ChunkChoice], usage: Usage | None) -> ChatChunk:
+        return ChatChunk(
+            self._id, created, self._model, choices, system_fingerprint=self._server.fingerprint, usage=usage
+        )
+
+    def _choice(self, index: int, result: GenerationResult) -> ChatChoice:
+        finish, reason = finish_of(result)
+        return ChatChoice(
+            index, AssistantText(result.text), finish, self._scored(result.log_probabilities), stop_reason=reason
+        )
+
+    def _scored(self, scores: Sequence[TokenLogProbability] | None) -> ChatLogprobs | None:
+        if self._logprobs is None or not scores:
+            return None
+        return ChatLogprobs(self._server.pieces.entries(scores, self._logprobs))
