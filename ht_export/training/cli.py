@@ -109,6 +109,8 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit.add_argument("--steps", type=int, default=500, help="optimizer steps (default: 500)")
     _add_batches(fit)
     _add_loss(fit)
+    fit.add_argument("--draft-prompts", type=pathname, help="with --draft-size, file of prompts whose tokens come next "
+                     "after those of the answers: words that so few answers do not have (default: none)")  # fmt: skip
     fit.add_argument("--patience", type=int, default=0, help="stop after so many held-out measurements in a row that "
                      "bring nothing, and keep the best weights (default: 0, never)")  # fmt: skip
     fit.add_argument("--checkpoint", type=pathname, help="checkpoint file (default: OUT with .checkpoint added)")

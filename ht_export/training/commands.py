@@ -62,6 +62,11 @@ def run_fit(options: argparse.Namespace) -> None:
     checkpoint = options.checkpoint or Path(f"{options.out}.checkpoint")
     check_writable(checkpoint)
     _check_outputs(options.out, checkpoint)
+    if options.draft_prompts and options.draft_size is None:
+        raise InputError(
+            f"--draft-prompts {options.draft_prompts} are words for a draft head; say how many tokens it has: "
+            "--draft-size 8192"
+        )
     versions = {"hidden-transfer": version("hidden-transfer"), "torch": torch.__version__}
     # A launcher's processes share the work, each on its own device; one of them speaks.
     # They wait for one of them to fill a feature cache, far longer than collectives do by default.
@@ -83,6 +88,7 @@ def run_fit(options: argparse.Namespace) -> None:
     data = _read_all(options.data, base, len(layers) + 1)
     held_out = read_data(options.held_out, base, len(layers) + 1) if options.held_out else []
     _check_apart(data, held_out, options)
+    texts = _encoded(options.draft_prompts, base)
     with progress_bar(disable=not main) as progress, _tensorboard(options.log if main else None) as log:
         transfer, report = fit(
             base,
@@ -94,6 +100,7 @@ def run_fit(options: argparse.Namespace) -> None:
             held_out=_spread(held_out, options.evaluate_texts),
             evaluate_every=options.evaluate_every,
             checkpoint_every=options.checkpoint_every,
+            draft_texts=texts,
             feature_cache=options.feature_cache,
             log=log,
             accelerator=accelerator,
@@ -113,7 +120,7 @@ def run_fit(options: argparse.Namespace) -> None:
         "versions": versions,
     }
     if transfer.draft_tokens is not None:
-        recipe["draft_head"] = described(transfer.draft_tokens, data)
+        recipe["draft_head"] = described(transfer.draft_tokens, data) | ({"prompts": len(texts)} if texts else {})
     if start_about:
         recipe["start"] = start_about.recipe
     save_transfer_layers(options.out, transfer, TransferFile(base.identity(), recipe, acceptance))
@@ -134,10 +141,9 @@ def run_draft_head(options: argparse.Namespace) -> None:
     least = transfer.num_steps + 1
     held_out = read_data(options.held_out, base, least) if options.held_out else []
     _check_apart(data, held_out, options)
-    texts = [one.turns[0] for one in read_conversations(options.prompts)] if options.prompts else []
-    encoded = base.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    texts = _encoded(options.prompts, base)
     vocab_size = base.model.config.vocab_size
-    tokens = choose_draft_tokens(data, options.size, vocab_size, base.stop_tokens(), encoded)
+    tokens = choose_draft_tokens(data, options.size, vocab_size, base.stop_tokens(), texts)
     found = described(tokens, data) | {"prompts": len(texts)}
     transfer.draft_tokens = tokens
     transfer.to(base.model.device)
@@ -265,6 +271,15 @@ def _read_all(folders: list[Path], base: BaseModel, min_answer_tokens: int) -> l
     if repeated := next((folder for n, folder in enumerate(folders) if folder in folders[:n]), None):
         raise InputError(f"--data names {repeated} twice; name each folder once")
     return [sequence for folder in folders for sequence in read_data(folder, base, min_answer_tokens)]
+
+
+def _encoded(prompts: Path | None, base: BaseModel) -> list[list[int]]:
+    """Return the tokens of the first turn of each prompt; none without a file."""
+    if prompts is None:
+        return []
+    texts = [one.turns[0] for one in read_conversations(prompts)]
+    encoded: list[list[int]] = base.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return encoded
 
 
 def _check_apart(data: list[AnsweredPrompt], held_out: list[AnsweredPrompt], options: argparse.Namespace) -> None:

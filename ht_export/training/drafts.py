@@ -25,12 +25,14 @@ class Context:
     """The part of the base model's run over B texts of N tokens, padded on the right, that pseudo rows need.
 
     hidden[t] [B, N, d] is the input of layer t, for every transfer layer and for the last layer's output (t = L);
-    keys[l], values[l] [B, Hkv, N, D] for every layer that a pseudo row passes.
+    keys[l], values[l] [B, Hkv, N, D] for every layer that a pseudo row passes. normalisers [B, N], where they were
+    kept: `ht_export.training.losses.log_normalisers` of the last layer's output.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
+    normalisers: Tensor | None = None
 
 
 class _CausalRows(AttentionRows):

@@ -2,7 +2,8 @@
 
 A cache folder holds `features.json` (what it was made from) and `features-00000.safetensors`, ...: for each text one
 tensor [tokens, F], the states that are joined or are the base model's output, then keys and values of each layer
-passed.
+passed. Where a draft head is trained there are `normalisers-00000.safetensors`, ..., too: for each text the answer's
+`log_normalisers`, [tokens], 0 elsewhere, so that the base model's whole head runs once over the data.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from rich.progress import Progress
 from torch import Tensor
 
 from ht_export.model.checkpoint import BaseModel
-from ht_export.model.families import head_dim
+from ht_export.model.families import decoder_parts, head_dim
 from ht_export.model.tensors import opened_tensors, write_safetensors
 from ht_export.training.batches import AnchorBatch, make_batch
 from ht_export.training.data import AnsweredPrompt, fingerprint
 from ht_export.training.drafts import Context, run_context
 from ht_export.training.identity import first_difference
+from ht_export.training.losses import log_normalisers
 from runtime.errors import InputError
 from runtime.files import write_json
 from runtime.formats import Format, JsonFormat
 
 DESCRIPTION = "features.json"
+# What the names of files begin with.
+STATES, NORMALISERS = "features", "normalisers"
 TEXTS_PER_FILE = 64
 BATCH = 8
 
@@ -98,6 +102,11 @@ class FeatureLayout:
                 parts.append(states[row, :, :length].transpose(0, 1).flatten(1))
         return torch.cat(parts, dim=1)
 
+    def last(self, features: Tensor) -> Tensor:
+        """Return the last layer's output [..., d] of features [..., F]."""
+        start = (len(self.state_layers) - 1) * self.hidden_size
+        return features[..., start : start + self.hidden_size]
+
     def unpack(self, features: Tensor) -> Context:
         """Return the context of features [B, N, F]."""
         context = Context()
@@ -117,7 +126,8 @@ class FeatureLayout:
 class FeatureCache:
     """Features of every text of the data for transfer layers at any of `layers`, made once.
 
-    A folder made for more layers serves fewer. Raises `InputError` for one made for anything else.
+    A folder made for more layers serves fewer. With `normalisers` those of the answers are made too, and part of every
+    context. Raises `InputError` for a folder made for anything else.
     """
 
     def __init__(
@@ -127,27 +137,33 @@ class FeatureCache:
         layers: Sequence[int],
         data: Sequence[AnsweredPrompt],
         progress: Progress,
+        *,
+        normalisers: bool = False,
     ) -> None:
         self.folder = folder
+        self.normalisers = normalisers
         self.layout = FeatureLayout.of(base, layers)
         self.dtype = base.model.dtype
         self.index = {id(sequence): number for number, sequence in enumerate(data)}
         self._check_description(base, data)
         self._make(base, data, progress)
+        if normalisers:
+            self._make_normalisers(base, data, progress)
 
     def context(self, batch: AnchorBatch) -> Context:
         """Return what `run_context` would for the batch; past a text's end there are zeros."""
         count, width = batch.input_ids.shape
         features = torch.zeros(count, width, self.layout.width, dtype=self.dtype)
+        normalisers = torch.zeros(count, width)
         for row, sequence in enumerate(batch.sequences):
-            number = self.index[id(sequence)]
-            path = self._path(number // TEXTS_PER_FILE)
-            with opened_tensors(path, FEATURES) as file:
-                found = file.get_tensor(str(number))
-            if found.shape != (len(sequence), self.layout.width):
-                raise FEATURES.unfit(path, f"text {number} is of shape {list(found.shape)}")
-            features[row, : len(sequence)] = found
-        return self.layout.unpack(features.to(batch.input_ids.device))
+            number, length = self.index[id(sequence)], len(sequence)
+            features[row, :length] = _read(self._path(number), number, (length, self.layout.width))
+            if self.normalisers:
+                normalisers[row, :length] = _read(self._path(number, NORMALISERS), number, (length,))
+        context = self.layout.unpack(features.to(batch.input_ids.device))
+        if self.normalisers:
+            context.normalisers = normalisers.to(batch.input_ids.device)
+        return context
 
     def _check_description(self, base: BaseModel, data: Sequence[AnsweredPrompt]) -> None:
         description: dict[str, Any] = {
@@ -176,8 +192,7 @@ class FeatureCache:
             write_json(path, {**description, "state_layers": list(self.layout.state_layers)})
 
     def _make(self, base: BaseModel, data: Sequence[AnsweredPrompt], progress: Progress) -> None:
-        groups = [range(i, min(i + TEXTS_PER_FILE, len(data))) for i in range(0, len(data), TEXTS_PER_FILE)]
-        missing = [group for number, group in enumerate(groups) if not self._path(number).is_file()]
+        groups, missing = self._groups(len(data))
         needed = sum(len(data[i]) for group in missing for i in group) * self.layout.width * self.dtype.itemsize
         free = shutil.disk_usage(self.folder).free
         if needed > free:
@@ -195,8 +210,40 @@ class FeatureCache:
                 context = run_context(base.model, self.layout.state_layers, batch.input_ids.to(base.model.device))
                 for row, i in enumerate(chosen):
                     tensors[str(i)] = self.layout.pack(context, row, len(data[i])).cpu().contiguous()
-            write_safetensors(self._path(group.start // TEXTS_PER_FILE), tensors)
+            write_safetensors(self._path(group.start), tensors)
             progress.advance(bar)
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"features-{number:05d}.safetensors"
+    def _make_normalisers(self, base: BaseModel, data: Sequence[AnsweredPrompt], progress: Progress) -> None:
+        parts = decoder_parts(base.model)
+        groups, missing = self._groups(len(data), NORMALISERS)
+        bar = progress.add_task("caching normalisers", total=len(groups), completed=len(groups) - len(missing))
+        for group in missing:
+            states = []
+            for number in group:
+                found = _read(self._path(number), number, (len(data[number]), self.layout.width))
+                # Drafts begin behind the answer's first token, so these predict all that they stand for.
+                states.append(self.layout.last(found)[len(data[number].prompt) :])
+            made = log_normalisers(parts, torch.cat(states).to(base.model.device)).cpu()
+            tensors = {
+                str(number): torch.cat([torch.zeros(len(data[number].prompt)), part])
+                for number, part in zip(group, made.split([len(of_text) for of_text in states]), strict=True)
+            }
+            write_safetensors(self._path(group.start, NORMALISERS), tensors)
+            progress.advance(bar)
+
+    def _groups(self, texts: int, kind: str = STATES) -> tuple[list[range], list[range]]:
+        """Return the numbers of the texts of each file, and of those files that are not there."""
+        groups = [range(i, min(i + TEXTS_PER_FILE, texts)) for i in range(0, texts, TEXTS_PER_FILE)]
+        return groups, [group for group in groups if not self._path(group.start, kind).is_file()]
+
+    def _path(self, text: int, kind: str = STATES) -> Path:
+        return self.folder / f"{kind}-{text // TEXTS_PER_FILE:05d}.safetensors"
+
+
+def _read(path: Path, text: int, shape: tuple[int, ...]) -> Tensor:
+    """Return a text's tensor from a file of them. Raises `InputError` for another shape."""
+    with opened_tensors(path, FEATURES) as file:
+        found = file.get_tensor(str(text))
+    if found.shape != shape:
+        raise FEATURES.unfit(path, f"text {text} is of shape {list(found.shape)}")
+    return found

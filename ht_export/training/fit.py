@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -134,6 +136,7 @@ def fit(
     held_out: Sequence[AnsweredPrompt] = (),
     evaluate_every: int = 100,
     checkpoint_every: int = 50,
+    draft_texts: Sequence[Sequence[int]] = (),
     feature_cache: Path | None = None,
     log: MetricLog | None = None,
     accelerator: Accelerator | None = None,
@@ -143,8 +146,9 @@ def fit(
 
     `start` are the transfer layers to begin with where `settings.init` is "file"; they stay as they are. `held_out` is
     measured every `evaluate_every` steps. With `settings.patience` the fit stops when that brings nothing more, and the
-    best weights are returned; without, it steers nothing. Under `accelerate launch` or `torchrun` the batches of a step
-    are shared among the processes. Raises `InputError`.
+    best weights are returned; without, it steers nothing. `draft_texts`, as tokens, have further words for a draft
+    head. Under `accelerate launch` or `torchrun` the batches of a step are shared among the processes. Raises
+    `InputError`.
     """
     accelerator = accelerator or Accelerator(cpu=base.model.device.type == "cpu")
     for name, value in (("checkpoint_every", checkpoint_every), ("evaluate_every", evaluate_every)):
@@ -161,7 +165,7 @@ def fit(
     draft_tokens = start.draft_tokens if start else None
     if settings.draft_size is not None:
         vocab_size = base.model.config.vocab_size
-        draft_tokens = choose_draft_tokens(data, settings.draft_size, vocab_size, base.stop_tokens())
+        draft_tokens = choose_draft_tokens(data, settings.draft_size, vocab_size, base.stop_tokens(), draft_texts)
     if draft_tokens is not None:
         share = covered(draft_tokens, data)
         report(f"drafts are chosen from {len(draft_tokens)} tokens, {share:.2%} of those of the answers")
@@ -176,6 +180,8 @@ def fit(
     run = _run_identity(settings, base, data)
     if settings.init == "file":
         run["start"] = transfer.digest()
+    if draft_texts:
+        run["draft_texts"] = hashlib.sha256(json.dumps(list(map(list, draft_texts))).encode()).hexdigest()
     if settings.patience:
         run |= {"held_out": fingerprint(held_out), "evaluate_every": evaluate_every}
     trainer = _Trainer(base, data, settings, state, accelerator, feature_cache, progress)
@@ -245,7 +251,8 @@ def anchor_losses(
             shifts = torch.stack(by_step, dim=1)
     states = context.hidden[len(parts.layers)].flatten(0, 1)
     read_by = draft_head(base.model, transfer)
-    losses = draft_losses(parts, drafts, states, targets, objective, shifts, read_by)
+    normalisers = None if context.normalisers is None else context.normalisers.flatten()
+    losses = draft_losses(parts, drafts, states, targets, objective, shifts, read_by, normalisers)
     if share is None:
         return losses.by_step
     roots, gradients = [drafts], [losses.gradient * share]
@@ -278,7 +285,14 @@ class _Trainer:
         self.cache: FeatureCache | None = None
         if feature_cache is not None:
             with accelerator.main_process_first():
-                self.cache = FeatureCache(feature_cache, base, state.transfer.layers, data, progress)
+                self.cache = FeatureCache(
+                    feature_cache,
+                    base,
+                    state.transfer.layers,
+                    data,
+                    progress,
+                    normalisers=bool(state.transfer.draft_size) and settings.objective.is_plain,
+                )
 
     def initialise(self, progress: Progress) -> None:
         """Set the weights to begin with. Every process computes the same."""

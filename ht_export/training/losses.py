@@ -10,6 +10,9 @@ weight m keeps drafts calibrated. Over all rows that look alike to the draft, th
 the mean of m: a draft is surer than the base model by the share of such text that the head covers, and no more. Without
 the weight, rows whose token is outside would count in full, for what little is left of their distribution: drafts would
 learn to be sure where nothing that they can say is right.
+
+The mass m takes the base model's whole head, for one number a row: the log of its softmax's sum. Where that number is
+known from before (`log_normalisers`), the head runs over the draft tokens alone.
 """
 
 from __future__ import annotations
@@ -48,6 +51,11 @@ class Objective:
         if self.top_k < 0:
             raise InputError(f"the loss's top_k must be at least 0 (0 takes all tokens), not {self.top_k}")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the base model's distribution is taken as it is, so that `log_normalisers` are its own."""
+        return self.temperature == 1 and self.top_k == 0
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -65,6 +73,16 @@ class Losses:
 
 
 @torch.no_grad()
+def log_normalisers(parts: DecoderParts, states: Tensor) -> Tensor:
+    """Return the log of the sum over the vocabulary of the exponentials of the base model's logits, [M] in float32, for
+    states [M, d], outputs of the last layer.
+    """
+    chunks = states.split(CHUNK_ROWS)
+    found = [parts.capped(parts.head(parts.norm(chunk))).float().logsumexp(-1) for chunk in chunks]
+    return torch.cat(found) if found else states.new_zeros(0, dtype=torch.float32)
+
+
+@torch.no_grad()
 def draft_losses(
     parts: DecoderParts,
     drafts: Tensor,
@@ -73,12 +91,14 @@ def draft_losses(
     objective: Objective,
     shifts: Tensor | None = None,
     draft_head: HeadRows | None = None,
+    normalisers: Tensor | None = None,
 ) -> Losses:
     """Return the losses of `drafts`.
 
     drafts [N, K, d] and states [M, d] are outputs of the last layer, of pseudo rows and of the base model's own rows;
     targets [N, K] say which state predicts the token that a draft stands for; shifts [N, K, d] are added to the normed
-    drafts, which are read by the `draft_head`, None for the base model's.
+    drafts, which are read by the `draft_head`, None for the base model's. `normalisers` [M] are the states'
+    `log_normalisers`, which a draft head and an objective that `is_plain` have use for.
     """
     count, num_steps = targets.shape
     gradient = torch.zeros_like(drafts)
@@ -90,9 +110,13 @@ def draft_losses(
         rows = slice(start, start + CHUNK_ROWS)
         # Neighbouring anchors share target positions: the base model's head runs once for each.
         positions, index = torch.unique(targets[rows], return_inverse=True)
-        wanted, mass, negative_entropy = _base_distribution(
-            parts.capped(parts.head(parts.norm(states[positions]))), objective, draft_head
-        )
+        normed_states = parts.norm(states[positions])
+        if draft_head is not None and normalisers is not None and objective.is_plain:
+            logits = parts.capped(draft_head(normed_states)).float()
+            wanted, mass, negative_entropy = _of_draft_tokens(logits, normalisers[positions])
+        else:
+            logits = parts.capped(parts.head(normed_states))
+            wanted, mass, negative_entropy = _base_distribution(logits, objective, draft_head)
         for k in range(num_steps):
             leaves = [drafts[rows, k].detach().requires_grad_()]
             with torch.enable_grad():
@@ -128,6 +152,11 @@ def _base_distribution(
     if draft_head is None:
         probabilities = logits.softmax(-1)
         return probabilities, logits.new_ones(len(logits)), -torch.special.entr(probabilities).sum(-1)
-    probabilities = (logits[:, draft_head.tokens] - logits.logsumexp(-1, keepdim=True)).exp()
+    return _of_draft_tokens(logits[:, draft_head.tokens], logits.logsumexp(-1))
+
+
+def _of_draft_tokens(logits: Tensor, normalisers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `_base_distribution` does, of logits [U, V_d] of the draft tokens and the whole rows' normalisers."""
+    probabilities = (logits - normalisers[:, None]).exp()
     mass = probabilities.sum(-1)
     return probabilities, mass, -torch.special.entr(probabilities).sum(-1) - torch.special.xlogy(mass, mass)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -270,21 +270,25 @@ def _data(folder: Path) -> Kind:
     return Kind(folder, cases, use)
 
 
+def _one_file(name: str, content: bytes) -> Case:
+    return Case({name: content})
+
+
 @KINDS.add("features", "description of features", "file of features")
 def _features(folder: Path) -> Kind:
     folder.mkdir(parents=True)
     base = _base(folder)
 
     def use(case: Case) -> None:
-        cache = FeatureCache(folder, base, (2, 3), DATA, QUIET)
+        cache = FeatureCache(folder, base, (2, 3), DATA, QUIET, normalisers=True)
         cache.context(make_batch(DATA[:2], 2, None, None))
 
     use(Case())
     description = load_json(folder / "features.json")
-    file = "features-00000.safetensors"
+    files = "features-00000.safetensors", "normalisers-00000.safetensors"
     cases = st.one_of(
         st.builds(lambda content: Case({"features.json": content}), damaged_json(description)),
-        st.builds(lambda content: Case({file: content}), damaged_safetensors((folder / file).read_bytes())),
+        *(st.builds(partial(_one_file, file), damaged_safetensors((folder / file).read_bytes())) for file in files),
     )
     return Kind(folder, cases, use)
 

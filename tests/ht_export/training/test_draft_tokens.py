@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import kl_div
 
 from ht_export.model.checkpoint import BaseModel, load_base_model
@@ -15,12 +16,14 @@ from ht_export.model.families import decoder_parts
 from ht_export.model.reference import HiddenTransferModel
 from ht_export.model.transfer import load_transfer_layers
 from ht_export.training import cli
+from ht_export.training.batches import make_batch
 from ht_export.training.cost import RowCosts
 from ht_export.training.data import AnsweredPrompt
 from ht_export.training.draft_tokens import choose_draft_tokens, covered
 from ht_export.training.evaluate import evaluate, predict
+from ht_export.training.features import FeatureCache
 from ht_export.training.fit import FitSettings, fit
-from ht_export.training.losses import Objective, draft_losses
+from ht_export.training.losses import Objective, draft_losses, log_normalisers
 from ht_export.training.memory import estimate
 from ht_export.training.simulate import advances
 from ht_export.verify.passes import ReferenceEngine
@@ -111,6 +114,53 @@ def test_the_loss_is_kl_over_the_draft_tokens_weighted_by_their_probability(
     torch.testing.assert_close(found.by_step, by_step.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.gradient, drafts.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.shift_gradient, shifts.grad, rtol=1e-4, atol=1e-6)
+    # The same with what is known of the whole head, which is of no use to another objective.
+    known = log_normalisers(parts, states)
+    assert known.shape == (9,)
+    head = parts.head_of(tokens)
+    again = draft_losses(parts, drafts.detach(), states, targets, objective, shifts.detach(), head, known)
+    torch.testing.assert_close(again.by_step, found.by_step, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(again.gradient, found.gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_a_feature_cache_runs_the_whole_head_over_the_answers_once(
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, draft_size=40, steps=4)
+    rows: list[int] = []
+    count = base.model.get_output_embeddings().register_forward_hook(
+        lambda _, normed, logits: rows.append(logits.numel() // logits.shape[-1])
+    )
+    cache = tmp_path / "cache"
+    try:
+        # A cache that was made without a draft head is completed.
+        whole = replace(settings, draft_size=None)
+        fit(base, sequences, whole, tmp_path / "whole", QUIET, feature_cache=cache, report=lambda _: None)
+        assert sum(rows) > 0
+        assert not list(cache.glob("normalisers-*"))
+        rows.clear()
+        cached, _ = fit(base, sequences, settings, tmp_path / "a", QUIET, feature_cache=cache, report=lambda _: None)
+        assert sum(rows) == sum(len(one.answer) for one in sequences)
+        rows.clear()
+        again, _ = fit(base, sequences, settings, tmp_path / "b", QUIET, feature_cache=cache, report=lambda _: None)
+        assert not rows
+        # Of another temperature they are not the sums.
+        softer = replace(settings, loss_temperature=2.0)
+        fit(base, sequences, softer, tmp_path / "c", QUIET, feature_cache=cache, report=lambda _: None)
+        assert rows
+    finally:
+        count.remove()
+    assert again.digest() == cached.digest()
+    without, _ = fit(base, sequences, settings, tmp_path / "d", QUIET, report=lambda _: None)
+    for name, tensor in without.state_dict().items():
+        torch.testing.assert_close(cached.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_damaged_normalisers_are_named(base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, base, (3,), sequences[:1], QUIET, normalisers=True)
+    save_file({"0": torch.zeros(1)}, tmp_path / "normalisers-00000.safetensors")
+    with pytest.raises(InputError, match=r"normalisers-00000\.safetensors is not a valid file of features"):
+        cache.context(make_batch(sequences[:1], 2, None, None))
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -233,6 +283,13 @@ def test_the_commands_choose_a_head_and_measure_it(
     assert transfer.draft_tokens.tolist() == again.draft_tokens.tolist()  # type: ignore[union-attr]
     assert about.recipe["draft_head"]["size"] == about.recipe["draft_size"] == 50
 
+    places[places.index(str(fitted))] = str(tmp_path / "worded.safetensors")
+    assert cli.main(["fit", model, *places, "--draft-size", "50", "--draft-prompts", str(prompts), *SHORT]) == 0
+    worded, about = load_transfer_layers(tmp_path / "worded.safetensors")
+    assert about.recipe["draft_head"]["prompts"] == 1
+    asked, _ = load_transfer_layers(more)
+    assert worded.draft_tokens.tolist() == asked.draft_tokens.tolist()  # type: ignore[union-attr]
+
     sweep = ["sweep", model, "--data", str(data_folder), "--held-out", str(held_out_folder)]
     options = ["--out", str(tmp_path / "sweep"), "--steps", "2", "--rungs", "1", "--placement", "2,3"]
     assert cli.main([*sweep, *options, "--draft-size", "50", *SHORT]) == 0
@@ -262,3 +319,24 @@ def test_what_cannot_be_is_one_line(
     assert cli.main(["draft-head", str(tiny_checkpoint), *places, *changes]) == 1
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "t.safetensors").exists()
+
+
+def test_words_for_a_draft_head_need_one(
+    tiny_checkpoint: Path, data_folder: Path, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--data", str(data_folder), "--out", str(tmp_path / "t.safetensors")]
+    assert cli.main(["fit", str(tiny_checkpoint), *places, "--draft-prompts", str(prompts_file)]) == 1
+    assert "say how many tokens it has: --draft-size 8192" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_further_words_are_drafted_and_a_run_with_others_does_not_continue(
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path
+) -> None:
+    used = {token for one in sequences for token in one.tokens} | set(base.stop_tokens())
+    first, second = sorted(set(range(base.model.config.vocab_size)) - used)[-2:]
+    settings = replace(SETTINGS, draft_size=len(used) + 1, steps=1)
+    checkpoint = tmp_path / "a"
+    found, _ = fit(base, sequences, settings, checkpoint, QUIET, draft_texts=[[first]], report=lambda _: None)
+    assert found.draft_tokens.tolist() == sorted({*used, first})  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="of a run with another draft_texts"):
+        fit(base, sequences, settings, checkpoint, QUIET, draft_texts=[[second]], report=lambda _: None)
