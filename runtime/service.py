@@ -112,6 +112,8 @@ class Service:
         """
         self._check_caller()
         with self._changed:
+            if self._ends:
+                raise ClosedError(self._refusal or "the generator is closed")
             self._refusal = self._refusal or "the generator is being drained and takes no more requests"
             return self._changed.wait_for(lambda: self._empty, timeout)
 
