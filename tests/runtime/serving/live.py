@@ -81,6 +81,14 @@ class Live:
     def connect(self) -> socket.socket:
         return socket.create_connection(self.address)
 
+    def connect_with_small_buffers(self) -> socket.socket:
+        """Return a connection between whose ends little fits: what is accepted has the listener's buffer."""
+        self._server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(self.address)
+        return connection
+
 
 def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import re
-import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -297,9 +296,7 @@ def test_a_second_request_on_a_connection_may_be_slow_no_more_than_the_first(ser
 
 def test_a_client_that_does_not_read_is_cut_off(serve: Serve, generator: Generator) -> None:
     live = serve(reader_s=0.3)
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-    connection.connect(live.address)
+    connection = live.connect_with_small_buffers()
     # Far more bytes than all buffers between hold.
     body = {
         "model": live.name,

@@ -238,14 +238,17 @@ def test_a_known_model_is_exported_once(tmp_path: Path, monkeypatch: pytest.Monk
         assert engine_of(path) == Path(path)
 
 
-def test_a_model_that_nobody_knows_is_told_by_the_exporter(
+def test_what_the_exporter_refuses_is_told_by_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """A precision, as it refuses that before it takes its time to import torch."""
     monkeypatch.setenv("HT_CACHE", str(tmp_path))
     monkeypatch.setitem(os.environ, "PYTHONPATH", str(Path(__file__).parents[3]))
     with pytest.raises(InputError, match="nobody-1b could not be exported; see above"):
-        engine_of("nobody-1b")
-    assert "ht-export: error" in capfd.readouterr().err
+        engine_of("nobody-1b", "fp7")
+    told = capfd.readouterr().err
+    assert "exporting nobody-1b to" in told
+    assert "ht-export: error: argument --precision: invalid choice: 'fp7'" in told
 
 
 def test_without_the_exporter_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
