@@ -63,7 +63,8 @@ def texts_of(generator: Generator, *prompts: Any, **options: Any) -> None:
         for speculate in (True, False):
             try:
                 found = generator.generate(prompt, max_new_tokens=4, speculate=speculate, **options)
-                both.append((found.tokens, found.text))
+                # A list of texts is several prompts.
+                both.append([(one.tokens, one.text) for one in (found if isinstance(found, list) else [found])])
             except InputError as error:
                 both.append(error)
         if any(isinstance(one, InputError) for one in both):
