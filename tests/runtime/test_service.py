@@ -33,6 +33,7 @@ from runtime import (
     TreeSizes,
 )
 from runtime.scheduling.prefixes import SHORTEST
+from tests.runtime.waiting import Gate, idle, until
 
 PROMPTS = ["Hello", "x" * 40, "The sky is blue, the sky is", "a", "Why?", "Ünïcödé"]
 
@@ -61,31 +62,6 @@ def small(tiny_engine: Path) -> Iterator[Callable[..., Generator]]:
     yield make
     for one in made:
         one.close()
-
-
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.002)
-
-
-def idle(generator: Generator) -> bool:
-    found = generator.metrics()
-    return not found["running"] and not found["waiting"]
-
-
-class Gate:
-    """A processor that holds its request up, in the engine's thread, until it is opened."""
-
-    def __init__(self) -> None:
-        self.reached = threading.Event()
-        self.open = threading.Event()
-
-    def __call__(self, tokens: Sequence[int], logits: np.ndarray) -> np.ndarray:
-        self.reached.set()
-        assert self.open.wait(30)
-        return logits
 
 
 def test_a_list_of_prompts_gives_a_list_of_answers_in_order(generator: Generator, alone: list[list[int]]) -> None:

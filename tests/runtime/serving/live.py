@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
-import numpy as np
 import uvicorn
 
 from runtime import Generator, Sampling
 from runtime.request import Request
 from runtime.serving import Settings, create_app
 from runtime.serving.protocol import protocol
+from tests.runtime.waiting import Gate, until
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 
@@ -88,31 +87,6 @@ class Live:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(self.address)
         return connection
-
-
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.005)
-
-
-def idle(generator: Generator) -> bool:
-    found = generator.metrics()
-    return not found["running"] and not found["waiting"]
-
-
-class Gate:
-    """A processor that holds its request up, and with it the engine's thread, until it is opened."""
-
-    def __init__(self) -> None:
-        self.reached = threading.Event()
-        self.open = threading.Event()
-
-    def __call__(self, tokens: Sequence[int], logits: np.ndarray) -> np.ndarray:
-        self.reached.set()
-        assert self.open.wait(60)
-        return logits
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ht_export.bench import cli
-from tests.runtime.serving.live import Live, idle, until
+from tests.runtime.serving.live import Live
+from tests.runtime.waiting import idle, until
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from starlette.routing import Mount
 from runtime import Generator, Sampling
 from runtime.serving import Settings, create_app
 from runtime.serving.logs import JsonLines
-from tests.runtime.serving.live import CHAT, RESPONSES, TEXT, Live, held_up, idle, raw_request, until
+from tests.runtime.serving.live import CHAT, RESPONSES, TEXT, Live, held_up, raw_request
+from tests.runtime.waiting import idle, until
 
 Serve = Callable[..., Live]
 HELLO = [{"role": "user", "content": "Hello"}]
