@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_data(commands)
+    _add_merge(commands)
     _add_fit(commands)
     _add_draft_head(commands)
     _add_eval(commands)
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> None:
         nonlocal interrupted
         options = build_parser().parse_args(arguments)
-        if options.command not in ("eval", "draft-head"):
+        if options.command not in ("eval", "draft-head", "merge"):
             interrupted = "interrupted; run the same command again to continue"
         # Imports torch and transformers, which --help and a mistyped option should not wait for.
         import torch
@@ -51,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             getattr(commands, f"run_{options.command.replace('-', '_')}")(options)
         except torch.OutOfMemoryError as error:
-            lower = "--batch-size" if options.command == "data" else "--sequences or --anchors"
-            raise InputError(f"the GPU's memory is used up ({error}); lower {lower}, or use --device cpu") from error
+            raise InputError(
+                f"the GPU's memory is used up ({error}); lower --sequences or --anchors, or use --device cpu"
+            ) from error
 
     return run("ht-train", work, interrupted=lambda: interrupted)
 
@@ -62,9 +64,12 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         "data",
         help="generate the base model's own answers to a file of prompts",
         description="Generate the base model's own answers to a file of prompts, greedy unless --temperature is given. "
-        "Killed at any point, the same command continues where it stopped.",
+        "An engine of the model answers many at once, exported first if MODEL is not one already. Killed at any point, "
+        "the same command continues where it stopped.",
     )
-    add_model(data)
+    data.add_argument(
+        "model", help="known name (smollm2-135m), Hugging Face folder, .gguf file, hub id, or an engine of the model"
+    )
     data.add_argument(
         "--prompts",
         type=pathname,
@@ -82,9 +87,28 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     data.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature (default: 0, greedy)")
     data.add_argument("--top-k", type=int, default=0, help="sample from the k most probable tokens (default: 0, all)")
     data.add_argument("--top-p", type=float, default=1.0, help="sample from this much probability (default: 1, all)")
-    data.add_argument("--batch-size", type=int, default=32, help="prompts answered together (default: 32)")
+    data.add_argument("--batch-size", type=int, default=32, help="prompts answered at once (default: 32)")
+    data.add_argument("--shard-size", type=int, default=64, help="answers in a file (default: 64)")
     data.add_argument("--seed", type=int, default=0, help="draws prompts and samples (default: 0)")
-    _add_machine(data, "float32")
+    data.add_argument("--part", type=_part, metavar="I/N", help="answer the I-th of N parts, on one of N machines; "
+                      "ht-train merge puts them together (default: all)")  # fmt: skip
+    data.add_argument("--precision", choices=("fp32", "int8"), help="of the engine that is exported; int8 is faster, "
+                      "and its text not quite the model's (default: fp32)")  # fmt: skip
+    data.add_argument("--transfer", type=pathname, help="transfer layers of that engine, for speed alone (default: "
+                      "those shipped for a known model, else untrained ones)")  # fmt: skip
+    data.add_argument("--threads", type=int, help="threads on the CPU (default: one for each core)")
+    data.add_argument("--device", help="where an ONNX engine runs: cpu, cuda or cuda:1 (default: cpu)")
+
+
+def _add_merge(commands: argparse._SubParsersAction) -> None:
+    merge = commands.add_parser(
+        "merge",
+        help="put together the parts of data that several machines have made",
+        description="Put together folders that ht-train data --part has made, one of each part, with the same prompts "
+        "and settings.",
+    )
+    merge.add_argument("parts", type=pathname, nargs="+", help="the folders of all parts")
+    merge.add_argument("--out", type=pathname, required=True, help="folder to write")
 
 
 def _add_fit(commands: argparse._SubParsersAction) -> None:
@@ -224,6 +248,13 @@ def _add_machine(parser: argparse.ArgumentParser, dtype: str) -> None:
                         help=f"of the base model's run (default: {dtype})")  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                         help="where the base model runs (default: auto, a GPU when there is one)")  # fmt: skip
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, slash, of = text.partition("/")
+    if not (slash and number.isascii() and number.isdigit() and of.isascii() and of.isdigit() and len(text) < 16):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part such as 1/4, the first of four")
+    return int(number), int(of)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

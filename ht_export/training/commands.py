@@ -21,16 +21,19 @@ from rich.progress import Progress
 
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.transfer import TransferFile, default_layers, load_transfer_layers, save_transfer_layers
-from ht_export.progress import progress_bar
+from ht_export.progress import progress_bar, stage_display
 from ht_export.prompts import read_conversations
 from ht_export.settings import ExportSettings
-from ht_export.training.data import AnsweredPrompt, read_data
+from ht_export.training.data import MANIFEST, AnsweredPrompt, read_data
 from ht_export.training.draft_tokens import choose_draft_tokens, described
+from ht_export.training.engine import data_engine
 from ht_export.training.evaluate import evaluate
 from ht_export.training.fit import FitSettings, MetricLog, fit
-from ht_export.training.generate import DataSettings, generate_data
+from ht_export.training.generate import DataSettings, Part, generate_data
+from ht_export.training.merging import merge
 from ht_export.training.plots import plot_acceptance, plot_sweep
 from ht_export.training.sweep import SweepSettings, default_placements, recommendation, sweep, table
+from runtime import Generator
 from runtime.drafting.correction import SHORTLIST
 from runtime.errors import InputError
 from runtime.files import atomic_path, check_readable, check_writable, unwritable, write_json
@@ -48,12 +51,24 @@ def run_data(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        batch_size=options.batch_size,
+        shard_size=options.shard_size,
         seed=options.seed,
+        part=Part() if options.part is None else Part(*options.part),
     )
-    base = _load(options)
-    with progress_bar() as progress:
-        generate_data(base, options.prompts, options.out, settings, progress, options.exclude)
+    # Before an engine is exported for them.
+    read_conversations(options.prompts)
+    check_writable(options.out / MANIFEST)
+    with stage_display() as stage:
+        engine = data_engine(options.model, options.out, options.precision, options.transfer, stage)
+    made = Generator(engine, device=options.device, threads=options.threads, max_batch=options.batch_size)
+    with made as generator, progress_bar() as progress:
+        generate_data(generator, options.prompts, options.out, settings, progress, options.exclude)
+
+
+def run_merge(options: argparse.Namespace) -> None:
+    """Put the parts of a data folder together."""
+    sequences = merge(options.parts, options.out)
+    print(f"{options.out} has {sequences} answers of {len(options.parts)} parts", file=sys.stderr)
 
 
 def run_fit(options: argparse.Namespace) -> None:

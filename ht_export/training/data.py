@@ -63,7 +63,7 @@ class _MadeBy(TypedDict, total=False):
 @dataclass(frozen=True)
 class Manifest:
     """The data a folder holds, and what it was made from. `shards` and the number of `sequences` are None until all are
-    there.
+    there; `engine_sha256` is that of the weights of a quantised engine, whose text is its own.
     """
 
     version: int
@@ -71,6 +71,7 @@ class Manifest:
     shards: list[Annotated[str, Meta(pattern=r"\Ashard-\d+-\d+\.jsonl\Z")]] | None
     sequences: Annotated[int, Meta(ge=0)] | None = None
     dtype: str | None = None
+    engine_sha256: str | None = None
     prompts_sha256: str | None = None
     excluded_sha256: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)

@@ -1,26 +1,50 @@
-"""Self-distillation text: the base model's own answers to prompts, greedy or sampled, turn by turn."""
+"""Self-distillation text: the base model's own answers to prompts, greedy or sampled, turn by turn.
+
+They are made by an engine of the model, which answers many prompts at once and speculates: the text is the base model's
+either way, and a prompt has the answer that it has alone.
+"""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 from rich.progress import Progress
-from transformers import GenerationConfig
 
-from ht_export.model.checkpoint import BaseModel
-from ht_export.prompts import Conversation, encode_chat, read_conversations, without_duplicates
+from ht_export.prompts import Conversation, read_conversations, without_duplicates
 from ht_export.training.data import AnsweredPrompt, DataFolder
+from runtime import Generator, Sampling, Tokens
 from runtime.errors import InputError
 from runtime.files import sha256_file
+from runtime.request import Request
 from runtime.sampling.options import LEAST_FACTOR
+
+# Shards that are answered while one is waited for: with fewer, the last answers of a shard would run alone.
+AHEAD = 2
+MOST_PARTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """The conversations `number`, `number` + `of`, ... of all, counted from 1: what one of `of` machines answers."""
+
+    number: int = 1
+    of: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.of <= MOST_PARTS:
+            raise InputError(f"part must be I/N with I from 1 to N, and N up to {MOST_PARTS}, not {self}")
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
 
 
 @dataclass(frozen=True)
@@ -28,7 +52,7 @@ class DataSettings:
     """Options of making self-distillation text.
 
     `max_prompts` None takes all; lengths are in tokens. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 keep all
-    tokens. `max_turns` is how many turns of a conversation are answered.
+    tokens. `max_turns` is how many turns of a conversation are answered, `shard_size` how many answers a file has.
     """
 
     max_prompts: int | None = None
@@ -38,11 +62,12 @@ class DataSettings:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    batch_size: int = 32
+    shard_size: int = 64
     seed: int = 0
+    part: Part = Part()
 
     def __post_init__(self) -> None:
-        for name in ("max_prompts", "max_turns", "max_prompt_tokens", "max_new_tokens", "batch_size"):
+        for name in ("max_prompts", "max_turns", "max_prompt_tokens", "max_new_tokens", "shard_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}")
@@ -56,15 +81,16 @@ class DataSettings:
         if 0 < self.temperature < LEAST_FACTOR:
             raise InputError(f"temperature must be 0 (greedy) or at least {LEAST_FACTOR}, not {self.temperature}")
 
-    def decoding(self) -> dict[str, Any]:
-        """Return these settings as arguments of `transformers.generate`."""
+    def sampling(self, turn: int, conversation: int) -> Sampling:
+        """Return how the answer to a turn is drawn: each has its own draws, whatever runs beside it."""
         if self.temperature == 0:
-            return {"do_sample": False}
-        return {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+            return Sampling()
+        seed = int(np.random.SeedSequence([self.seed, turn, conversation]).generate_state(1, np.uint64)[0])
+        return Sampling(temperature=self.temperature, top_k=self.top_k or None, top_p=self.top_p, seed=seed)
 
 
 def generate_data(
-    base: BaseModel,
+    generator: Generator,
     prompts_file: Path,
     folder: Path,
     settings: DataSettings,
@@ -75,11 +101,11 @@ def generate_data(
 
     Conversations that begin as one in `excluded_file` does are left out: held-out prompts, say. Raises `InputError`.
     """
-    room = base.model.config.max_position_embeddings - settings.max_new_tokens
+    room = generator.about.max_context - settings.max_new_tokens
     if room < 1:
         raise InputError(
             f"answers of {settings.max_new_tokens} tokens leave no room for a prompt in the model's context of "
-            f"{base.model.config.max_position_embeddings}; lower --max-new-tokens"
+            f"{generator.about.max_context}; lower --max-new-tokens"
         )
     longest = min(settings.max_prompt_tokens, room)
     conversations = read_conversations(prompts_file)
@@ -87,24 +113,18 @@ def generate_data(
     distinct = without_duplicates(conversations, excluded, settings.max_turns)
     if not distinct:
         raise InputError(f"{prompts_file}: every prompt is in {excluded_file}; give other prompts to train on")
-    out = DataFolder(
-        folder,
-        {
-            "base_model": base.identity(),
-            "dtype": str(base.model.dtype).removeprefix("torch."),
-            "prompts_sha256": sha256_file(prompts_file),
-            "excluded_sha256": sha256_file(excluded_file) if excluded_file else None,
-            "settings": asdict(settings),
-        },
-    )
+    out = DataFolder(folder, made_with(generator, prompts_file, excluded_file, settings))
     random.Random(settings.seed).shuffle(distinct)
-    chosen = distinct[: settings.max_prompts]
-    answers: list[list[str]] = [[] for _ in chosen]
+    part = settings.part
+    chosen = dict(list(enumerate(distinct[: settings.max_prompts]))[part.number - 1 :: part.of])
+    if not chosen:
+        raise InputError(f"{prompts_file}: part {part} has no prompt; make fewer parts")
+    answers: dict[int, list[str]] = {i: [] for i in chosen}
     written: list[AnsweredPrompt] = []
     too_long = 0
-    for turn in range(min(settings.max_turns, max(len(conversation.turns) for conversation in chosen))):
-        due = [i for i, c in enumerate(chosen) if len(c.turns) > turn and len(answers[i]) == turn]
-        encoded = [(i, encode_chat(base.tokenizer, chosen[i].turns[: turn + 1], answers[i])) for i in due]
+    for turn in range(min(settings.max_turns, max(len(conversation.turns) for conversation in chosen.values()))):
+        due = [i for i, c in chosen.items() if len(c.turns) > turn and len(answers[i]) == turn]
+        encoded = [(i, encode(generator, chosen[i].turns[: turn + 1], answers[i])) for i in due]
         fitting = [item for item in encoded if len(item[1]) <= longest]
         too_long += len(encoded) - len(fitting)
         if turn == 0 and not fitting:
@@ -113,8 +133,8 @@ def generate_data(
                 f"{prompts_file}: no prompt has at most {longest} tokens (the shortest has "
                 f"{shortest}); raise --max-prompt-tokens"
             )
-        for i, sequence in _answer_turn(base, chosen, fitting, out, turn, settings, progress):
-            answers[i].append(base.tokenizer.decode(sequence.answer, skip_special_tokens=True))
+        for i, sequence in _answer_turn(generator, chosen, fitting, out, turn, settings, progress):
+            answers[i].append(generator.decode(sequence.answer))
             written.append(sequence)
     out.finish(
         sequences=len(written),
@@ -124,9 +144,39 @@ def generate_data(
     )
 
 
+def made_with(
+    generator: Generator, prompts_file: Path, excluded_file: Path | None, settings: DataSettings
+) -> dict[str, Any]:
+    """Return what the text depends on. In float32 that is the model, whatever engine computes it; a quantised engine
+    has a text of its own.
+    """
+    about = generator.about
+    quantised = about.precision not in ("float32", "float16", "bfloat16")
+    weights = about.weights or about.graph
+    return {
+        "base_model": about.base_model,
+        "dtype": about.precision,
+        "engine_sha256": weights.sha256 if quantised else None,
+        "prompts_sha256": sha256_file(prompts_file),
+        "excluded_sha256": sha256_file(excluded_file) if excluded_file else None,
+        "settings": asdict(settings) | {"part": str(settings.part)},
+    }
+
+
+def encode(generator: Generator, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
+    """Return the ids of a conversation up to where the model speaks: `turns` with an answer after each but the last, in
+    the model's chat template; without one the bare texts follow each other.
+    """
+    said = [*(text for pair in zip(turns, answers, strict=False) for text in pair), turns[-1]]
+    if generator.about.chat_template is None:
+        return generator.encode("".join(said), raw=True)
+    roles = ("user", "assistant")
+    return generator.encode([{"role": roles[place % 2], "content": text} for place, text in enumerate(said)])
+
+
 def _answer_turn(
-    base: BaseModel,
-    conversations: list[Conversation],
+    generator: Generator,
+    conversations: dict[int, Conversation],
     prompts: list[tuple[int, list[int]]],
     out: DataFolder,
     turn: int,
@@ -135,60 +185,43 @@ def _answer_turn(
 ) -> Iterator[tuple[int, AnsweredPrompt]]:
     """Yield (conversation, sequence) for each prompt (conversation, ids), from its shard if there is one."""
     ordered = sorted(prompts, key=lambda item: len(item[1]))
-    batches = [ordered[i : i + settings.batch_size] for i in range(0, len(ordered), settings.batch_size)]
-    bar = progress.add_task(f"turn {turn + 1}", total=len(batches))
-    # The longest first: too little memory shows at once, and the remaining time is never guessed too short.
-    for number, batch in reversed(list(enumerate(batches))):
-        sequences = out.shard(turn, number, [ids for _, ids in batch])
-        if sequences is None:
-            started = perf_counter()
-            # Each shard has its own draws, so that a resumed run samples what an unbroken one does.
-            seed = int(np.random.SeedSequence([settings.seed, turn, number]).generate_state(1)[0])
-            found = answer(base, [ids for _, ids in batch], settings, seed)
-            sequences = [
-                AnsweredPrompt(f"{conversations[i].id}/{turn + 1}", conversations[i].task, ids, tokens)
-                for (i, ids), tokens in zip(batch, found, strict=True)
-            ]
+    size = settings.shard_size
+    shards = [(number, ordered[at : at + size]) for number, at in enumerate(range(0, len(ordered), size))]
+    bar = progress.add_task(f"turn {turn + 1}", total=len(ordered))
+    under_way: deque[tuple[int, list[tuple[int, list[int]]], list[Request]]] = deque()
+    begun, tokens = perf_counter(), 0
+    with ExitStack() as unfinished:
+        # The longest first: too little memory shows at once, and the remaining time is never guessed too short.
+        waiting = deque(reversed(shards))
+        while waiting or under_way:
+            while waiting and len(under_way) <= AHEAD:
+                number, shard = waiting.popleft()
+                written = out.shard(turn, number, [ids for _, ids in shard])
+                if written is not None:
+                    progress.advance(bar, len(shard))
+                    yield from zip((i for i, _ in shard), written, strict=True)
+                    continue
+                requests = [
+                    generator.submit(
+                        Tokens(ids), max_new_tokens=settings.max_new_tokens, sampling=settings.sampling(turn, i)
+                    )
+                    for i, ids in shard
+                ]
+                for request in requests:
+                    unfinished.callback(request.cancel)
+                under_way.append((number, shard, requests))
+            if not under_way:
+                break
+            number, shard, requests = under_way.popleft()
+            sequences = []
+            for (i, ids), request in zip(shard, requests, strict=True):
+                answer = request.result().tokens
+                sequences.append(
+                    AnsweredPrompt(f"{conversations[i].id}/{turn + 1}", conversations[i].task, ids, answer)
+                )
+                tokens += len(answer)
+                speed = tokens / (perf_counter() - begun)
+                progress.update(bar, description=f"turn {turn + 1}, {speed:,.0f} tokens/s")
+                progress.advance(bar)
             out.write_shard(turn, number, sequences)
-            speed = sum(map(len, found)) / (perf_counter() - started)
-            progress.update(bar, description=f"turn {turn + 1}, {speed:,.0f} tokens/s")
-        progress.advance(bar)
-        yield from zip((i for i, _ in batch), sequences, strict=True)
-
-
-def answer(base: BaseModel, prompts: list[list[int]], settings: DataSettings, seed: int = 0) -> list[list[int]]:
-    """Return the continuation of each prompt, end-of-text token included, from one left-padded batch."""
-    model = base.model
-    stops = base.stop_tokens()
-    pad = base.tokenizer.pad_token_id
-    if pad is None:
-        pad = stops[0] if stops else 0
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.inference_mode(), torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        # Not with the model's own generation settings, which `generate` falls back on wherever ours say nothing: a
-        # repetition penalty, say, would make other text than decoding does.
-        own = model.generation_config
-        model.generation_config = GenerationConfig()
-        try:
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                eos_token_id=stops or None,
-                pad_token_id=pad,
-                max_new_tokens=settings.max_new_tokens,
-                **settings.decoding(),
-            )
-        finally:
-            model.generation_config = own
-    return [_until_stop(row, stops) for row in output[:, width:].tolist()]
-
-
-def _until_stop(ids: list[int], stops: list[int]) -> list[int]:
-    for index, token in enumerate(ids):
-        if token in stops:
-            return ids[: index + 1]
-    return ids
+            yield from zip((i for i, _ in shard), sequences, strict=True)

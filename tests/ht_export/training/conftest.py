@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,22 @@ from rich.progress import Progress
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.training.data import AnsweredPrompt, read_data
 from ht_export.training.generate import DataSettings, generate_data
+from runtime import Generator
 
-SETTINGS = DataSettings(max_new_tokens=24, batch_size=4)
+SETTINGS = DataSettings(max_new_tokens=24, shard_size=4)
 QUIET = Progress(disable=True)
 
 
 @pytest.fixture(scope="session")
 def base(tiny_checkpoint: Path) -> BaseModel:
     return load_base_model(str(tiny_checkpoint))
+
+
+@pytest.fixture(scope="session")
+def answering(tiny_engine: Path) -> Iterator[Generator]:
+    """An engine of `base` that answers prompts."""
+    with Generator(tiny_engine, threads=1, adapt=False) as generator:
+        yield generator
 
 
 @pytest.fixture(scope="session")
@@ -28,19 +37,19 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def data_folder(tmp_path_factory: pytest.TempPathFactory, base: BaseModel, prompts_file: Path) -> Path:
+def data_folder(tmp_path_factory: pytest.TempPathFactory, answering: Generator, prompts_file: Path) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    generate_data(base, prompts_file, folder, SETTINGS, QUIET)
+    generate_data(answering, prompts_file, folder, SETTINGS, QUIET)
     return folder
 
 
 @pytest.fixture(scope="session")
-def held_out_folder(tmp_path_factory: pytest.TempPathFactory, base: BaseModel) -> Path:
+def held_out_folder(tmp_path_factory: pytest.TempPathFactory, answering: Generator) -> Path:
     folder = tmp_path_factory.mktemp("held-out")
     prompts = folder / "prompts.jsonl"
     rows = [{"id": i, "task": "ab"[i % 2], "prompt": f"Held out, number {i}{'!' * i}"} for i in range(6)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    generate_data(base, prompts, folder / "data", SETTINGS, QUIET)
+    generate_data(answering, prompts, folder / "data", SETTINGS, QUIET)
     return folder / "data"
 
 

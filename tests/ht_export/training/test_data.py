@@ -1,5 +1,7 @@
 import json
 import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,63 +11,152 @@ import torch
 
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.prompts import encode_chat
-from ht_export.training import generate
-from ht_export.training.data import AnsweredPrompt, fingerprint, read_data
-from ht_export.training.generate import DataSettings, answer, generate_data
+from ht_export.training.data import AnsweredPrompt, DataFolder, fingerprint, read_data
+from ht_export.training.generate import DataSettings, Part, encode, generate_data
+from ht_export.training.merging import merge
+from runtime import Generator
 from runtime.errors import InputError
 from tests.conftest import save_checkpoint, tiny_llama
 from tests.ht_export.training.conftest import QUIET, SETTINGS
 
 
-def test_answers_are_the_base_models_own_whatever_their_batch(base: BaseModel) -> None:
-    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20]]
-    together = answer(base, prompts, DataSettings(max_new_tokens=12))
-    for prompt, tokens in zip(prompts, together, strict=True):
-        ids = torch.tensor([prompt])
-        output = base.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
-        assert tokens == output[0, len(prompt) :].tolist()
+@pytest.fixture
+def restarted(tiny_engine: Path) -> Callable[[], AbstractContextManager[Generator]]:
+    """Begins a run anew, as a process of its own would."""
+    return lambda: Generator(tiny_engine, threads=1, adapt=False, max_batch=3)
+
+
+def own_answer(base: BaseModel, prompt: list[int], length: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    stops = base.stop_tokens()
+    output = base.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=length,
+        eos_token_id=stops,
+        pad_token_id=stops[0],
+    )
+    found: list[int] = output[0, len(prompt) :].tolist()
+    return found
+
+
+def test_answers_are_the_base_models_own(base: BaseModel, data_folder: Path) -> None:
+    sequences = read_data(data_folder, base, 1)
+    assert len(sequences) == 10
+    for sequence in sequences:
+        assert sequence.answer == own_answer(base, sequence.prompt, SETTINGS.max_new_tokens)
+
+
+def test_prompts_are_encoded_as_for_training(base: BaseModel, answering: Generator) -> None:
+    turns = ["one", "two </s>", "three"]
+    assert encode(answering, turns, ["1", "2"]) == encode_chat(base.tokenizer, turns, ["1", "2"])
+
+
+class KilledError(Exception):
+    """As a signal would end it."""
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_generation_continues_after_a_kill_with_the_same_text(
-    base: BaseModel, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+    base: BaseModel,
+    answering: Generator,
+    restarted: Callable[[], AbstractContextManager[Generator]],
+    prompts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    temperature: float,
 ) -> None:
     settings = replace(SETTINGS, temperature=temperature)
-    generate_data(base, prompts_file, tmp_path / "whole", settings, QUIET)
-    calls = 0
+    generate_data(answering, prompts_file, tmp_path / "whole", settings, QUIET)
+    write = DataFolder.write_shard
+    written: list[int] = []
 
-    def dies_at_the_second_batch(*arguments: Any) -> list[list[int]]:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise KeyboardInterrupt
-        return answer(*arguments)
+    def dies_at_the_second_shard(folder: DataFolder, turn: int, number: int, found: Sequence[AnsweredPrompt]) -> None:
+        if len(written) == 1:
+            raise KilledError
+        written.append(number)
+        write(folder, turn, number, found)
 
-    monkeypatch.setattr(generate, "answer", dies_at_the_second_batch)
-    with pytest.raises(KeyboardInterrupt):
-        generate_data(base, prompts_file, tmp_path / "killed", settings, QUIET)
+    with monkeypatch.context() as patched:
+        patched.setattr(DataFolder, "write_shard", dies_at_the_second_shard)
+        with pytest.raises(KilledError), restarted() as generator:
+            generate_data(generator, prompts_file, tmp_path / "killed", settings, QUIET)
     with pytest.raises(InputError, match="is not finished; run ht-train data again"):
         read_data(tmp_path / "killed", base, 4)
-    generate_data(base, prompts_file, tmp_path / "killed", settings, QUIET)
-    assert calls == 4
+    (kept,) = (tmp_path / "killed").glob("shard-*")
+    times = kept.stat().st_mtime_ns
+    with restarted() as generator:
+        generate_data(generator, prompts_file, tmp_path / "killed", settings, QUIET)
+    assert kept.stat().st_mtime_ns == times
     assert read_data(tmp_path / "killed", base, 4) == read_data(tmp_path / "whole", base, 4)
 
 
-def test_sampled_text_depends_on_the_seed_and_differs_from_greedy_text(base: BaseModel) -> None:
-    prompts = [[5, 6, 7], [8, 9, 10]]
-    sampled = DataSettings(max_new_tokens=16, temperature=1.5)
-    greedy = answer(base, prompts, DataSettings(max_new_tokens=16))
-    assert answer(base, prompts, sampled, seed=3) == answer(base, prompts, sampled, seed=3)
-    assert answer(base, prompts, sampled, seed=3) != answer(base, prompts, sampled, seed=4)
-    assert answer(base, prompts, sampled, seed=3) != greedy
-    assert answer(base, prompts, replace(sampled, top_k=1), seed=3) == greedy
+def test_sampled_text_depends_on_the_seed_and_differs_from_greedy_text(
+    base: BaseModel, answering: Generator, prompts_file: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    def text(name: str, **settings: Any) -> list[AnsweredPrompt]:
+        asked = replace(SETTINGS, **settings)
+        generate_data(answering, prompts_file, tmp_path / name, asked, QUIET)
+        return sorted(read_data(tmp_path / name, base, 1), key=lambda one: one.id)
+
+    greedy = sorted(read_data(data_folder, base, 1), key=lambda one: one.id)
+    three = text("three", temperature=1.5, seed=3)
+    assert three == text("in other shards", temperature=1.5, seed=3, shard_size=3)
+    assert fingerprint(three) != fingerprint(text("four", temperature=1.5, seed=4))
+    assert fingerprint(three) != fingerprint(greedy)
+    assert text("one", temperature=1.5, top_k=1) == greedy
 
 
-def test_a_later_turn_follows_the_base_models_answer_to_the_one_before(base: BaseModel, tmp_path: Path) -> None:
+def test_parts_are_the_whole(
+    base: BaseModel, answering: Generator, prompts_file: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    parts = [tmp_path / name for name in ("a", "b", "c")]
+    for number, folder in enumerate(parts, 1):
+        generate_data(answering, prompts_file, folder, replace(SETTINGS, part=Part(number, 3)), QUIET)
+    assert merge(parts[::-1], tmp_path / "all") == 10
+
+    def by_id(folder: Path) -> list[AnsweredPrompt]:
+        return sorted(read_data(folder, base, 1), key=lambda one: one.id)
+
+    assert by_id(tmp_path / "all") == by_id(data_folder)
+    made = json.loads((tmp_path / "all" / "manifest.json").read_text())
+    assert made["settings"] == json.loads((data_folder / "manifest.json").read_text())["settings"]
+    with pytest.raises(InputError, match="is a data folder already"):
+        merge(parts, tmp_path / "all")
+    with pytest.raises(InputError, match="these are the parts 1/3, 2/3, and not all of one whole"):
+        merge(parts[:2], tmp_path / "two")
+    with pytest.raises(InputError, match="are both part 1/3; give each part once"):
+        merge([parts[0], parts[0], parts[2]], tmp_path / "two")
+    with pytest.raises(InputError, match="not all of one whole"):
+        merge([parts[0], data_folder], tmp_path / "two")
+    with pytest.raises(InputError, match="is not a data folder"):
+        merge([parts[0], tmp_path / "nowhere"], tmp_path / "two")
+    other = replace(SETTINGS, part=Part(2, 2), max_new_tokens=5)
+    generate_data(answering, prompts_file, tmp_path / "short", other, QUIET)
+    with pytest.raises(InputError, match="was made with another max_new_tokens than"):
+        merge([parts[0], tmp_path / "short"], tmp_path / "two")
+    next(parts[1].glob("shard-*")).unlink()
+    with pytest.raises(InputError, match="is not finished; run ht-train data again"):
+        merge(parts, tmp_path / "two")
+    assert not (tmp_path / "two").exists()
+
+
+def test_a_part_without_prompts(answering: Generator, prompts_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="part 11/11 has no prompt; make fewer parts"):
+        generate_data(answering, prompts_file, tmp_path, replace(SETTINGS, part=Part(11, 11)), QUIET)
+    for number, of in ((0, 1), (2, 1), (1, 1 << 17)):
+        with pytest.raises(InputError, match="part must be I/N with I from 1 to N"):
+            Part(number, of)
+
+
+def test_a_later_turn_follows_the_base_models_answer_to_the_one_before(
+    base: BaseModel, answering: Generator, tmp_path: Path
+) -> None:
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"id": "a", "turns": ["one", "two"]}, {"id": "b", "prompt": "alone"}]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    generate_data(base, prompts, tmp_path / "data", replace(SETTINGS, max_turns=3), QUIET)
+    generate_data(answering, prompts, tmp_path / "data", replace(SETTINGS, max_turns=3), QUIET)
     found = {sequence.id: sequence for sequence in read_data(tmp_path / "data", base, 1)}
     assert sorted(found) == ["a/1", "a/2", "b/1"]
     said = base.tokenizer.decode(found["a/1"].answer, skip_special_tokens=True)
@@ -75,58 +166,51 @@ def test_a_later_turn_follows_the_base_models_answer_to_the_one_before(base: Bas
     )
 
 
-def test_duplicates_and_held_out_prompts_are_left_out(base: BaseModel, tmp_path: Path) -> None:
+def test_duplicates_and_held_out_prompts_are_left_out(base: BaseModel, answering: Generator, tmp_path: Path) -> None:
     prompts, held_out = tmp_path / "prompts.jsonl", tmp_path / "held-out.jsonl"
     texts = ["Why is  the sky blue?", "why is the sky blue? ", "Why not?", "Held out"]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     held_out.write_text(json.dumps({"turns": ["held OUT", "and on"]}) + "\n")
-    generate_data(base, prompts, tmp_path / "data", SETTINGS, QUIET, held_out)
+    generate_data(answering, prompts, tmp_path / "data", SETTINGS, QUIET, held_out)
     assert sorted(sequence.id for sequence in read_data(tmp_path / "data", base, 1)) == ["1/1", "3/1"]
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     assert (manifest["sequences"], manifest["duplicates_or_excluded"], manifest["too_long"]) == (2, 2, 0)
     assert manifest["base_model"] == base.identity()
     assert manifest["settings"]["seed"] == 0
     with pytest.raises(InputError, match="every prompt is in"):
-        generate_data(base, held_out, tmp_path / "none", SETTINGS, QUIET, held_out)
+        generate_data(answering, held_out, tmp_path / "none", SETTINGS, QUIET, held_out)
 
 
-def test_a_folder_of_other_settings_is_not_mixed(base: BaseModel, prompts_file: Path, data_folder: Path) -> None:
+def test_a_folder_of_other_settings_is_not_mixed(answering: Generator, prompts_file: Path, data_folder: Path) -> None:
     with pytest.raises(InputError, match="made with another max_new_tokens"):
-        generate_data(base, prompts_file, data_folder, DataSettings(max_new_tokens=5), QUIET)
+        generate_data(answering, prompts_file, data_folder, DataSettings(max_new_tokens=5), QUIET)
 
 
-def test_settings_may_change_until_there_is_an_answer(base: BaseModel, prompts_file: Path, tmp_path: Path) -> None:
+def test_settings_may_change_until_there_is_an_answer(
+    base: BaseModel, answering: Generator, prompts_file: Path, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="raise --max-prompt-tokens"):
-        generate_data(base, prompts_file, tmp_path, replace(SETTINGS, max_prompt_tokens=3), QUIET)
-    generate_data(base, prompts_file, tmp_path, SETTINGS, QUIET)
+        generate_data(answering, prompts_file, tmp_path, replace(SETTINGS, max_prompt_tokens=3), QUIET)
+    generate_data(answering, prompts_file, tmp_path, SETTINGS, QUIET)
     assert read_data(tmp_path, base, 4)
 
 
-def test_shards_of_unknown_origin_are_not_taken(base: BaseModel, prompts_file: Path, tmp_path: Path) -> None:
+def test_shards_of_unknown_origin_are_not_taken(answering: Generator, prompts_file: Path, tmp_path: Path) -> None:
     (tmp_path / "shard-0-00000.jsonl").write_text("")
     with pytest.raises(InputError, match=r"holds shards without a manifest\.json"):
-        generate_data(base, prompts_file, tmp_path, SETTINGS, QUIET)
+        generate_data(answering, prompts_file, tmp_path, SETTINGS, QUIET)
 
 
-def test_a_shard_cut_short_is_noticed(base: BaseModel, prompts_file: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_a_shard_cut_short_is_noticed(
+    base: BaseModel, answering: Generator, prompts_file: Path, data_folder: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(data_folder, tmp_path / "copy"))
     shard = folder / "shard-0-00001.jsonl"
     shard.write_text(shard.read_text().split("\n", 1)[0] + "\n")
     with pytest.raises(InputError, match="holds 7 of 10 answers; a shard was cut short"):
         read_data(folder, base, 4)
     with pytest.raises(InputError, match="does not hold the prompts that it should; delete it"):
-        generate_data(base, prompts_file, folder, SETTINGS, QUIET)
-
-
-def test_the_models_own_generation_settings_do_not_change_the_text(base: BaseModel) -> None:
-    prompts = [[5, 6, 7], [8, 9, 10]]
-    settings = DataSettings(max_new_tokens=24)
-    before = answer(base, prompts, settings)
-    base.model.generation_config.repetition_penalty = 5.0
-    try:
-        assert answer(base, prompts, settings) == before
-    finally:
-        base.model.generation_config.repetition_penalty = None
+        generate_data(answering, prompts_file, folder, SETTINGS, QUIET)
 
 
 def test_data_of_other_weights_is_refused(data_folder: Path, tmp_path: Path) -> None:
@@ -135,9 +219,9 @@ def test_data_of_other_weights_is_refused(data_folder: Path, tmp_path: Path) -> 
         read_data(data_folder, other, 4)
 
 
-def test_prompts_that_are_all_too_long(base: BaseModel, prompts_file: Path, tmp_path: Path) -> None:
+def test_prompts_that_are_all_too_long(answering: Generator, prompts_file: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no prompt has at most 3 tokens \(the shortest has \d+\); raise"):
-        generate_data(base, prompts_file, tmp_path, DataSettings(max_prompt_tokens=3), QUIET)
+        generate_data(answering, prompts_file, tmp_path, DataSettings(max_prompt_tokens=3), QUIET)
 
 
 MADE = '{"version": 2, "base_model": {"name": "a", "weights_sha256": "b"}, "shards": '
