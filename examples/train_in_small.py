@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS), encoding="utf-8")
     data, transfer, engine = (str(folder / name) for name in ("data", "transfer.safetensors", "engine.onnx"))
-    small = ["--max-new-tokens", "48", "--batch-size", "4"]
+    small = ["--max-new-tokens", "48"]
     fit = ["--steps", "20", "--sequences", "2", "--anchors", "16"]
     commands = (
         lambda: ht_train(["data", model, "--prompts", str(prompts), "--out", data, *small]),

@@ -34,6 +34,8 @@ from ht_export.training.merging import merge
 from ht_export.training.plots import plot_acceptance, plot_sweep
 from ht_export.training.sweep import SweepSettings, default_placements, recommendation, sweep, table
 from runtime import Generator
+from runtime.bundle.engine_file import MOST_BATCH
+from runtime.checks import whole
 from runtime.drafting.correction import SHORTLIST
 from runtime.errors import InputError
 from runtime.files import atomic_path, check_readable, check_writable, unwritable, write_json
@@ -55,12 +57,13 @@ def run_data(options: argparse.Namespace) -> None:
         seed=options.seed,
         part=Part() if options.part is None else Part(*options.part),
     )
+    batch_size = whole("--batch-size", options.batch_size, 1, MOST_BATCH)
     # Before an engine is exported for them.
     read_conversations(options.prompts)
     check_writable(options.out / MANIFEST)
     with stage_display() as stage:
         engine = data_engine(options.model, options.out, options.precision, options.transfer, stage)
-    made = Generator(engine, device=options.device, threads=options.threads, max_batch=options.batch_size)
+    made = Generator(engine, device=options.device, threads=options.threads, max_batch=batch_size)
     with made as generator, progress_bar() as progress:
         generate_data(generator, options.prompts, options.out, settings, progress, options.exclude)
 

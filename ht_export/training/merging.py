@@ -26,7 +26,7 @@ def merge(parts: Sequence[Path], out: Path) -> int:
     _check_same(parts, manifests)
     _check_complete(parts, manifests)
     out.mkdir(parents=True, exist_ok=True)
-    names = []
+    names: list[str] = []
     for part, manifest in zip(parts, manifests, strict=True):
         for name in manifest.shards or ():
             turn = name.split("-")[1]

@@ -67,12 +67,12 @@ def test_transfer_layers_are_trained_further(
 
 
 def test_several_data_folders_are_trained_on_together(
-    tiny_checkpoint: Path, prompts_file: Path, data_folder: Path, tmp_path: Path
+    tiny_checkpoint: Path, tiny_engine: Path, prompts_file: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     sampled, out = tmp_path / "sampled", tmp_path / "t.safetensors"
     lengths = ["--max-new-tokens", "12", "--max-prompts", "10"]
     draws = ["--temperature", "0.8"]
-    made = ["data", str(tiny_checkpoint), "--prompts", str(prompts_file), "--out", str(sampled), *lengths, *draws]
+    made = ["data", str(tiny_engine), "--prompts", str(prompts_file), "--out", str(sampled), *lengths, *draws]
     assert cli.main(made) == 0
     short = ["--steps", "2", "--layers", "2", *SHORT]
     fit = ["fit", str(tiny_checkpoint), "--data", str(data_folder), str(sampled), "--out", str(out), *short]
@@ -106,7 +106,7 @@ def test_eval_stores_its_statistics_and_leaves_the_weights(
         (["data", "MODEL", "--prompts", "nowhere.jsonl", "--out", "OUT"], "no prompts file at nowhere.jsonl"),
         (
             ["data", "MODEL", "--prompts", "PROMPTS", "--out", "OUT", "--batch-size", "0"],
-            "batch_size must be at least 1",
+            "--batch-size must be at least 1, not 0",
         ),
         (
             ["data", "MODEL", "--prompts", "PROMPTS", "--out", "OUT", "--temperature", "-1"],
@@ -117,7 +117,11 @@ def test_eval_stores_its_statistics_and_leaves_the_weights(
             "temperature must be 0 (greedy) or at least 0.01, not 1e-320",
         ),
         (["data", "MODEL", "--prompts", "PROMPTS", "--out", "PROMPTS/d"], "cannot write"),
-        (["data", "MODEL", "--prompts", "PROMPTS", "--out", "OUT", "--device", "cuda"], "torch finds no CUDA GPU"),
+        (["data", "ENGINE", "--prompts", "PROMPTS", "--out", "OUT", "--device", "cuda"], "cuda"),
+        (["data", "ENGINE", "--prompts", "PROMPTS", "--out", "OUT", "--precision", "int8"], "is an engine"),
+        (["data", "nowhere.onnx", "--prompts", "PROMPTS", "--out", "OUT"], "no engine at nowhere.onnx"),
+        (["data", "MODEL", "--prompts", "PROMPTS", "--out", "OUT", "--part", "5/4"], "part must be I/N"),
+        (["merge", "DATA", "DATA", "--out", "OUT"], "are both part 1/1; give each part once"),
         (["fit", "MODEL", "--data", "OUT", "--out", "t"], "is not a data folder"),
         (["fit", "MODEL", "--data", "DATA", "DATA", "--out", "t"], "twice; name each folder once"),
         (["fit", "MODEL", "--data", "DATA", "OUT", "--out", "t"], "is not a data folder"),
@@ -167,7 +171,7 @@ def test_eval_stores_its_statistics_and_leaves_the_weights(
         (["fit", "MODEL", "--data", "DATA", "--out", "t", "--checkpoint", "PROMPTS/c"], "cannot write"),
         (["data", "MODEL", "--prompts", "PROMPTS", "--out", "OUT", "--seed", "-1"], "seed must be at least 0, not -1"),
         (
-            ["data", "MODEL", "--prompts", "PROMPTS", "--out", "OUT", "--max-new-tokens", "256"],
+            ["data", "ENGINE", "--prompts", "PROMPTS", "--out", "OUT", "--max-new-tokens", "256"],
             "leave no room for a prompt in the model's context of 256",
         ),
         (["eval", "MODEL", "--transfer", "nowhere", "--data", "DATA"], "no transfer layers at nowhere"),
@@ -217,6 +221,7 @@ def test_a_users_mistake_is_one_line(
     data_folder: Path,
     held_out_folder: Path,
     tiny_transfer: Path,
+    tiny_engine: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -227,7 +232,7 @@ def test_a_users_mistake_is_one_line(
         pytest.skip("this machine has a GPU")
     monkeypatch.chdir(tmp_path)
     places = {"MODEL": tiny_checkpoint, "PROMPTS": prompts_file, "DATA": data_folder, "OUT": tmp_path / "new"}
-    places["HELD_OUT"] = held_out_folder
+    places |= {"HELD_OUT": held_out_folder, "ENGINE": tiny_engine}
     places["TRANSFER"] = tiny_transfer
     words = [
         str(places.get(word, word)).replace("PROMPTS/", f"{prompts_file}/").replace("MODEL/", f"{tiny_checkpoint}/")
