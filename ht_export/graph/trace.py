@@ -7,7 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from ht_export.graph.domains import DOMAIN, DOMAIN_VERSION, OPSET
 from ht_export.graph.fuse import simplify, use_fused_operators
+from ht_export.graph.layers import TracedLayers
 from ht_export.graph.lazy_weights import cast_weights, hollow, transposed, written_as
 from ht_export.model.attention import LayerAttention
 from ht_export.model.families import head_dim
@@ -126,8 +127,8 @@ def build_graph(model: HiddenTransferModel, dtype: torch.dtype | None = None, *,
     return onnx_model
 
 
-class _Flat(nn.Module):
-    """The reference with its outputs as a flat tuple, in the order of the bindings."""
+class _AroundLayers(nn.Module):
+    """The reference's logits alone: its layers, and with them the caches, are stamped in afterwards."""
 
     def __init__(self, model: HiddenTransferModel) -> None:
         super().__init__()
@@ -141,14 +142,11 @@ class _Flat(nn.Module):
         pseudo_parents: list[Tensor],
         logit_rows: Tensor,
         cache_length: Tensor,
-        key_cache: list[Tensor],
-        value_cache: list[Tensor],
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor]:
         output = self.model(
-            input_ids, position_ids, tree_mask, pseudo_parents, logit_rows, cache_length, key_cache, value_cache
+            input_ids, position_ids, tree_mask, pseudo_parents, logit_rows, cache_length, key_cache=[], value_cache=[]
         )
-        logits = (output.logits.to(torch.float32), output.draft_logits.to(torch.float32))
-        return (*logits, *output.key_new, *output.value_new)
+        return output.logits.to(torch.float32), output.draft_logits.to(torch.float32)
 
 
 def _trace(model: HiddenTransferModel, dims: GraphDims) -> ir.Model:
@@ -156,8 +154,6 @@ def _trace(model: HiddenTransferModel, dims: GraphDims) -> ir.Model:
     batch, tree, wanted, capacity = 2, 5, 3, 7
     pseudo = [11 + 2 * k for k in range(dims.num_steps)]
     rows = tree + sum(pseudo)
-    cache_shape = (batch, dims.key_value_heads, capacity, dims.head_dim)
-    cache = [torch.zeros(cache_shape, dtype=getattr(torch, dims.dtype)) for _ in range(dims.num_layers)]
     example = (
         torch.zeros(batch, tree, dtype=torch.int64),
         torch.zeros(batch, rows, dtype=torch.int64),
@@ -165,15 +161,12 @@ def _trace(model: HiddenTransferModel, dims: GraphDims) -> ir.Model:
         [torch.zeros(batch, size, dtype=torch.int64) for size in pseudo],
         torch.zeros(batch, wanted, dtype=torch.int64),
         torch.full((batch,), capacity, dtype=torch.int64),
-        cache,
-        [layer.clone() for layer in cache],
     )
     # The tracer reasons about sizes from 2 on, and R is a sum of them. The graph itself holds for 0 and 1 too, which
     # the parity check before "done" and the tests run.
     dim = torch.export.Dim
-    b, s = dim("B"), dim("S")
+    b = dim("B")
     r = dim("R", min=2 * (dims.num_steps + 1))
-    cache_shapes = [{0: b, 2: s} for _ in range(dims.num_layers)]
     shapes = (
         {0: b, 1: dim("T")},
         {0: b, 1: r},
@@ -181,19 +174,25 @@ def _trace(model: HiddenTransferModel, dims: GraphDims) -> ir.Model:
         [{0: b, 1: dim(f"R_{k + 1}")} for k in range(dims.num_steps)],
         {0: b, 1: dim("M")},
         {0: b},
-        cache_shapes,
-        cache_shapes,
     )
     with _quiet(), torch.no_grad():
-        program = torch.export.export(
-            _Flat(model).eval(),
-            example,
-            dynamic_shapes=shapes,
-            strict=False,
-            # Without this, that R is the sum of the other sizes would be refused as a constraint on R.
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
-        traced = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+        layers = TracedLayers(model, _exported)
+        with layers.opaque():
+            traced = _exported(_AroundLayers(model), example, shapes)
+    layers.stamp(traced)
+    return traced
+
+
+def _exported(module: nn.Module, example: tuple[Any, ...], shapes: tuple[Any, ...]) -> ir.Model:
+    program = torch.export.export(
+        module.eval(),
+        example,
+        dynamic_shapes=shapes,
+        strict=False,
+        # Without this, that R is the sum of the other sizes would be refused as a constraint on R.
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    traced = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     assert traced is not None
     return traced.model
 
@@ -203,7 +202,7 @@ def _use_weights(graph: ir.Graph, weights: dict[str, nn.Parameter], dtype: torch
     `as_stored` may have another type than their value: `cast_weights` puts that right.
     """
     for name, value in graph.initializers.items():
-        # As `_Flat` has them.
+        # As `_AroundLayers` has them.
         real = weights.get(name.removeprefix("model."))
         if real is not None:
             keep = as_stored and real.ndim == 2 and real.dtype.itemsize < dtype.itemsize

@@ -42,37 +42,42 @@ class TreeRows(AttentionRows):
         self.attention = attention
         self.key_new: list[Tensor] = []
         self.value_new: list[Tensor] = []
-        # By window: the tree mask within it, and the first row of the cache that each row sees, [B, R].
-        self._windows: dict[int, tuple[Tensor, Tensor]] = {}
+        self._alive = position_ids.shape[1]
+        # By window, None for none: the tree mask within it, and the first row of the cache that each row sees, [B, R].
+        self._masks: dict[int | None, tuple[Tensor, Tensor | None]] = {None: (tree_mask, None)}
+        # The same of the rows that are alive.
+        self._seen: dict[int | None, tuple[Tensor, Tensor | None]] = {}
+
+    def begin(self, alive: int) -> None:
+        """Have only the first `alive` rows from the next layer on."""
+        self._alive = alive
+        self._seen = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: LayerAttention) -> Tensor:
         """See `AttentionRows.attend`."""
-        rows = query.shape[2]
         self.key_new.append(key)
         self.value_new.append(value)
-        tree_mask, first_visible = self.tree_mask, None
-        if how.window is not None:
-            tree_mask, first = self._window(how.window)
-            first_visible = first[:, :rows]
-        return self.attention(
-            query,
-            key,
-            value,
-            self.key_cache[layer],
-            self.value_cache[layer],
-            self.cache_length,
-            tree_mask[:, :rows, :rows],
-            first_visible,
-            how,
-        )
+        cache = self.key_cache[layer], self.value_cache[layer], self.cache_length
+        return self.attention(query, key, value, *cache, *self.visible(how), how)
 
-    def _window(self, window: int) -> tuple[Tensor, Tensor]:
-        if window not in self._windows:
+    def visible(self, how: LayerAttention) -> tuple[Tensor, Tensor | None]:
+        """Return what the rows see in a layer that attends so: the tree mask [B, R_l, R_l], and where it has a window
+        the first visible row [B, R_l] of the cache.
+        """
+        if (seen := self._seen.get(how.window)) is None:
+            mask, first = self._mask(how.window)
+            alive = self._alive
+            seen = mask[:, :alive, :alive], None if first is None else first[:, :alive]
+            self._seen[how.window] = seen
+        return seen
+
+    def _mask(self, window: int | None) -> tuple[Tensor, Tensor | None]:
+        if window is not None and window not in self._masks:
             positions = self.position_ids
             near = positions[:, :, None] - positions[:, None, :] < window
             # A row of the cache lies at its position.
-            self._windows[window] = self.tree_mask & near, positions - (window - 1)
-        return self._windows[window]
+            self._masks[window] = self.tree_mask & near, positions - (window - 1)
+        return self._masks[window]
 
 
 @dataclass(frozen=True)
@@ -123,15 +128,18 @@ class HiddenTransferModel(nn.Module):
         hidden = parts.embed(input_ids)
         position_embeddings = parts.rotary(hidden, position_ids)
         rows = TreeRows(key_cache, value_cache, cache_length, tree_mask, position_ids, self.attention)
+        # What layers of one kind share is cut to the rows that are alive once, until others join.
+        shared: dict[int, tuple[Tensor, Tensor]] = {}
         for index, layer in enumerate(parts.layers):
-            hidden = self._join(hidden, index, pseudo_parents)
-            alive = hidden.shape[1]
+            if index == 0 or self.transfer.joining(index):
+                hidden = self._join(hidden, index, pseudo_parents)
+                alive = hidden.shape[1]
+                rows.begin(alive)
+                shared.clear()
             cos, sin = position_embeddings[index]
-            hidden = layer(
-                hidden,
-                position_embeddings=(cos[:, :alive], sin[:, :alive]),
-                attention_mask=rows,
-            )
+            if id(cos) not in shared:
+                shared[id(cos)] = cos[:, :alive], sin[:, :alive]
+            hidden = layer(hidden, position_embeddings=shared[id(cos)], attention_mask=rows)
         hidden = self._join(hidden, len(parts.layers), pseudo_parents)
         wanted, pseudo = gather_rows(hidden, logit_rows), hidden[:, tree_size:]
         if self.draft_head is not None:
