@@ -26,7 +26,7 @@ from runtime import InputError
 from runtime.serving.cli import _from_environment, build_parser, main, settings_of
 from runtime.serving.exporting import engine_of
 from runtime.serving.keys import read_keys
-from tests.runtime.serving.live import CHAT
+from tests.runtime.serving.live import CHAT, raw_request
 
 
 class Process:
@@ -118,14 +118,23 @@ def test_a_drain_has_an_end(start: Callable[..., Process], signals: int) -> None
         not any(line.startswith("ht_num_requests_running{") and line.endswith(" 1.0") for line in text.splitlines())
     ):
         time.sleep(0.01)
+    half = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    if signals == 2:
+        # Somebody who has not yet said all is cut off.
+        half.sendall(raw_request(CHAT, body)[:-9])
+    begun = time.monotonic()
     for _ in range(signals):
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
     assert server.ended() == 0
+    assert time.monotonic() - begun < 20
+    half.close()
     asking.join(10)
-    # Nobody is left without an answer, or an end.
+    # Nobody is left without an answer, or an end, and nothing is told as a fault.
     assert not status or status[0].json()["error"]["code"] == "shutting_down"
     assert not asking.is_alive()
+    assert not [line for line in server.lines if line["level"] == "error" or "trace" in line]
+    assert sum(line["event"] == "stopping at once" for line in server.lines) == signals - 1
 
 
 def options_of(*given: str) -> Any:
