@@ -28,6 +28,8 @@ from runtime.serving.exporting import engine_of
 from runtime.serving.keys import read_keys
 from tests.runtime.serving.live import CHAT, raw_request
 
+ROOT = str(Path(__file__).parents[3])
+
 
 class Process:
     def __init__(self, engine: Path, *options: str) -> None:
@@ -231,7 +233,9 @@ def test_keys_in_the_environment_that_are_empty_open_nothing(monkeypatch: pytest
 def test_a_known_model_is_exported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
 
-    def export(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+    def export(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if command[-1] == "--known-models":
+            return subprocess.CompletedProcess(command, 0, "other\nsmollm2-135m\n")
         commands.append(command)
         Path(command[-1] if command[-2] == "--out" else command[-3]).with_suffix(".json").touch()
         return subprocess.CompletedProcess(command, 0)
@@ -252,12 +256,27 @@ def test_what_the_exporter_refuses_is_told_by_it(
 ) -> None:
     """A precision, as it refuses that before it takes its time to import torch."""
     monkeypatch.setenv("HT_CACHE", str(tmp_path))
-    monkeypatch.setitem(os.environ, "PYTHONPATH", str(Path(__file__).parents[3]))
-    with pytest.raises(InputError, match="nobody-1b could not be exported; see above"):
-        engine_of("nobody-1b", "fp7")
+    monkeypatch.setitem(os.environ, "PYTHONPATH", ROOT)
+    with pytest.raises(InputError, match="smollm2-135m could not be exported; see above"):
+        engine_of("smollm2-135m", "fp7")
     told = capfd.readouterr().err
-    assert "exporting nobody-1b to" in told
+    assert "exporting smollm2-135m to" in told
     assert "ht-export: error: argument --precision: invalid choice: 'fp7'" in told
+
+
+def test_a_model_that_the_exporter_does_not_know_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(os.environ, "PYTHONPATH", ROOT)
+    assert main(["no-such-model", "--port", "0"]) == 2
+    found = capfd.readouterr()
+    assert found.out == ""
+    assert found.err.startswith("ht-serve: error: no-such-model is no engine file, and no model that ht-export knows (")
+    assert "smollm2-135m" in found.err
+    assert found.err.count("\n") == 1
+    # Nothing was begun.
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_the_exporter_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
