@@ -142,12 +142,15 @@ def routing(engine: Path) -> dict[str, Any]:
 def loss(engine: Path) -> dict[str, Any]:
     """Kill one of two replicas under the load of 8 clients."""
     with Served(engine, min_replicas=2, max_replicas=2) as served:
-        clients = Clients(served, 8, max_tokens=60)
+        clients = Clients(served, 8, max_tokens=24)
         time.sleep(10)
+        name = served.replicas()[0]
         killed = time.monotonic()
-        ray.kill(ray.get_actor(served.replicas()[0], namespace="serve"))
-        time.sleep(1)
-        again = served.wait_for(2) + 1
+        ray.kill(ray.get_actor(name, namespace="serve"))
+        while name in (names := served.replicas()) or len(names) < 2:
+            time.sleep(0.1)
+        served.wait_for(2)
+        again = round(time.monotonic() - killed, 1)
         time.sleep(3)
         clients.leave()
     lost = [(at, told) for at, told in clients.ended if not told["whole"]]

@@ -295,6 +295,20 @@ def test_a_second_request_on_a_connection_may_be_slow_no_more_than_the_first(ser
     assert time.monotonic() - begun < 5
 
 
+@pytest.mark.parametrize("line", ["GET /health/live", "POST /nothing", f"POST {CHAT}"])
+def test_a_client_that_goes_on_sending_what_nobody_waits_for_is_cut_off(serve: Serve, line: str) -> None:
+    live = serve(body_s=0.3)
+    with live.connect() as connection:
+        connection.sendall(f"{line} HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1")
+        begun = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - begun < 5:
+                connection.sendall(b"x")
+                time.sleep(0.05)
+        assert time.monotonic() - begun < 5
+
+
 def test_a_client_that_does_not_read_is_cut_off(serve: Serve, generator: Generator) -> None:
     live = serve(reader_s=0.3)
     connection = live.connect_with_small_buffers()
