@@ -112,6 +112,6 @@ class Exchanges:
 
 
 def _path(scope: Scope) -> str:
-    """Return the path within the application, wherever that is mounted."""
+    """Return the path within the application, wherever that is mounted: as it is routed, so that keys guard that."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
-    return path[len(root) :] if root and path.startswith(root) else path
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path

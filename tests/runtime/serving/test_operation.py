@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -143,6 +144,26 @@ def test_a_key_is_asked_for_where_there_are_keys(serve: Serve) -> None:
     for path in ("/health/live", "/health/ready", "/metrics", "/openapi.json"):
         assert live.client.get(path).status_code == 200
     assert "secret" not in repr(live.settings)
+
+
+@pytest.mark.parametrize("root", ["", "/", "/v", "/v1", "/v1/", "/v1/models", "/a", "/a/"])
+@pytest.mark.parametrize("path", ["{root}/v1/models", "/v1/models", "//v1/models"])
+def test_nothing_is_told_without_a_key_wherever_the_application_is_mounted(
+    generator: Generator, root: str, path: str
+) -> None:
+    """Servers differ in whether a path begins with that of the mount."""
+    app = create_app(generator, Settings(api_keys=("k",), warm_up=False))
+    sent: list[Any] = []
+
+    async def ask() -> None:
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": path.format(root=root), "root_path": root, "headers": []}
+        await app({**scope, "query_string": b""}, lambda: asyncio.sleep(0), send)  # type: ignore[arg-type, return-value]
+
+    asyncio.run(ask())
+    assert sent[0]["status"] in (401, 404)
 
 
 def test_other_web_pages_are_let_in_only_by_name(serve: Serve, live: Live) -> None:
