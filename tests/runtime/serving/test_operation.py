@@ -195,6 +195,15 @@ def test_a_body_that_is_too_large_is_not_read(serve: Serve) -> None:
     assert untold.status_code == 413
 
 
+def test_whoever_sends_too_large_a_body_to_its_end_hears_of_it(live: Live) -> None:
+    size = live.settings.max_body + (4 << 20)
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {size}\r\n\r\n"
+    with live.connect() as connection:
+        connection.settimeout(10)
+        connection.sendall(head.encode() + b"x" * size)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+
+
 def test_more_tokens_than_are_allowed(serve: Serve) -> None:
     live = serve(max_tokens=10)
     found = live.client.post(CHAT, json=chat(live, max_tokens=11))

@@ -26,6 +26,7 @@ from runtime import InputError
 from runtime.serving.cli import _from_environment, build_parser, main, settings_of
 from runtime.serving.exporting import engine_of
 from runtime.serving.keys import read_keys
+from runtime.serving.logs import configure
 from tests.runtime.serving.live import CHAT, raw_request
 
 ROOT = str(Path(__file__).parents[3])
@@ -61,7 +62,7 @@ class Process:
 @pytest.fixture(autouse=True)
 def loggers_as_before() -> Iterator[None]:
     """The program sets up loggers of its own: for the process, which goes on here."""
-    loggers = [logging.getLogger(name) for name in ("runtime", "uvicorn")]
+    loggers = [logging.getLogger(name) for name in ("runtime", "uvicorn", "asyncio")]
     before = [(one.handlers, one.level, one.propagate) for one in loggers]
     yield
     for one, (handlers, level, propagate) in zip(loggers, before, strict=True):
@@ -284,6 +285,14 @@ def test_without_the_exporter_it_is_said_what_to_install(tmp_path: Path, monkeyp
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'hidden-transfer\[export\]'"):
         engine_of("smollm2-135m")
+
+
+def test_what_asyncio_tells_is_in_the_same_log(capsys: pytest.CaptureFixture[str]) -> None:
+    configure("debug")
+    logging.getLogger("asyncio").warning("socket.send() raised exception.")
+    logging.getLogger("asyncio").error("a task failed")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["event"] == "a task failed"
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
