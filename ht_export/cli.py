@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from ht_export.model.known import KNOWN_MODELS
 from runtime.errors import InputError
 from runtime.program import add_model, integers, pathname, run
 
@@ -27,6 +28,12 @@ def build_parser() -> argparse.ArgumentParser:
         "ht-export smollm2-135m --out engine.plan --precision bf16 --compute-capability 8.9",
     )
     add_model(parser)
+    parser.add_argument(
+        "--known-models",
+        action="version",
+        version="\n".join(KNOWN_MODELS),
+        help="list the known names, and do nothing else",
+    )
     drafts = parser.add_mutually_exclusive_group()
     drafts.add_argument(
         "--transfer", type=pathname, metavar="FILE", help="transfer layers (default: those shipped for a known model)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from copy import copy
 from typing import TypedDict
 
 from runtime.answer import Answer
@@ -230,7 +230,13 @@ def sampling_of_answers(sampling: Sampling | None, count: int) -> list[Sampling 
     if not isinstance(sampling, Sampling) or sampling.seed is None:
         # What is no sampling is refused with the rest of the request.
         return [sampling] * count
-    return [replace(sampling, seed=(sampling.seed + index) % (1 << 64)) for index in range(count)]
+    found: list[Sampling | None] = []
+    for index in range(count):
+        # Checked once: biases of many tokens take their time.
+        one = copy(sampling)
+        object.__setattr__(one, "seed", (sampling.seed + index) % (1 << 64))
+        found.append(one)
+    return found
 
 
 def prompts_of(given: object) -> list[Prompt] | None:

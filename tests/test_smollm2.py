@@ -14,7 +14,8 @@ import torch
 
 from ht_export.export import ExportSettings, export
 from ht_export.graph.lower_cpu import lower_for_cpu
-from ht_export.model.checkpoint import KNOWN_MODELS, BaseModel, load_base_model
+from ht_export.model.checkpoint import BaseModel, load_base_model
+from ht_export.model.known import KNOWN_MODELS
 from ht_export.model.shipped import PRETRAINED
 from ht_export.model.transfer import load_transfer_layers
 from ht_export.quantize.precision import STORED

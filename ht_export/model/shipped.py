@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ht_export.model.checkpoint import KNOWN_MODELS, BaseModel
+from ht_export.model.checkpoint import BaseModel
+from ht_export.model.known import KNOWN_MODELS
 from ht_export.model.transfer import TransferFile, TransferLayers, default_layers, load_transfer_layers
 from runtime.errors import InputError
 from runtime.files import sha256_file

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -33,8 +33,8 @@ def decode(body: bytes, kind: type[R]) -> R:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        # It repeats names that the client has chosen.
-        raise _unfit(one_line(error)) from error
+        # It repeats names that the client has chosen, of any number of lines.
+        raise _unfit(one_line(" ".join(str(error).splitlines()))) from error
     except RecursionError as error:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error
     except (msgspec.MsgspecError, ValueError) as error:
@@ -103,7 +103,7 @@ def sampling_of(request: Request, logprobs: int | None) -> Sampling:
             presence_penalty=request.presence_penalty or 0.0,
             frequency_penalty=request.frequency_penalty or 0.0,
             repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
-            logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
+            logit_bias=_biases(request.logit_bias or {}),
             min_new_tokens=request.min_tokens or 0,
             seed=None if request.seed is None else request.seed % SEEDS,
             # The best one at least, from which the chosen one is told apart.
@@ -113,6 +113,14 @@ def sampling_of(request: Request, logprobs: int | None) -> Sampling:
         name = str(error).split()[0]
         param = name if name in Request.__struct_fields__ else None
         raise ApiError(400, str(error), param=param, code="invalid_value") from error
+
+
+def _biases(given: Mapping[str, float]) -> dict[int, float]:
+    for token in given:
+        if str(int(token)) != token:
+            # A pattern ends before a last line break, too; and no token may be there twice.
+            raise _refused("logit_bias", f"logit_bias has {token!r}; give token ids such as {str(int(token))!r}")
+    return {int(token): bias for token, bias in given.items()}
 
 
 def options_of(request: Request, most: int | None, settings: Settings) -> RequestOptions:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import anyio.to_thread
 
@@ -17,6 +18,8 @@ from runtime.request import Request
 from runtime.serving.exchange import Exchange
 from runtime.serving.replies import CompletionDetails, Finish, PromptDetails, Usage
 from runtime.serving.state import Server
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,13 @@ async def _pass_on(
         target.put_nowait(None)
     except Exception as error:
         target.put_nowait(error)
+
+
+async def beside(work: Callable[[], T]) -> T:
+    """Return what `work` returns, which is done in a thread: where there is much to write, as the log-probabilities of
+    many tokens, all others would wait for the event loop.
+    """
+    return await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
 
 
 def usage_of(results: Sequence[GenerationResult], answers: int) -> Usage:

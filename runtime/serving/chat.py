@@ -11,7 +11,17 @@ from runtime.answer import GenerationChunk, GenerationResult
 from runtime.request import Request
 from runtime.sampling import TokenLogProbability
 from runtime.serving import admission
-from runtime.serving.asking import asked_for, chunks_of, finish_of, note, results_of, submit, usage_of, usage_so_far
+from runtime.serving.asking import (
+    asked_for,
+    beside,
+    chunks_of,
+    finish_of,
+    note,
+    results_of,
+    submit,
+    usage_of,
+    usage_so_far,
+)
 from runtime.serving.exchange import Exchange
 from runtime.serving.replies import (
     AssistantText,
@@ -51,11 +61,15 @@ class Chat:
         results = await results_of(await submit(self._server.generator, self._asked))
         usage = usage_of(results, self.answers)
         note(self._server, self._exchange, results, usage)
-        choices = [self._choice(index, result) for index, result in enumerate(results)]
-        answer = ChatCompletion(
-            self._id, self._server.now, self._model, choices, usage, system_fingerprint=self._server.fingerprint
-        )
-        return msgspec.json.encode(answer)
+
+        def work() -> bytes:
+            choices = [self._choice(index, result) for index, result in enumerate(results)]
+            answer = ChatCompletion(
+                self._id, self._server.now, self._model, choices, usage, system_fingerprint=self._server.fingerprint
+            )
+            return msgspec.json.encode(answer)
+
+        return work() if self._logprobs is None else await beside(work)
 
     async def events(self) -> AsyncGenerator[bytes]:
         """Yield the answer as events."""

@@ -163,7 +163,9 @@ def _add_operation(group: argparse._ArgumentGroup) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `ht-serve` and return its exit status: 0, or 1 with one line on stderr for a user's mistake."""
+    """Run `ht-serve` and return its exit status: 0, or with one line on stderr 1 for a user's mistake, and 2 for a
+    model that nobody knows, as for an option that there is not.
+    """
     return run("ht-serve", lambda: _serve(_parsed(arguments)), interrupted="interrupted")
 
 
@@ -191,12 +193,12 @@ def _from_environment(parser: argparse.ArgumentParser) -> list[str]:
     return found
 
 
-def _serve(options: argparse.Namespace) -> None:
+def _serve(options: argparse.Namespace) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"{missing[0]} is not installed; install it with: pip install 'hidden-transfer[serve]'")
     from runtime.serving.app import create_app
-    from runtime.serving.exporting import engine_of
+    from runtime.serving.exporting import UnknownModelError, engine_of
     from runtime.serving.logs import configure
     from runtime.serving.running import bound, serve
 
@@ -207,9 +209,14 @@ def _serve(options: argparse.Namespace) -> None:
     configure(options.log_level)
     # An address that is taken is told before the engine is loaded.
     with bound(options.host, options.port) as listening:
-        engine = engine_of(options.engine, options.precision)
+        try:
+            engine = engine_of(options.engine, options.precision)
+        except UnknownModelError as error:
+            print(f"ht-serve: error: {error}", file=sys.stderr)
+            return 2
         with _generator(engine, options) as generator:
             serve(create_app(generator, settings), listening)
+    return 0
 
 
 def settings_of(options: argparse.Namespace) -> Settings:

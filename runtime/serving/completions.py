@@ -11,7 +11,17 @@ from runtime.answer import GenerationResult
 from runtime.prompts import Prompt, Tokens
 from runtime.request import Request
 from runtime.serving import admission
-from runtime.serving.asking import asked_for, chunks_of, finish_of, note, results_of, submit, usage_of, usage_so_far
+from runtime.serving.asking import (
+    asked_for,
+    beside,
+    chunks_of,
+    finish_of,
+    note,
+    results_of,
+    submit,
+    usage_of,
+    usage_so_far,
+)
 from runtime.serving.errors import ApiError
 from runtime.serving.exchange import Exchange
 from runtime.serving.pieces import TextPieces, joined
@@ -63,8 +73,12 @@ class TextCompletion:
         results = await results_of(await submit(self._server.generator, self._asked))
         usage = usage_of(results, self._each)
         note(self._server, self._exchange, results, usage)
-        choices = [self._choice(index, result) for index, result in enumerate(results)]
-        return msgspec.json.encode(self._answer(self._server.now, choices, usage))
+
+        def work() -> bytes:
+            choices = [self._choice(index, result) for index, result in enumerate(results)]
+            return msgspec.json.encode(self._answer(self._server.now, choices, usage))
+
+        return work() if self._logprobs is None else await beside(work)
 
     async def events(self) -> AsyncGenerator[bytes]:
         """Yield the answer as events."""

@@ -53,9 +53,9 @@ async def read_body(scope: Scope, receive: Receive, most: int, seconds: float) -
 def _too_large(most: int) -> ApiError:
     return ApiError(
         413,
+        # The connection stays: where it ended now, the client would be cut off while it sends, and would not hear this.
         f"the body has more than the {most} bytes that are allowed here; send less",
         code="request_too_large",
-        headers={"connection": "close"},
     )
 
 

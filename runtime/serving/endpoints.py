@@ -50,6 +50,7 @@ class Generating(Generic[R]):
         server, settings = self._server, self._server.settings
         exchange = exchange_of(scope)
         exchange.route = exchange.path
+        exchange.prompt = self._kind.PROMPT
         server.start()
         server.check_open()
         body = await read_body(scope, receive, settings.max_body, settings.body_s)

@@ -73,12 +73,14 @@ class ApiError(Exception):
         }
 
 
-def api_error(error: BaseException, metrics: Mapping[str, Any]) -> ApiError:
-    """Return what to answer for an `error` of the generator, whose `metrics` tell how long a full queue takes."""
+def api_error(error: BaseException, metrics: Mapping[str, Any], prompt: str | None = None) -> ApiError:
+    """Return what to answer for an `error` of the generator, whose `metrics` tell how long a full queue takes; `prompt`
+    is the field of the request that has its prompt.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, PromptTooLongError):
-        return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+        return ApiError(400, str(error), param=prompt, code="context_length_exceeded")
     if isinstance(error, InputError):
         return ApiError(400, str(error), code="invalid_value")
     if isinstance(error, BusyError):

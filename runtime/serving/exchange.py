@@ -34,6 +34,8 @@ class Exchange:
     # The route's own path, without what a client may write into it.
     route: str = "other"
     status: int = 0
+    # The field of the request that has its prompt.
+    prompt: str | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     begun: float = field(default_factory=time.monotonic)
 
@@ -86,7 +88,7 @@ class Exchanges:
             self._end(exchange)
 
     async def _failed(self, error: Exception, exchange: Exchange, send: Send) -> None:
-        told = api_error(error, self._server.generator.metrics())
+        told = api_error(error, self._server.generator.metrics(), exchange.prompt)
         if told.status == 500:
             LOG.error("a request failed", exc_info=error, extra={"fields": {"request_id": exchange.id}})
         exchange.fields["error"] = told.answer.error.code
@@ -112,6 +114,6 @@ class Exchanges:
 
 
 def _path(scope: Scope) -> str:
-    """Return the path within the application, wherever that is mounted."""
+    """Return the path within the application, wherever that is mounted: as it is routed, so that keys guard that."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
-    return path[len(root) :] if root and path.startswith(root) else path
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path

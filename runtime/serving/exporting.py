@@ -17,9 +17,13 @@ KNOWN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
 ENGINES = (".onnx", ".plan")
 
 
+class UnknownModelError(InputError):
+    """What was given names neither an engine nor a model that can be exported."""
+
+
 def engine_of(given: str, precision: str | None = None) -> Path:
     """Return the engine that `given` names: a file, or a model by a name of `ht-export`'s, exported now if it was not
-    before, in another process. Raises `InputError`.
+    before, in another process. Raises `InputError`, and `UnknownModelError` for a name that nothing has.
     """
     path = Path(given)
     if path.suffix in ENGINES or path.exists() or not KNOWN.fullmatch(given):
@@ -47,6 +51,13 @@ def _export(model: str, engine: Path, precision: str | None) -> None:
             f"{model} is no engine file, and to export it takes the exporter; install it with: pip install "
             "'hidden-transfer[export]', or give an engine that was exported elsewhere"
         )
+    command = [sys.executable, "-m", "ht_export.cli"]
+    known = subprocess.run([*command, "--known-models"], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    if model not in known:
+        raise UnknownModelError(
+            f"{model} is no engine file, and no model that ht-export knows ({', '.join(known)}); give one of these, or "
+            "an engine that was made with: ht-export MODEL --out engine.onnx"
+        )
     try:
         engine.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,7 +67,6 @@ def _export(model: str, engine: Path, precision: str | None) -> None:
     print(f"ht-serve: exporting {model} to {engine}, once", file=sys.stderr, flush=True)
     options = [] if precision is None else ["--precision", precision]
     # Its output goes to stderr: stdout is the server's.
-    command = [sys.executable, "-m", "ht_export.cli", model, "--out", str(engine), *options]
-    done = subprocess.run(command, stdout=sys.stderr.fileno(), check=False)
+    done = subprocess.run([*command, model, "--out", str(engine), *options], stdout=sys.stderr.fileno(), check=False)
     if done.returncode:
         raise InputError(f"{model} could not be exported; see above")

@@ -29,11 +29,12 @@ class JsonLines(logging.Formatter):
 
 
 def configure(level: str) -> None:
-    """Write the logs of the server, of the runtime and of uvicorn to stderr, from `level` on."""
+    """Write the logs of the server, of the runtime and of uvicorn to stderr, from `level` on, and errors of asyncio."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("runtime", "uvicorn"):
+    # Below errors asyncio tells of clients that have left, which is no news.
+    for name, lowest in (("runtime", level.upper()), ("uvicorn", level.upper()), ("asyncio", "ERROR")):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
-        logger.setLevel(level.upper())
+        logger.setLevel(lowest)
         logger.propagate = False

@@ -11,8 +11,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 def protocol(head_s: float, reader_s: float) -> Callable[..., asyncio.Protocol]:
-    """Return the protocol of connections on which the head of a request comes within `head_s` seconds, and what is sent
-    is read within `reader_s`; others are cut off, which uvicorn does not do.
+    """Return the protocol of connections on which the head of a request comes within `head_s` seconds, and so does what
+    is left of a body whose request was answered without it, and what is sent is read within `reader_s`; others are cut
+    off, which uvicorn does not do.
     """
 
     class Bounded(H11Protocol):
@@ -26,10 +27,20 @@ def protocol(head_s: float, reader_s: float) -> Callable[..., asyncio.Protocol]:
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             # Idle is a client whose next head has not come, or not to its end.
-            if self.conn.their_state is not h11.IDLE:
-                self._head = _stop(self._head)
-            elif self.conn.trailing_data[0]:
+            if self.conn.their_state is h11.IDLE or self._owes_a_body():
                 self._wait_for_head()
+            else:
+                self._head = _stop(self._head)
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self._owes_a_body():
+                self._wait_for_head()
+
+        def _owes_a_body(self) -> bool:
+            """Return whether the client has its answer and still sends the body, for which nobody waits."""
+            answered = self.cycle is not None and self.cycle.response_complete
+            return bool(answered and self.conn.their_state is h11.SEND_BODY)
 
         def pause_writing(self) -> None:
             super().pause_writing()

@@ -41,12 +41,17 @@ WAITING = 64
 # What of a request's scope goes to another process.
 CARRIED = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "root_path")
 
+# Seconds of load that Ray looks back on before it adds or takes away a replica, and between two looks, at most.
+LOOK_BACK_S, LOOK_S = 30.0, 10.0
+
 Count = Annotated[int, Meta(ge=1, le=1 << 20)]
+Size = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What `build` takes. Each of `min_replicas` to `max_replicas` replicas has an engine, and runs `max_batch`
     requests at once; there are as many replicas as it takes for no more than that to be under way in each, on average.
+    The rest is as in `Generator`; `models` are names with commas between them.
     """
 
     engine: str
@@ -64,6 +69,10 @@ class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     threads: Count | None = None
     device: str | None = None
     adapt: bool = True
+    cache_bytes: Size | None = None
+    prefix_cache_bytes: Size | None = None
+    gpu_memory_bytes: Size | None = None
+    route_by_prefix: bool = True
 
 
 class PrefixRouter(RequestRouter):
@@ -113,6 +122,9 @@ class Replica:
             adapt=options.adapt,
             max_batch=options.max_batch,
             max_queue=options.max_queue,
+            cache_bytes=options.cache_bytes,
+            prefix_cache_bytes=options.prefix_cache_bytes,
+            gpu_memory_bytes=options.gpu_memory_bytes,
         )
         # It is asked when it is made, and not before.
         self._generator.warm_up()
@@ -258,6 +270,8 @@ def build(given: dict[str, Any]) -> serve.Application:
     # Of these Ray states no types, or others than it takes.
     made: Any = serve.deployment
     router: Any = PrefixRouter
+    # No longer than what was asked for, or a replica would come and go later than that.
+    look_back = min(LOOK_BACK_S, max(1.0, min(options.upscale_s, options.downscale_s)))
     replicas = made(
         Replica,
         ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
@@ -270,8 +284,13 @@ def build(given: dict[str, Any]) -> serve.Application:
             "target_ongoing_requests": options.max_batch,
             "upscale_delay_s": options.upscale_s,
             "downscale_delay_s": options.downscale_s,
+            "look_back_period_s": look_back,
+            "metrics_interval_s": min(LOOK_S, look_back),
         },
-        request_router_config=RequestRouterConfig(request_router_class=router),
+        # Else Ray's own: of two replicas, chosen at random, the one that has less to do.
+        request_router_config=RequestRouterConfig(request_router_class=router)
+        if options.route_by_prefix
+        else RequestRouterConfig(),
         graceful_shutdown_timeout_s=options.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,

@@ -6,7 +6,7 @@ decodes, refuses unknown fields, and writes the JSON schema of the OpenAPI docum
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -17,7 +17,9 @@ Label = Annotated[str, Meta(max_length=512)]
 Nothing = Annotated[list[Any], Meta(max_length=0)]
 StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
 Token = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
-TokenKey = Annotated[str, Meta(pattern="^[0-9]{1,10}$")]
+# Each is checked, while others wait.
+MOST_BIASES = 4096
+TokenKey = Annotated[str, Meta(pattern="^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 Count = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
@@ -25,7 +27,12 @@ Tops = Annotated[int, Meta(ge=0, le=20)]
 
 
 class Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What every request for an answer may have. null is what a field has that is left out."""
+    """What every request for an answer may have. null is what a field has that is left out.
+
+    `PROMPT` is the name of the field that has the prompt.
+    """
+
+    PROMPT: ClassVar[str]
 
     model: Annotated[Name, Meta(description="A name that /v1/models lists.")]
     stream: Annotated[bool | None, Meta(description="Send the answer as server-sent events.")] = None
@@ -52,7 +59,8 @@ class Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_def
         Meta(description="Divides the logits of all tokens so far where they are positive. An extension."),
     ] = None
     logit_bias: Annotated[
-        dict[TokenKey, Bias] | None, Meta(description="Token id, as a string, to what is added to its logit.")
+        Annotated[dict[TokenKey, Bias], Meta(max_length=MOST_BIASES)] | None,
+        Meta(description="Token id, as a string, to what is added to its logit."),
     ] = None
     seed: Annotated[
         Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None,
@@ -147,6 +155,8 @@ class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag="
 class ChatRequest(Request, kw_only=True):
     """The body of POST /v1/chat/completions."""
 
+    PROMPT = "messages"
+
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_tokens: Annotated[Count | None, Meta(description="New tokens, at most.")] = None
     max_completion_tokens: Annotated[Count | None, Meta(description="The newer name of max_tokens.")] = None
@@ -166,6 +176,8 @@ Tokens = Annotated[list[Token], Meta(min_length=1)]
 
 class CompletionRequest(Request, kw_only=True):
     """The body of POST /v1/completions."""
+
+    PROMPT = "prompt"
 
     prompt: Annotated[
         Any,
@@ -231,6 +243,8 @@ class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 class ResponseRequest(Request, kw_only=True):
     """The body of POST /v1/responses."""
+
+    PROMPT = "input"
 
     input: Text | Annotated[list[InputMessage], Meta(min_length=1)]
     instructions: Annotated[Text | None, Meta(description="A system message in front.")] = None

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -21,6 +22,10 @@ from runtime.serving.state import Server
 LOG = logging.getLogger(NAME)
 # Seconds for what is left of connections when all requests have ended.
 LAST_SECONDS = 5
+# The same after a second signal, and for the end of requests whose connection was cut off.
+FORCED_SECONDS, CUT_SECONDS = 0.1, 1
+# Seconds between two looks at whether there was a signal.
+LOOK = 0.05
 # Seconds that a connection without a request is kept.
 IDLE_SECONDS = 30
 # Connections that wait to be taken.
@@ -29,7 +34,7 @@ BACKLOG = 2048
 
 class DrainingServer(uvicorn.Server):
     """Answers until it is asked to stop; then it goes on answering what is under way, and refuses the rest, until the
-    drain of `served` ends. A second signal ends it at once.
+    drain of `served` ends. A second signal ends it at once, as orderly as that goes.
     """
 
     def __init__(self, config: uvicorn.Config, served: Server) -> None:
@@ -56,13 +61,34 @@ class DrainingServer(uvicorn.Server):
         LOG.info("draining", extra={"fields": {"seconds": self._served.settings.drain_s}})
         draining = asyncio.ensure_future(self._served.drain())
         while not draining.done() and not self.force_exit:
-            await asyncio.wait((draining,), timeout=0.05)
+            await asyncio.wait((draining,), timeout=LOOK)
         drained = draining.done() and draining.result()
         draining.cancel()
+        if self.force_exit:
+            LOG.warning("stopping at once")
         # Its requests end with an error that clients are told.
         await asyncio.to_thread(self._served.generator.close)
+        await self._let_go()
         await super().shutdown(sockets)
+        if self.force_exit:
+            # It has left the application in the middle of its life.
+            await self.lifespan.shutdown()
         LOG.info("stopped", extra={"fields": {"drained": drained}})
+
+    async def _let_go(self) -> None:
+        """Let clients have what is left for them, and cut off those that go on sending or do not read: their requests
+        end as those of clients that leave, where uvicorn would end them with a fault.
+        """
+        state = self.server_state
+        for left in (LAST_SECONDS, CUT_SECONDS):
+            end = time.monotonic() + left
+            while state.tasks and time.monotonic() < end:
+                if self.force_exit:
+                    end = min(end, time.monotonic() + FORCED_SECONDS)
+                await asyncio.sleep(LOOK)
+            if state.tasks:
+                for connection in list(state.connections):
+                    connection.transport.abort()
 
 
 def serve(app: Starlette, listening: socket.socket) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from runtime import InputError, Sampling
+from runtime.preparation import sampling_of_answers
 
 
 def identity(tokens: Any, logits: Any) -> Any:
@@ -159,3 +160,12 @@ def test_settings_can_be_copied_with_the_dataclass_tools(copy: Callable[[Samplin
     settings = Sampling(temperature=0.5, logit_bias={1: 2.0}, banned_tokens=[3])
     copied = copy(settings)
     assert (copied if isinstance(copied, Sampling) else Sampling(**copied)) == settings
+
+
+def test_answers_have_seeds_one_after_the_other_and_share_what_was_checked_once() -> None:
+    sampling = Sampling(temperature=1.0, seed=2**64 - 1, logit_bias={1: 2.0})
+    first, second = sampling_of_answers(sampling, 2)
+    assert first == sampling
+    assert second == dataclasses.replace(sampling, seed=0)
+    assert second is not None
+    assert second.logit_bias is sampling.logit_bias

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ht_export.model.checkpoint import KNOWN_MODELS, KnownModel, load_base_model
+from ht_export.model.checkpoint import load_base_model
+from ht_export.model.known import KNOWN_MODELS, KnownModel
 from runtime.errors import InputError
 from tests.conftest import byte_tokenizer, save_checkpoint, tiny_llama
 from tests.families import tiny_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -145,6 +146,26 @@ def test_a_key_is_asked_for_where_there_are_keys(serve: Serve) -> None:
     assert "secret" not in repr(live.settings)
 
 
+@pytest.mark.parametrize("root", ["", "/", "/v", "/v1", "/v1/", "/v1/models", "/a", "/a/"])
+@pytest.mark.parametrize("path", ["{root}/v1/models", "/v1/models", "//v1/models"])
+def test_nothing_is_told_without_a_key_wherever_the_application_is_mounted(
+    generator: Generator, root: str, path: str
+) -> None:
+    """Servers differ in whether a path begins with that of the mount."""
+    app = create_app(generator, Settings(api_keys=("k",), warm_up=False))
+    sent: list[Any] = []
+
+    async def ask() -> None:
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": path.format(root=root), "root_path": root, "headers": []}
+        await app({**scope, "query_string": b""}, lambda: asyncio.sleep(0), send)  # type: ignore[arg-type, return-value]
+
+    asyncio.run(ask())
+    assert sent[0]["status"] in (401, 404)
+
+
 def test_other_web_pages_are_let_in_only_by_name(serve: Serve, live: Live) -> None:
     asked = {"origin": "https://example.org", "access-control-request-method": "POST"}
     assert "access-control-allow-origin" not in live.client.options(CHAT, headers=asked).headers
@@ -172,6 +193,15 @@ def test_a_body_that_is_too_large_is_not_read(serve: Serve) -> None:
 
     untold = live.client.post(CHAT, content=parts(), headers={"content-type": "application/json"})
     assert untold.status_code == 413
+
+
+def test_whoever_sends_too_large_a_body_to_its_end_hears_of_it(live: Live) -> None:
+    size = live.settings.max_body + (4 << 20)
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {size}\r\n\r\n"
+    with live.connect() as connection:
+        connection.settimeout(10)
+        connection.sendall(head.encode() + b"x" * size)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
 
 
 def test_more_tokens_than_are_allowed(serve: Serve) -> None:
@@ -293,6 +323,20 @@ def test_a_second_request_on_a_connection_may_be_slow_no_more_than_the_first(ser
     with contextlib.suppress(ConnectionError):
         assert connection.recv(1000) == b""
     assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("line", ["GET /health/live", "POST /nothing", f"POST {CHAT}"])
+def test_a_client_that_goes_on_sending_what_nobody_waits_for_is_cut_off(serve: Serve, line: str) -> None:
+    live = serve(body_s=0.3)
+    with live.connect() as connection:
+        connection.sendall(f"{line} HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1")
+        begun = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - begun < 5:
+                connection.sendall(b"x")
+                time.sleep(0.05)
+        assert time.monotonic() - begun < 5
 
 
 def test_a_client_that_does_not_read_is_cut_off(serve: Serve, generator: Generator) -> None:

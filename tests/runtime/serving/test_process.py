@@ -26,7 +26,10 @@ from runtime import InputError
 from runtime.serving.cli import _from_environment, build_parser, main, settings_of
 from runtime.serving.exporting import engine_of
 from runtime.serving.keys import read_keys
-from tests.runtime.serving.live import CHAT
+from runtime.serving.logs import configure
+from tests.runtime.serving.live import CHAT, raw_request
+
+ROOT = str(Path(__file__).parents[3])
 
 
 class Process:
@@ -59,7 +62,7 @@ class Process:
 @pytest.fixture(autouse=True)
 def loggers_as_before() -> Iterator[None]:
     """The program sets up loggers of its own: for the process, which goes on here."""
-    loggers = [logging.getLogger(name) for name in ("runtime", "uvicorn")]
+    loggers = [logging.getLogger(name) for name in ("runtime", "uvicorn", "asyncio")]
     before = [(one.handlers, one.level, one.propagate) for one in loggers]
     yield
     for one, (handlers, level, propagate) in zip(loggers, before, strict=True):
@@ -118,14 +121,23 @@ def test_a_drain_has_an_end(start: Callable[..., Process], signals: int) -> None
         not any(line.startswith("ht_num_requests_running{") and line.endswith(" 1.0") for line in text.splitlines())
     ):
         time.sleep(0.01)
+    half = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    if signals == 2:
+        # Somebody who has not yet said all is cut off.
+        half.sendall(raw_request(CHAT, body)[:-9])
+    begun = time.monotonic()
     for _ in range(signals):
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
     assert server.ended() == 0
+    assert time.monotonic() - begun < 20
+    half.close()
     asking.join(10)
-    # Nobody is left without an answer, or an end.
+    # Nobody is left without an answer, or an end, and nothing is told as a fault.
     assert not status or status[0].json()["error"]["code"] == "shutting_down"
     assert not asking.is_alive()
+    assert not [line for line in server.lines if line["level"] == "error" or "trace" in line]
+    assert sum(line["event"] == "stopping at once" for line in server.lines) == signals - 1
 
 
 def options_of(*given: str) -> Any:
@@ -222,7 +234,9 @@ def test_keys_in_the_environment_that_are_empty_open_nothing(monkeypatch: pytest
 def test_a_known_model_is_exported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
 
-    def export(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+    def export(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if command[-1] == "--known-models":
+            return subprocess.CompletedProcess(command, 0, "other\nsmollm2-135m\n")
         commands.append(command)
         Path(command[-1] if command[-2] == "--out" else command[-3]).with_suffix(".json").touch()
         return subprocess.CompletedProcess(command, 0)
@@ -243,12 +257,27 @@ def test_what_the_exporter_refuses_is_told_by_it(
 ) -> None:
     """A precision, as it refuses that before it takes its time to import torch."""
     monkeypatch.setenv("HT_CACHE", str(tmp_path))
-    monkeypatch.setitem(os.environ, "PYTHONPATH", str(Path(__file__).parents[3]))
-    with pytest.raises(InputError, match="nobody-1b could not be exported; see above"):
-        engine_of("nobody-1b", "fp7")
+    monkeypatch.setitem(os.environ, "PYTHONPATH", ROOT)
+    with pytest.raises(InputError, match="smollm2-135m could not be exported; see above"):
+        engine_of("smollm2-135m", "fp7")
     told = capfd.readouterr().err
-    assert "exporting nobody-1b to" in told
+    assert "exporting smollm2-135m to" in told
     assert "ht-export: error: argument --precision: invalid choice: 'fp7'" in told
+
+
+def test_a_model_that_the_exporter_does_not_know_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(os.environ, "PYTHONPATH", ROOT)
+    assert main(["no-such-model", "--port", "0"]) == 2
+    found = capfd.readouterr()
+    assert found.out == ""
+    assert found.err.startswith("ht-serve: error: no-such-model is no engine file, and no model that ht-export knows (")
+    assert "smollm2-135m" in found.err
+    assert found.err.count("\n") == 1
+    # Nothing was begun.
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_the_exporter_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +285,14 @@ def test_without_the_exporter_it_is_said_what_to_install(tmp_path: Path, monkeyp
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'hidden-transfer\[export\]'"):
         engine_of("smollm2-135m")
+
+
+def test_what_asyncio_tells_is_in_the_same_log(capsys: pytest.CaptureFixture[str]) -> None:
+    configure("debug")
+    logging.getLogger("asyncio").warning("socket.send() raised exception.")
+    logging.getLogger("asyncio").error("a task failed")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["event"] == "a task failed"
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from ray import serve
 from runtime import Generator, InputError
 from runtime.serving.ray import Options, build, key_of, options_of, ranked
 from tests.runtime.serving.live import CHAT
+from tests.runtime.waiting import until
 
 ROOT = str(Path(__file__).parents[3])
 PORT = 8319
@@ -85,8 +86,8 @@ def test_options_that_do_not_fit(given: dict[str, Any], told: str) -> None:
 
 
 def test_every_option_may_be_a_string_as_on_a_command_line() -> None:
-    given = {name: "1" for name in Options.__struct_fields__ if name not in ("adapt", "device")}
-    found = options_of({**given, "adapt": "false"})
+    given = {name: "1" for name in Options.__struct_fields__ if name not in ("adapt", "device", "route_by_prefix")}
+    found = options_of({**given, "adapt": "false", "route_by_prefix": "false"})
     assert (found.max_batch, found.num_gpus, found.threads, found.adapt) == (1, 1.0, 1, False)
 
 
@@ -114,9 +115,44 @@ def ask(url: str, system: str, user: str, **more: Any) -> httpx.Response:
     return httpx.post(url + CHAT, json=body, timeout=60)
 
 
-def running_replicas() -> int:
-    states: dict[Any, int] = dict(serve.status().applications["ht"].deployments["Replica"].replica_states)
-    return sum(count for state, count in states.items() if str(getattr(state, "value", state)) == "RUNNING")
+def replicas_of(application: str = "ht") -> dict[str, int]:
+    """Return how many replicas are in which state."""
+    states: dict[Any, int] = dict(serve.status().applications[application].deployments["Replica"].replica_states)
+    return {str(getattr(state, "value", state)): count for state, count in states.items() if count}
+
+
+def names_of(application: str) -> list[str]:
+    """Return the names of the actors that are an application's replicas."""
+    return [
+        one["name"]
+        for one in ray.util.list_named_actors(all_namespaces=True)
+        if f"{application}#Replica#" in one["name"]
+    ]
+
+
+class Clients:
+    """Clients that ask again and again, each about its own persona, until they are told to `leave`."""
+
+    def __init__(self, url: str, personas: Sequence[str], **asked: Any) -> None:
+        self.ended: list[tuple[float, str]] = []
+        self._over = threading.Event()
+        self._url, self._asked = url, {"ignore_eos": True, "stream": True, **asked}
+        self._threads = [threading.Thread(target=self._ask, args=(persona,)) for persona in personas]
+        for one in self._threads:
+            one.start()
+
+    def _ask(self, persona: str) -> None:
+        while not self._over.is_set():
+            found = ask(self._url, persona, "Hello", **self._asked)
+            whole = found.status_code == 200 and found.text.endswith("data: [DONE]\n\n") and '"error"' not in found.text
+            self.ended.append((time.monotonic(), "whole" if whole else found.text[-400:]))
+
+    def leave(self) -> None:
+        """Let requests under way end."""
+        self._over.set()
+        for one in self._threads:
+            one.join(60)
+            assert not one.is_alive()
 
 
 @pytest.mark.long
@@ -150,42 +186,51 @@ def test_streams_errors_and_what_is_told_pass_through(url: str) -> None:
 
 @pytest.mark.long
 def test_a_replica_that_is_lost_takes_only_its_running_requests_with_it(url: str) -> None:
-    ended: list[tuple[float, str]] = []
-    over = threading.Event()
-
-    def client(number: int) -> None:
-        while not over.is_set():
-            found = ask(
-                url, f"Persona {number} is brief and kind.", "Hello", max_tokens=100, ignore_eos=True, stream=True
-            )
-            lost = found.status_code != 200 or '"error"' in found.text
-            assert not lost or "replica_lost" in found.text, found.text
-            assert lost or found.text.endswith("data: [DONE]\n\n")
-            ended.append((time.monotonic(), "lost" if lost else "whole"))
-
-    clients = [threading.Thread(target=client, args=(number,)) for number in range(8)]
-    for one in clients:
-        one.start()
+    clients = Clients(url, [f"Persona {number} is brief and kind." for number in range(8)], max_tokens=100)
     time.sleep(4)
-    actors = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if "#Replica#" in one["name"]]
+    actors = names_of("ht")
     assert len(actors) == 2
     killed = time.monotonic()
     ray.kill(ray.get_actor(actors[0], namespace="serve"))
     time.sleep(8)
-    over.set()
-    for one in clients:
-        one.join(60)
-        assert not one.is_alive()
-    lost = [at for at, kind in ended if kind == "lost"]
-    assert len(lost) <= 8
-    assert all(killed <= at <= killed + 5 for at in lost)
-    assert sum(kind == "whole" and at > killed + 1 for at, kind in ended) > 8
+    clients.leave()
+    lost = [(at, told) for at, told in clients.ended if told != "whole"]
+    assert 0 < len(lost) <= 8
+    assert all(killed <= at <= killed + 5 and "replica_lost" in told for at, told in lost)
+    assert sum(told == "whole" and at > killed + 1 for at, told in clients.ended) > 8
     # And there are two again.
-    until = time.monotonic() + 60
-    while running_replicas() != 2:
-        assert time.monotonic() < until
-        time.sleep(0.5)
+    until(lambda: replicas_of() == {"RUNNING": 2}, 60)
     assert ask(url, "a", "b").status_code == 200
+
+
+@pytest.mark.long
+def test_replicas_come_with_the_load_and_go_without_it_and_nothing_is_lost(url: str, tiny_engine: Path) -> None:
+    options = {"max_replicas": 2, "threads": 1, "adapt": False, "models": MODEL, "max_batch": 2}
+    delays = {"upscale_s": 1, "downscale_s": 2, "drain_s": 60}
+    # Beneath a path of its own, too.
+    serve.run(build({"engine": str(tiny_engine), **options, **delays}), name="more", route_prefix="/more")
+    here = f"{url}/more"
+    assert replicas_of("more") == {"RUNNING": 1}
+    many = Clients(here, [f"Persona {number}" for number in range(6)], max_tokens=150, n=2, speculate=False)
+    until(lambda: replicas_of("more") == {"RUNNING": 2}, 60)
+    # One for each replica goes on, so that whichever goes has a request under way.
+    replicas = [replica(name.rpartition("#")[2]) for name in names_of("more")]
+    firsts: dict[str, str] = {}
+    for number in range(100):
+        persona = f"Other persona {number}"
+        body = {"messages": [{"role": "system", "content": persona}]}
+        chosen = ranked(replicas, key_of(json.dumps(body).encode()))[0]
+        firsts.setdefault(chosen.replica_id.unique_id, persona)
+    few = Clients(here, list(firsts.values()), max_tokens=150, n=2, speculate=False)
+    assert len(firsts) == 2
+    many.leave()
+    before = len(few.ended)
+    until(lambda: replicas_of("more") == {"RUNNING": 1}, 90)
+    few.leave()
+    assert len(few.ended) > before
+    assert {told for _, told in [*many.ended, *few.ended]} == {"whole"}
+    assert len(names_of("more")) == 1
+    serve.delete("more")
 
 
 @pytest.mark.long

@@ -44,6 +44,9 @@ def refused(live: Live, path: str, body: dict[str, Any], status: int = 400) -> d
         ({"repetition_penalty": 0}, "repetition_penalty", ">= 0.01"),
         ({"logit_bias": {"1": 101}}, "logit_bias[...]", "<= 100.0"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "matching regex"),
+        ({"logit_bias": {str(token): 1 for token in range(4097)}}, "logit_bias", "length <= 4096"),
+        ({"logit_bias": {"05": 1}}, "logit_bias", "matching regex"),
+        ({"logit_bias": {"5\n": 1}}, "logit_bias", "logit_bias has '5\\n'; give token ids such as '5'"),
         ({"logit_bias": {"264": 1}}, None, "logit_bias has token 264; this model's tokens are 0 to 263"),
         ({"seed": 1.5}, "seed", "Expected `int | null`"),
         ({"seed": 1 << 63}, "seed", "Expected `int` <= 9223372036854775807"),
@@ -75,6 +78,7 @@ def refused(live: Live, path: str, body: dict[str, Any], status: int = 400) -> d
         ({"reasoning_effort": "high"}, "reasoning_effort", "reasoning cannot be set"),
         ({"web_search_options": {}}, "web_search_options", "this server searches nothing"),
         ({"service_tier": "flex"}, "service_tier", "Invalid enum value 'flex'"),
+        ({"a\nb": 1}, "a b", "a b cannot be honoured"),
         ({"surprise": 1}, "surprise", "surprise cannot be honoured: it is no field that this server knows"),
         ({"messages": []}, "messages", "length >= 1"),
         ({"messages": "Hello"}, "messages", "Expected `array`"),
@@ -165,11 +169,12 @@ def test_a_model_that_is_not_here(live: Live) -> None:
 
 
 @pytest.mark.parametrize("size", [300, 5000, 1_500_000])
-@pytest.mark.parametrize("path", [CHAT, TEXT])
-def test_a_prompt_that_leaves_no_room(live: Live, path: str, size: int) -> None:
+@pytest.mark.parametrize(("path", "field"), [(CHAT, "messages"), (TEXT, "prompt"), (RESPONSES, "input")])
+def test_a_prompt_that_leaves_no_room(live: Live, path: str, field: str, size: int) -> None:
     text = "y" * size
-    asked = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
-    assert refused(live, path, {"model": live.name, **asked})["code"] == "context_length_exceeded"
+    asked = {field: [{"role": "user", "content": text}] if path == CHAT else text}
+    error = refused(live, path, {"model": live.name, **asked})
+    assert (error["code"], error["param"]) == ("context_length_exceeded", field)
 
 
 @pytest.mark.parametrize(
