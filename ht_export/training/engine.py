@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ht_export.export import export
-from ht_export.model.checkpoint import KNOWN_MODELS, load_base_model
+from ht_export.model.checkpoint import load_base_model
+from ht_export.model.known import KNOWN_MODELS
 from ht_export.model.shipped import UNTRAINED
 from ht_export.progress import Stage
 from ht_export.settings import ExportSettings
