@@ -96,6 +96,9 @@ def ways_of(
         return ask
 
     ways = {"plain": answer(speculate=False), "speculative": answer()}
+    if alternatives:
+        # Of the text so far alone, in paths as long.
+        ways["n-grams, long paths"] = answer(prediction="")
     for name, prediction in predictions.items():
         ways[f"predicted: {name}"] = answer(prediction=prediction)
         if alternatives:

@@ -115,6 +115,17 @@ def test_what_is_expected_of_an_answer_takes_none_of_its_room(tiny_engine: Path,
             assert found.tokens == without.tokens
 
 
+def test_an_answer_goes_on_to_the_context_limit_as_predicted(generator: Generator) -> None:
+    asked: dict[str, Any] = {"max_new_tokens": None, "ignore_stop_tokens": True}
+    expected = generator.generate("Hello", speculate=False, **asked)
+    assert expected.prompt_tokens + len(expected.tokens) == generator.about.max_context
+    ways: list[dict[str, Any]] = [{}, {"tree": WIDE}]
+    for way in ways:
+        found = generator.generate("Hello", prediction=Tokens([*expected.tokens, 5, 6]), **asked, **way)
+        assert (found.tokens, found.finish_reason) == (expected.tokens, "length")
+        assert found.found_prediction_tokens == len(expected.tokens)
+
+
 def test_streams_and_tasks_take_it_too(generator: Generator, alone: list[list[int]]) -> None:
     asked: dict[str, Any] = {"max_new_tokens": NEW, "prediction": Tokens(alone[0])}
 
