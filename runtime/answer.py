@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.decode import DecodingState
+from runtime.drafting.predicted import Predicted
 from runtime.sampling import TokenLogProbability
 from runtime.sampling.sampler import Sampler
 
@@ -32,7 +33,8 @@ class GenerationResult:
     yielded n + 1: all but the prompt's, and the last one, which the answer's end cut short. `seed` is the one that
     sampling used, None for greedy decoding. `log_probabilities` has an entry for each token, if asked for, and
     `prompt_log_probabilities` for each of the prompt, None for its first. All passes together verified `candidates`
-    drafted tokens, and accepted `accepted_candidates` of them.
+    drafted tokens, and accepted `accepted_candidates` of them. The prediction of the answer, if there was one to draft
+    from, has `prediction_tokens`, of which `found_prediction_tokens` were found in the answer.
     """
 
     text: str
@@ -50,6 +52,8 @@ class GenerationResult:
     prompt_log_probabilities: list[TokenLogProbability | None] | None = None
     candidates: int = 0
     accepted_candidates: int = 0
+    prediction_tokens: int = 0
+    found_prediction_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-ready dictionary."""
@@ -76,12 +80,20 @@ class Answer:
     `stop_tokens`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stop_tokens: Iterable[int], sampler: Sampler) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        stop_tokens: Iterable[int],
+        sampler: Sampler,
+        predicted: Predicted | None = None,
+    ) -> None:
         from runtime.text import TextStream
 
         self._text = TextStream(tokenizer, stop)
         self._stop_tokens = frozenset(stop_tokens)
         self._sampler = sampler
+        self._predicted = predicted
         self._released: list[str] = []
         self._count = 0
         self._stopped = False
@@ -121,6 +133,10 @@ class Answer:
     def _result(self, state: DecodingState, cached: int) -> GenerationResult:
         tokens, steps, decoding = state.tokens, self._steps, self._last - self._first
         limited = len(tokens) >= state.max_new_tokens
+        predicted = self._predicted
+        if predicted is not None:
+            # While it rested it was told nothing.
+            state.drafter.catch_up()
         return GenerationResult(
             text=self._text.text,
             tokens=tokens,
@@ -137,4 +153,6 @@ class Answer:
             prompt_log_probabilities=None if state.scores is None else state.scores.found,
             candidates=state.candidates,
             accepted_candidates=state.accepted,
+            prediction_tokens=len(predicted.tokens) if predicted else 0,
+            found_prediction_tokens=predicted.found if predicted else 0,
         )

@@ -17,14 +17,21 @@ from runtime.bundle.reading import read_bundle
 from runtime.bundle.tuning_file import Tuning
 from runtime.checks import check_threads, number, whole
 from runtime.drafting.drafter import Drafter
-from runtime.drafting.sizing import Sizing
+from runtime.drafting.sizing import LONG_PATHS, Sizing
 from runtime.engines.device_engine import DeviceEngine
 from runtime.engines.opening import open_engine, runs_on_cpu
 from runtime.engines.protocol import Engine
 from runtime.errors import BusyError, EngineError, InputError
 from runtime.files import check_readable
 from runtime.memory import default_cache_bytes
-from runtime.preparation import MOST_ANSWERS, Preparation, RequestOptions, prompts_of, sampling_of_answers
+from runtime.preparation import (
+    MOST_ANSWERS,
+    Preparation,
+    RequestOptions,
+    predictions_of,
+    prompts_of,
+    sampling_of_answers,
+)
 from runtime.prompts import Prompt, Prompts, Tokens
 from runtime.request import Request
 from runtime.sampling.noise import Noise
@@ -111,6 +118,8 @@ class Generator:
         if adapt:
             name = device_name(self.engine, threads)
             on_cpu = runs_on_cpu(self.about, device)
+            # Each size that is new to a GPU is set up there first; on a CPU any is as good.
+            self._preparation.longest_path = LONG_PATHS[-1] if on_cpu else 0
             self._preparation.tuning = load_or_measure(
                 path, self.engine, self.about, name, self.new_drafter, on_cpu=on_cpu
             )
@@ -213,9 +222,10 @@ class Generator:
         self._service.check()
         sampling = options.pop("sampling", None)
         samplings = sampling_of_answers(sampling, count)
+        predictions = predictions_of(options.pop("prediction", None), None if several is None else len(several))
         asked: list[tuple[Prompt, RequestOptions]] = [
-            (one, {**options, "sampling": each})
-            for one in ([prompt] if several is None else several)
+            (one, {**options, "sampling": each, "prediction": prediction})
+            for one, prediction in zip([prompt] if several is None else several, predictions, strict=True)
             for each in samplings
         ]
         results = self._all(asked)

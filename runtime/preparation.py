@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from copy import copy
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 from runtime.answer import Answer
 from runtime.bundle.reading import Bundle
@@ -14,11 +14,12 @@ from runtime.checks import number, whole
 from runtime.decode import DecodingState
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.ngrams import Ngrams
+from runtime.drafting.predicted import Predicted
 from runtime.drafting.sizing import AdaptiveSizes, FixedSizes, Sizing
 from runtime.drafting.source import DraftSource
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.errors import InputError, PromptTooLongError, shown
-from runtime.prompts import Prompt, PromptEncoder, Tokens
+from runtime.prompts import Prediction, Prompt, PromptEncoder, Tokens
 from runtime.request import Delivery
 from runtime.sampling import Sampling
 from runtime.sampling.noise import Noise
@@ -43,6 +44,9 @@ class RequestOptions(TypedDict, total=False):
     - `speculate=False` decodes plainly, one token a pass, to the same text, given the same seed.
     - `tree` fixes the row counts of every step, which otherwise adapt to the device, the text and what else runs.
     - `ngrams=False` drafts nothing from the text itself.
+    - `prediction`: a text, or `Tokens`, that the answer is expected to be mostly like, such as a file to be edited: it
+      is drafted from, and changes no token. At most as long as the context limit. Several prompts may have a list of
+      them, None for those without.
     - `raw` takes a string as it is, without the chat template.
     - `escape_special_tokens`: text never becomes special tokens; None leaves that to what the generator was made with.
     - `priority` (0): requests of a higher one run first.
@@ -59,6 +63,7 @@ class RequestOptions(TypedDict, total=False):
     raw: bool
     tree: TreeSizes | None
     ngrams: bool
+    prediction: Prediction | Sequence[Prediction | None] | None
     sampling: Sampling | None
     escape_special_tokens: bool | None
     deadline_s: float | None
@@ -80,6 +85,8 @@ class Preparation:
         self.tuning = tuning
         self._cache_rows = cache_rows
         self._option = option
+        # Rows that a tree may have where an answer is predicted, if these are more than on the menu.
+        self.longest_path = 0
         self._prompts = PromptEncoder(bundle.tokenizer, bundle.chat, self.about.dims.vocab_size)
         self._escape = escape_special_tokens
 
@@ -100,6 +107,7 @@ class Preparation:
         raw: bool = False,
         tree: TreeSizes | None = None,
         ngrams: bool = True,
+        prediction: Prediction | Sequence[Prediction | None] | None = None,
         sampling: Sampling | None = None,
         escape_special_tokens: bool | None = None,
         deadline_s: float | None = None,
@@ -135,16 +143,25 @@ class Preparation:
         stop_tokens = () if ignore_stop_tokens else self.about.stop_tokens
         scores = self._scores(prompt_logprobs)
         sampler = Sampler(sampling, ids, dims.vocab_size, stop_tokens)
-        drafter = self.new_drafter(sizing, sampling.temperature, sampler.noise, ngrams=ngrams and speculate)
-        answer = Answer(self._bundle.tokenizer, stop, stop_tokens, sampler)
+        predicted = self._predicted(prediction, len(ids), stop_tokens)
+        if not speculate:
+            predicted = None
+        answer = Answer(self._bundle.tokenizer, stop, stop_tokens, sampler, predicted)
         beside = len(ids) + sizing.most_rows * (1 + dims.num_steps)
         # Where the cache has room for none, it is told below.
         wanted = max(1, self._cache_rows - beside) if max_new_tokens is None else max_new_tokens
         most = min(wanted, room)
+        if predicted is not None and isinstance(sizing, AdaptiveSizes):
+            # What is expected of an answer takes none of its room.
+            spare = self._cache_rows - len(ids) - most
+            sizing = sizing.with_longer_paths(min(self.longest_path, spare // (1 + dims.num_steps)))
+        drafter = self.new_drafter(
+            sizing, sampling.temperature, sampler.noise, ngrams=ngrams and speculate, predicted=predicted
+        )
         state = DecodingState(
             ids, drafter, self.about.prompt_chunk, dims.join_order, sampler, most, answer.ends, scores=scores
         )
-        rows = most + beside
+        rows = most + len(ids) + sizing.most_rows * (1 + dims.num_steps)
         if rows > self._cache_rows:
             raise InputError(
                 f"the prompt's {len(ids)} tokens and up to {most} new ones need {rows} rows of the cache, and "
@@ -154,16 +171,35 @@ class Preparation:
         return Job(state, rows, priority, deadline, delivery), delivery
 
     def new_drafter(
-        self, sizing: Sizing, temperature: float = 0.0, noise: Noise | None = None, *, ngrams: bool = True
+        self,
+        sizing: Sizing,
+        temperature: float = 0.0,
+        noise: Noise | None = None,
+        *,
+        ngrams: bool = True,
+        predicted: Predicted | None = None,
     ) -> Drafter:
         """Return what drafts one text with the engine's own statistics, greedily or for sampling at `temperature` with
-        `noise`; `ngrams=False` leaves out continuations from the text itself.
+        `noise`; `ngrams=False` leaves out continuations from the text itself. `predicted` is a text known beforehand.
         """
         bundle = self._bundle
         sources: list[DraftSource] = [TransferDrafts(bundle.correction, bundle.reliability, temperature, noise)]
         if ngrams:
             sources.append(Ngrams())
+        if predicted is not None:
+            sources.append(predicted)
         return Drafter(sizing, sources, bundle.draft_tokens)
+
+    def _predicted(self, prediction: object, prompt_tokens: int, stop_tokens: Sequence[int]) -> Predicted | None:
+        if prediction is None:
+            return None
+        if isinstance(prediction, list | tuple) and not isinstance(prediction, Tokens):
+            raise InputError(
+                "a list of predictions is for generate() with a list of prompts, one for each; give one string or "
+                "runtime.Tokens"
+            )
+        tokens = self._prompts.encode_prediction(cast(Prediction, prediction), self.about.max_context)
+        return Predicted(tokens, prompt_tokens, stop_tokens)
 
     def _scores(self, count: int | None) -> PromptScores | None:
         if count is None:
@@ -236,6 +272,22 @@ def sampling_of_answers(sampling: Sampling | None, count: int) -> list[Sampling 
         one = copy(sampling)
         object.__setattr__(one, "seed", (sampling.seed + index) % (1 << 64))
         found.append(one)
+    return found
+
+
+def predictions_of(given: object, prompts: int | None) -> list[Any]:
+    """Return the prediction of each of so many `prompts`, None for a prompt that is not in a list. Raises `InputError`
+    for a list of another length.
+    """
+    several = isinstance(given, list | tuple) and not isinstance(given, Tokens)
+    if prompts is None or not several:
+        return [given] * (prompts or 1)
+    found = list(cast(Sequence[Any], given))
+    if len(found) != prompts:
+        raise InputError(
+            f"there are {len(found)} predictions for {prompts} prompts; give one for each, which may be None, or one "
+            "for all"
+        )
     return found
 
 

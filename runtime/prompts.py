@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from runtime.chat import ChatTemplate, Message
 from runtime.chat.conversation import MOST_CHARACTERS, check_characters
 from runtime.checks import whole
-from runtime.errors import InputError, PromptTooLongError
+from runtime.errors import InputError, PromptTooLongError, shown
 from runtime.escaping import ControlTokens
 from runtime.tokenizer import encode
 
@@ -21,8 +21,9 @@ class Tokens(tuple[int, ...]):
     """A prompt as token ids, which are taken as they are."""
 
 
-# One prompt, and several.
+# One prompt, and several; and what an answer is expected to be like.
 Prompt = str | Sequence[Message] | Tokens
+Prediction = str | Tokens
 Prompts = Sequence[str] | Sequence[Sequence[Message]] | Sequence[Tokens] | Sequence[Prompt]
 
 # Characters for each token of the context limit, and at least: longer prompts are refused unread. The longest token of
@@ -80,6 +81,28 @@ class PromptEncoder:
             return self._ids(self._tokenizer, chat.render(messages, most), limit, add_special_tokens=False)
         text = self._control.resolve(chat.render(marked.messages), marked)
         return self._ids(self._control.tokenizer, text, limit, add_special_tokens=False)
+
+    def encode_prediction(self, prediction: Prediction, limit: int) -> list[int]:
+        """Return the token ids of what an answer is expected to be like, at most `limit`. Raises `InputError` for more,
+        of which no answer would have any, and for what is no text.
+        """
+        try:
+            if isinstance(prediction, Tokens):
+                if len(prediction) <= limit:
+                    return [whole("each token of a prediction", token, 0, self._vocab_size - 1) for token in prediction]
+            elif not isinstance(prediction, str):
+                raise InputError(f"prediction must be a string or runtime.Tokens, not {shown(prediction)}")
+            elif len(prediction) <= max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * limit):
+                check_characters(prediction, "prediction")
+                ids = self._ids(self._tokenizer, prediction, limit, add_special_tokens=False)
+                if len(ids) <= limit:
+                    return ids
+        except PromptTooLongError:
+            pass
+        raise InputError(
+            f"the prediction has more than {limit} tokens, the engine's context limit, and no answer is as long; "
+            "shorten it"
+        )
 
     def _checked(self, tokens: Tokens, limit: int | None) -> list[int]:
         if limit is not None and len(tokens) > limit:

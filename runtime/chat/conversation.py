@@ -48,13 +48,13 @@ def read_conversation(
     return found
 
 
-def check_characters(text: str) -> None:
-    """Raise `InputError` when `text` has half of a surrogate pair, which no tokenizer takes."""
+def check_characters(text: str, what: str = "prompt") -> None:
+    """Raise `InputError` when `text`, a `what`, has half of a surrogate pair, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"the prompt has {text[error.start]!r}, which is no character: bytes that are not UTF-8 become so; "
+            f"the {what} has {text[error.start]!r}, which is no character: bytes that are not UTF-8 become so; "
             "convert it to UTF-8"
         ) from error
 

@@ -65,9 +65,7 @@ class Drafter:
             return Offer(root_alone(token), length, drafted=False)
         if self._verifies_nothing:
             return Offer(root_alone(token), length, bool(drafted))
-        if self._untold:
-            self.begin(self._untold)
-            self._untold = []
+        self.catch_up()
         context = Context(token, length, self._most_rows, drafted)
         tree = merge(token, (source.propose(context) for source in self.sources), context.max_rows)
         return Offer(tree, length, bool(drafted))
@@ -82,6 +80,12 @@ class Drafter:
         """Return what `cut` makes of an offer, of the sizes that the text chooses by itself."""
         offer = self.offer(token, drafted, length)
         return self.cut(offer, self.sizing.choose(offer.tree, length, offer.drafted))
+
+    def catch_up(self) -> None:
+        """Tell the sources what became certain while it rested."""
+        if self._untold:
+            untold, self._untold = self._untold, []
+            self.begin(untold)
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Take the tokens that a step made certain: the accepted candidates, and the one chosen after them."""

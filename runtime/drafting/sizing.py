@@ -41,6 +41,8 @@ PASS_CREDIT = 0.015
 MOST_CREDIT = 4.0
 # What the drafts of one node are worth, in tokens, before anything is known.
 DRAFT_VALUE = 0.5
+# Rows of trees with a long path that is nearly certain, where there are any.
+LONG_PATHS = (12, 16, 24, 32, 48, 64)
 # Worth of the drafts of each step, relative to each other.
 STEP_VALUES = (0.62, 0.26, 0.12, 0.06, 0.03)
 
@@ -115,6 +117,27 @@ class Menu:
         found = self.seconds[upper - 1] * (1 - share) + self.seconds[upper] * share
         # Where a longer context was faster by chance, steps would end before they began.
         return np.maximum(found, self._fastest)
+
+    def longer(self, most_rows: int) -> Menu:
+        """Return a menu with larger trees too, of up to `most_rows`, for paths that are nearly certain: without pseudo
+        rows, and with one for each step.
+
+        Their times are not measured. Rows cost the same each, as far as they matter here: what those of this menu cost
+        in the mean is what more of them are taken to cost.
+        """
+        most = int(self.tree_rows.max())
+        steps = len(self.sizes[0].pseudo_rows)
+        one = tuple(int(step < self.draft_steps) for step in range(steps))
+        more = [rows for rows in LONG_PATHS if most < rows <= most_rows]
+        added = tuple(dict.fromkeys(TreeSizes(rows, pseudo) for rows in more for pseudo in ((0,) * steps, one)))
+        if most == 1 or not added:
+            return self
+        counted = np.array([[one.tree_rows - 1, sum(one.pseudo_rows)] for one in self.sizes])
+        wanted = np.array([[one.tree_rows - 1, sum(one.pseudo_rows)] for one in added])
+        plain = self.seconds[:, :1]
+        # Cost [2, C] of a row and of a pseudo row; by chance one may seem to cost nothing.
+        cost = np.linalg.lstsq(counted, (self.seconds - plain).T, rcond=None)[0].clip(min=0.0)
+        return Menu((*self.sizes, *added), self.contexts, np.hstack([self.seconds, plain + (wanted @ cost).T]))
 
     def promised(self, tree: Tree) -> FloatArray:
         """Return [N]: the drafted tokens that a step of each size may expect to accept of the best-first `tree`."""
@@ -198,6 +221,10 @@ class AdaptiveSizes:
         self._idle = 0
         self._credit = FIRST_CREDIT
         self._last = (0.0, 1.0)
+
+    def with_longer_paths(self, most_rows: int) -> AdaptiveSizes:
+        """Return the same at its beginning, with trees of up to `most_rows` on the menu: see `Menu.longer`."""
+        return AdaptiveSizes(self.menu.longer(most_rows), self._tokens / self._time, self._draft_value)
 
     @property
     def believed(self) -> float:

@@ -120,16 +120,24 @@ async def beside(work: Callable[[], T]) -> T:
 
 
 def usage_of(results: Sequence[GenerationResult], answers: int) -> Usage:
-    """Return the usage of `results`, so many for each prompt, one prompt after the other."""
+    """Return the usage of `results`, so many for each prompt, one prompt after the other.
+
+    Its details are of the prediction where there was one, as OpenAI has them, and of all that was drafted otherwise.
+    """
     prompts = results[::answers]
     prompt, completion = sum(one.prompt_tokens for one in prompts), sum(len(one.tokens) for one in results)
-    accepted = sum(one.accepted_candidates for one in results)
+    if any(one.prediction_tokens for one in results):
+        accepted = sum(one.found_prediction_tokens for one in results)
+        rejected = sum(one.prediction_tokens for one in results) - accepted
+    else:
+        accepted = sum(one.accepted_candidates for one in results)
+        rejected = sum(one.candidates for one in results) - accepted
     return Usage(
         prompt,
         completion,
         prompt + completion,
         PromptDetails(sum(one.cached_prompt_tokens for one in prompts)),
-        CompletionDetails(accepted, sum(one.candidates for one in results) - accepted),
+        CompletionDetails(accepted, rejected),
     )
 
 
@@ -153,7 +161,7 @@ def note(server: Server, exchange: Exchange, results: Sequence[GenerationResult]
         "prompt_tokens": usage.prompt_tokens,
         "cached_tokens": usage.prompt_tokens_details.cached_tokens,
         "completion_tokens": usage.completion_tokens,
-        "accepted_tokens": usage.completion_tokens_details.accepted_prediction_tokens,
+        "accepted_tokens": sum(result.accepted_candidates for result in results),
         "first_token_s": round(max(result.time_to_first_token_s for result in results), 4),
         "finish": [result.finish_reason for result in results],
     }

@@ -16,7 +16,9 @@ class PromptDetails(msgspec.Struct):
 
 
 class CompletionDetails(msgspec.Struct):
-    """Tokens that were drafted and accepted, and those that were drafted and rejected; the latter are in no answer."""
+    """Tokens of the request's prediction that are in the answer, and those that are not. Without a prediction: tokens
+    that were drafted and accepted, and those that were drafted and rejected. The latter are in no other number.
+    """
 
     accepted_prediction_tokens: int = 0
     rejected_prediction_tokens: int = 0

@@ -26,6 +26,19 @@ Count = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 Tops = Annotated[int, Meta(ge=0, le=20)]
 
 
+class TextPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag="text"):
+    """A part of a message that is text."""
+
+    text: Text
+
+
+class PredictedContent(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the answer is expected to be mostly like, such as a file to be edited."""
+
+    type: Literal["content"]
+    content: Text | list[TextPart]
+
+
 class Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What every request for an answer may have. null is what a field has that is left out.
 
@@ -78,6 +91,10 @@ class Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_def
         bool | None, Meta(description="Go on after the model's end of text, for measuring. An extension.")
     ] = None
     speculate: Annotated[bool | None, Meta(description="false decodes plainly, to the same text. An extension.")] = None
+    prediction: Annotated[
+        PredictedContent | None,
+        Meta(description="What the answer is expected to be mostly like: it comes sooner then, and is the same."),
+    ] = None
     priority: Annotated[
         Annotated[int, Meta(ge=-1000, le=1000)] | None,
         Meta(description="Requests of a higher one run first. An extension."),
@@ -104,12 +121,6 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         bool | None, Meta(description="The usage so far in each chunk. An extension.")
     ] = None
     include_obfuscation: Annotated[bool | None, Meta(description="No effect: nothing is obfuscated.")] = None
-
-
-class TextPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag="text"):
-    """A part of a message that is text."""
-
-    text: Text
 
 
 class SystemMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="role", tag="system"):
@@ -273,7 +284,6 @@ UNSUPPORTED = {
     "text": "answers are text, without a schema",
     "modalities": "answers are text",
     "audio": "answers are text",
-    "prediction": "drafts are the engine's own",
     "reasoning": "reasoning cannot be set",
     "reasoning_effort": "reasoning cannot be set",
     "verbosity": "verbosity cannot be set",

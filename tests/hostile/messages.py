@@ -102,7 +102,9 @@ def texts(draw: st.DrawFn) -> Repeated:
     return Repeated("".join(parts[:place]), "".join(parts[place : place + 1]), times, "".join(parts[place + 1 :]))
 
 
-WAYS = st.fixed_dictionaries({"raw": st.booleans()}, optional={"escape_special_tokens": st.booleans()})
+WAYS = st.fixed_dictionaries(
+    {"raw": st.booleans()}, optional={"escape_special_tokens": st.booleans(), "prediction": texts()}
+)
 STOPS = st.lists(st.sampled_from(("a", "\ufffd", "</s>", "\ud800", " ", "é", "x" * 10_000)), max_size=2)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from runtime import Sampling, TreeSizes
+from runtime import Sampling, Tokens, TreeSizes
 from tests.hostile.messages import HUGE, STOPS
 
 VOCABULARY = 264
@@ -71,13 +71,15 @@ TREES = st.one_of(
 @st.composite
 def requests(draw: st.DrawFn) -> dict[str, Any]:
     """Options of a request, one of which may be odd."""
-    valid = {"max_new_tokens": st.integers(1, 9), "stop": STOPS, "ngrams": st.booleans()}
+    prediction = st.one_of(st.text(max_size=20), st.lists(TOKENS, max_size=9).map(Tokens))
+    valid = {"max_new_tokens": st.integers(1, 9), "stop": STOPS, "ngrams": st.booleans(), "prediction": prediction}
     found = draw(st.fixed_dictionaries({}, optional=valid))
     if draw(st.integers(0, 3)) == 0:
         odd = {
             "max_new_tokens": NUMBERS,
             "stop": st.sampled_from((None, "a", [""], [1], ("a",), ["x"] * 100_000)),
             "tree": TREES,
+            "prediction": ODD,
             "sampling": st.sampled_from((None, 5, {}, Sampling)),
         }
         name = draw(st.sampled_from(sorted(odd)))

@@ -200,6 +200,7 @@ BODY: dict[str, Any] = {
     "seed": 7,
     "stop": ["a", "b"],
     "min_tokens": 1,
+    "prediction": {"type": "content", "content": [{"type": "text", "text": "a Hello"}]},
     "priority": 1,
     "deadline": 5.0,
     "metadata": {"a": "b"},

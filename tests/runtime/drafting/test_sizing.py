@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from runtime.drafting.best_first import best_first_tree, likely_ends
 from runtime.drafting.drafts import DraftStep, IndependentDrafts
 from runtime.drafting.sizing import AdaptiveSizes, FixedSizes, Menu, Sizing
-from runtime.tree import Tree, TreeSizes
+from runtime.tree import Tree, TreeSizes, candidate_path
 
 PLAIN = TreeSizes.plain(3)
 SIZES = (
@@ -269,3 +269,41 @@ def test_adaptive_sizes_are_nearly_as_fast_as_the_best_ones_and_never_slower_tha
     adaptive = decode(AdaptiveSizes(menu), text, menu).rate
     assert adaptive > 0.94 * max(rates.values()), rates
     assert adaptive > 0.97
+
+
+def test_a_menu_of_longer_paths_has_times_as_rows_cost_so_far() -> None:
+    menu = menu_of(*ROW_TIMES["cheap"])
+    longer = menu.longer(32)
+    assert longer.sizes[: len(SIZES)] == SIZES
+    added = longer.sizes[len(SIZES) :]
+    assert [one.tree_rows for one in added if not any(one.pseudo_rows)] == [12, 16, 24, 32]
+    assert TreeSizes(32, (1, 1, 1)) in added
+    np.testing.assert_allclose(longer.seconds, menu_of(*ROW_TIMES["cheap"], longer.sizes).seconds)
+    assert menu.longer(8) is menu
+    plain = menu_of(0.1, 0.1, (PLAIN,))
+    assert plain.longer(64) is plain
+
+
+def path_of(probability: float, rows: int) -> Tree:
+    return candidate_path(0, list(range(1, rows)), [probability] * (rows - 1))
+
+
+@pytest.mark.parametrize(("times", "least"), [("cheap", 48), ("dear", 24), ("free", 64)])
+def test_a_path_that_is_nearly_certain_is_let_through_as_far_as_it_pays(times: str, least: int) -> None:
+    menu = menu_of(*ROW_TIMES[times]).longer(64)
+    adaptive = AdaptiveSizes(menu, 2.0)
+    for _ in range(12):
+        chosen = adaptive.choose(path_of(0.999, 64), 128, drafted=False).tree_rows
+        adaptive.learn(chosen - 1)
+    assert chosen >= least
+
+
+def test_a_path_that_is_never_right_costs_hardly_anything() -> None:
+    menu = menu_of(*ROW_TIMES["cheap"]).longer(64)
+    adaptive = AdaptiveSizes(menu, 2.0)
+    seconds = dict(zip(menu.sizes, menu.seconds[0].tolist(), strict=True))
+    time = 0.0
+    for _ in range(150):
+        time += seconds[adaptive.choose(path_of(0.95, 64), 128, drafted=False)]
+        adaptive.learn(0)
+    assert time < 150 * 1.03

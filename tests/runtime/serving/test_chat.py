@@ -33,6 +33,8 @@ GREEDY: Any = {"temperature": 0, "max_tokens": 24}
         ({"logit_bias": {"70": 40, "71": -3.5}}, Sampling(logit_bias={70: 40.0, 71: -3.5}), {}),
         ({"min_tokens": 20}, Sampling(min_new_tokens=20), {}),
         ({"speculate": False}, Sampling(), {"speculate": False}),
+        ({"prediction": {"type": "content", "content": "Hello there"}}, Sampling(), {"prediction": "Hello there"}),
+        ({"prediction": {"type": "content", "content": ""}, "logprobs": True}, Sampling(), {}),
         ({"stop": "e"}, Sampling(), {"stop": ["e"]}),
         ({"stop": ["zz", "a"]}, Sampling(), {"stop": ["zz", "a"]}),
         ({"stop": []}, Sampling(), {}),
@@ -73,6 +75,34 @@ def test_usage_has_what_was_cached_and_what_was_drafted(live: Live, generator: G
     assert details["rejected_prediction_tokens"] == expected.candidates - expected.accepted_candidates > 0
     plain = live.chat(content, speculate=False, **GREEDY)["usage"]["completion_tokens_details"]
     assert (plain["accepted_prediction_tokens"], plain["rejected_prediction_tokens"]) == (0, 0)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_prediction_is_accepted_as_far_as_it_is_in_the_answers(
+    live: Live, generator: Generator, streamed: bool
+) -> None:
+    text = generator.generate("Hello", max_new_tokens=24).text
+    parts = [{"type": "text", "text": text[:9]}, {"type": "text", "text": text[9:] + " and more"}]
+    asked = {**GREEDY, "n": 2, "prediction": {"type": "content", "content": parts}}
+    if streamed:
+        asked |= {"stream_options": {"include_usage": True}}
+        events = live.events(CHAT, messages=[{"role": "user", "content": "Hello"}], **asked)
+        answer = events[-1]
+        texts = [
+            "".join(e["choices"][0]["delta"].get("content") or "" for e in events[:-1] if e["choices"][0]["index"] == n)
+            for n in range(2)
+        ]
+    else:
+        answer = live.chat(**asked)
+        texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert texts == [text, text]
+    expected = generator.generate("Hello", max_new_tokens=24, prediction=text + " and more")
+    assert 0 < expected.found_prediction_tokens < expected.prediction_tokens
+    details = answer["usage"]["completion_tokens_details"]
+    assert details["accepted_prediction_tokens"] == 2 * expected.found_prediction_tokens
+    assert sum(details.values()) == 2 * expected.prediction_tokens
+    without = live.chat(**{**asked, "stream_options": None}, speculate=False)["usage"]["completion_tokens_details"]
+    assert set(without.values()) == {0}
 
 
 def test_an_answer_goes_on_to_the_context_limit_where_nothing_ends_it(live: Live, generator: Generator) -> None:
