@@ -25,10 +25,14 @@ if TYPE_CHECKING:
     from llguidance import LLParserLimits, LLTokenizer
 
 # Grammars kept, the latest ones; and texts whose tokens are.
-KEPT_GRAMMARS = 64
+KEPT_GRAMMARS = 32
 KEPT_TEXTS = 4096
 # Grammars that are compiled at once, so that others have a core left.
 AT_ONCE = 2
+# What a token's mask may take: items of the parser, some 20 ms of them; and states of the lexer, a kilobyte or two
+# each, which stay.
+MOST_ITEMS = 20_000
+MOST_STATES = 32_768
 # All tokens that go on with the text may be chosen, not only those that the tokenizer would make of it.
 HEADER = '%llguidance {"no_forcing": true}\n'
 MISSING = "llguidance is not installed, and a grammar needs it; install it with: pip install 'hidden-transfer[grammar]'"
@@ -116,8 +120,8 @@ class Compiler:
             raise InputError(f"the grammar cannot be used: {one_line(found.get_error())}")
         matcher = Matcher(found, len(self._vocabulary.tokens), self._tokens_of, self._barred)
         # It is needed for the first token in any case, and takes the longest of all.
-        if not matcher.allowed().any():
-            raise InputError("no token of this model begins a text of the grammar; give another one")
+        if not matcher.allowed().any() or (found.is_stopped() and not found.is_accepting()):
+            raise InputError("no text of this model's tokens is in the grammar; give another one")
         return matcher
 
     @cached_property
@@ -197,7 +201,7 @@ def _lark(grammar: Grammar) -> str:
 def _limits() -> LLParserLimits:
     from llguidance import LLParserLimits
 
-    return LLParserLimits(verbose_errors=False)
+    return LLParserLimits(step_max_items=MOST_ITEMS, max_lexer_states=MOST_STATES, verbose_errors=False)
 
 
 def _ends(vocabulary: Vocabulary) -> list[int]:

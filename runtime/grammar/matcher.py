@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 Allowed = NDArray[np.bool_]
+# What llguidance says where no token fits.
+NO_TOKEN = "NoExtension"
 # Returns tokens whose bytes are these, as a tokenizer makes them of a text.
 Tokenize = Callable[[bytes], tuple[int, ...]]
 
@@ -104,6 +106,11 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
+            if self._matcher.get_error().startswith(NO_TOKEN):
+                raise InputError(
+                    f"no token of this model goes on in the grammar after {self._taken} tokens of the answer; give "
+                    "another one"
+                )
             raise InputError(
                 f"the grammar became too complex after {self._taken} tokens of the answer "
                 f"({one_line(self._matcher.get_error())}); give a simpler one"

@@ -15,6 +15,14 @@ PLAIN = frozenset({"const", "enum", "default", "examples", "example", "x-guidanc
 NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 # Strings have one spelling: with others, such as \u0061, a property could come twice.
 ESCAPES = 'nrbtf\\"'
+# Dates that there are, and times without leap seconds, which most readers refuse: llguidance is laxer. The years with a
+# 29th of February are multiples of 4, of centuries those of 400.
+LEAP = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+DAY = "(?:0[1-9]|1[0-9]|2[0-8])"
+MONTHS = f"(?:0[1-9]|1[0-2])-{DAY}|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31"
+DATE = f"(?:(?:[0-9]{{3}}[1-9]|[1-9][0-9]{{3}}|0[1-9][0-9]{{2}}|00[1-9][0-9])-(?:{MONTHS})|{LEAP}-02-29)"
+TIME = "(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]"
+FORMATS = {"date": f"^{DATE}$", "time": f"^{TIME}", "date-time": f"^{DATE}T{TIME}"}
 # Options of llguidance that leave an answer JSON that fits the schema.
 OPTIONS = frozenset({"whitespace_flexible"})
 
@@ -73,3 +81,8 @@ def _check_one(schema: dict[str, Any]) -> None:
     for keyword in ("exclusiveMinimum", "exclusiveMaximum"):
         if isinstance(schema.get(keyword), bool):
             raise InputError(f"{keyword} is a number since draft 6; give the bound in it")
+    if pattern := FORMATS.get(str(schema.get("format"))):
+        if "pattern" not in schema:
+            schema["pattern"] = pattern
+        elif isinstance(schema.setdefault("allOf", []), list):
+            schema["allOf"].append({"pattern": pattern})
