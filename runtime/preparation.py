@@ -295,5 +295,5 @@ def vocabulary_of(bundle: Bundle) -> Vocabulary:
         found.special(),
         about.stop_tokens,
         lambda text: encode(bundle.tokenizer, text, size, add_special_tokens=False),
-        found.drops_space,
+        found.changed_first(),
     )

@@ -49,14 +49,18 @@ class TokenBytes:
             return bytes(BYTES_OF[character] for character in name)
         return text.encode()
 
-    @cached_property
-    def drops_space(self) -> bool:
-        """Return whether a space is lost with which the first token of a text begins."""
-        spaced = next((token for token in range(self._tokenizer.get_vocab_size()) if self[token][:1] == b" "), None)
-        if spaced is None or spaced in self._added:
-            return False
+    def changed_first(self) -> list[int]:
+        """Return the tokens whose spaces, or some of them, are lost where they begin a text."""
+        spaced = [token for token in range(self._tokenizer.get_vocab_size()) if b" " in self[token]]
+        spaced = [token for token in spaced if token not in self._added]
         with failures(undecodable):
-            return not self._tokenizer.decode([spaced], skip_special_tokens=False).startswith(" ")
+            texts = self._tokenizer.decode_batch([[token] for token in spaced], skip_special_tokens=False)
+        return [
+            token
+            for token, text in zip(spaced, texts, strict=True)
+            # What is no whole character is shown otherwise anyway.
+            if REPLACEMENT not in text and text.encode() != self[token]
+        ]
 
     def special(self) -> list[int]:
         """Return the tokens that are left out of texts."""

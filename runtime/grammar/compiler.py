@@ -42,14 +42,14 @@ MISSING = "llguidance is not installed, and a grammar needs it; install it with:
 class Vocabulary:
     """What a grammar has to know of a tokenizer: the bytes of each token [V], none for tokens that are no text;
     `special` tokens, whose names are no text either; `stop_tokens`, with which answers end; and `encode`, which makes
-    tokens of a text. `drops_space` says that a space at an answer's beginning is lost.
+    tokens of a text. `changed_first` are tokens whose spaces are lost at a text's beginning.
     """
 
     tokens: Sequence[bytes]
     special: Collection[int]
     stop_tokens: Sequence[int]
     encode: Callable[[str], list[int]]
-    drops_space: bool = False
+    changed_first: Sequence[int] = ()
 
 
 class Compiler:
@@ -137,9 +137,11 @@ class Compiler:
 
     @cached_property
     def _barred(self) -> Allowed | None:
-        if not self._vocabulary.drops_space:
+        if not self._vocabulary.changed_first:
             return None
-        return np.array([token.startswith(b" ") for token in self._vocabulary.tokens], dtype=bool)
+        barred = np.zeros(len(self._vocabulary.tokens), dtype=bool)
+        barred[list(self._vocabulary.changed_first)] = True
+        return barred
 
     @cached_property
     def _ids(self) -> dict[bytes, int]:

@@ -74,7 +74,7 @@ def test_special_and_empty_tokens_are_no_text() -> None:
 
 def test_a_space_that_the_tokenizer_drops_does_not_begin_an_answer() -> None:
     pieces = [b"</s>", b" a", b"a", b" ", b"b"]
-    compiler = Compiler(lambda: Vocabulary(pieces, [], [0], lambda text: [], drops_space=True))
+    compiler = Compiler(lambda: Vocabulary(pieces, [], [0], lambda text: [], changed_first=[1, 3]))
     found = compiler.matcher(Grammar.regex(" ?a b"))
     assert allowed(found) == {2}
     found.accept(2)
