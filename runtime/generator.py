@@ -267,7 +267,11 @@ class Generator:
 
     def metrics(self) -> dict[str, Any]:
         """Return counts and distributions since the beginning, and what runs and waits now, as plain data."""
-        return {**self._service.state(), **self._service.scheduler.metrics.to_dict()}
+        return {
+            **self._service.state(),
+            **self._service.scheduler.metrics.to_dict(),
+            **self._preparation.grammars.counts(),
+        }
 
     def warm_up(self) -> None:
         """Run passes of all kinds, so that no request waits for what is set up at the first ones: on a GPU those of any

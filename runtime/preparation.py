@@ -13,12 +13,15 @@ from runtime.bundle.tuning_file import Tuning
 from runtime.checks import number, whole
 from runtime.decode import DecodingState
 from runtime.drafting.drafter import Drafter
+from runtime.drafting.grammar_drafts import GrammarDrafts
 from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.predicted import Predicted
 from runtime.drafting.sizing import AdaptiveSizes, FixedSizes, Sizing
 from runtime.drafting.source import DraftSource
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.errors import InputError, PromptTooLongError, shown
+from runtime.grammar.compiler import Compiler, Vocabulary
+from runtime.grammar.matcher import Matcher
 from runtime.prompts import Prediction, Prompt, PromptEncoder, Tokens
 from runtime.request import Delivery
 from runtime.sampling import Sampling
@@ -26,6 +29,8 @@ from runtime.sampling.noise import Noise
 from runtime.sampling.sampler import Sampler
 from runtime.sampling.scores import PromptScores
 from runtime.scheduling.job import Job
+from runtime.token_bytes import TokenBytes
+from runtime.tokenizer import encode
 from runtime.tree import MOST_ROWS, TreeSizes
 
 MOST_PRIORITY = 1000
@@ -43,7 +48,7 @@ class RequestOptions(TypedDict, total=False):
     - `sampling`: how tokens are chosen, None greedily.
     - `speculate=False` decodes plainly, one token a pass, to the same text, given the same seed.
     - `tree` fixes the row counts of every step, which otherwise adapt to the device, the text and what else runs.
-    - `ngrams=False` drafts nothing from the text itself.
+    - `ngrams=False` drafts nothing from the text itself, and `forced_drafts=False` not what a grammar forces.
     - `prediction`: a text, or `Tokens`, that the answer is expected to be mostly like, such as a file to be edited: it
       is drafted from, and changes no token. At most as long as the context limit. Several prompts may have a list of
       them, None for those without.
@@ -64,6 +69,7 @@ class RequestOptions(TypedDict, total=False):
     tree: TreeSizes | None
     ngrams: bool
     prediction: Prediction | Sequence[Prediction | None] | None
+    forced_drafts: bool
     sampling: Sampling | None
     escape_special_tokens: bool | None
     deadline_s: float | None
@@ -89,6 +95,7 @@ class Preparation:
         self.longest_path = 0
         self._prompts = PromptEncoder(bundle.tokenizer, bundle.chat, self.about.dims.vocab_size)
         self._escape = escape_special_tokens
+        self.grammars = Compiler(lambda: vocabulary_of(bundle))
 
     def encode(
         self, prompt: Prompt, *, raw: bool = False, escape_special_tokens: bool | None = None, limit: int | None = None
@@ -108,6 +115,7 @@ class Preparation:
         tree: TreeSizes | None = None,
         ngrams: bool = True,
         prediction: Prediction | Sequence[Prediction | None] | None = None,
+        forced_drafts: bool = True,
         sampling: Sampling | None = None,
         escape_special_tokens: bool | None = None,
         deadline_s: float | None = None,
@@ -142,7 +150,9 @@ class Preparation:
         dims = self.about.dims
         stop_tokens = () if ignore_stop_tokens else self.about.stop_tokens
         scores = self._scores(prompt_logprobs)
-        sampler = Sampler(sampling, ids, dims.vocab_size, stop_tokens)
+        matcher = self._matcher(sampling, ignore_stop_tokens=ignore_stop_tokens)
+        sampler = Sampler(sampling, ids, dims.vocab_size, stop_tokens, matcher)
+        shaped = None if matcher is None else GrammarDrafts(matcher, forced=forced_drafts)
         predicted = self._predicted(prediction, len(ids), stop_tokens)
         if not speculate:
             predicted = None
@@ -156,7 +166,12 @@ class Preparation:
             spare = self._cache_rows - len(ids) - most
             sizing = sizing.with_longer_paths(min(self.longest_path, spare // (1 + dims.num_steps)))
         drafter = self.new_drafter(
-            sizing, sampling.temperature, sampler.noise, ngrams=ngrams and speculate, predicted=predicted
+            sizing,
+            sampling.temperature,
+            sampler.noise,
+            ngrams=ngrams and speculate,
+            predicted=predicted,
+            grammar=shaped,
         )
         state = DecodingState(
             ids, drafter, self.about.prompt_chunk, dims.join_order, sampler, most, answer.ends, scores=scores
@@ -178,9 +193,11 @@ class Preparation:
         *,
         ngrams: bool = True,
         predicted: Predicted | None = None,
+        grammar: GrammarDrafts | None = None,
     ) -> Drafter:
         """Return what drafts one text with the engine's own statistics, greedily or for sampling at `temperature` with
-        `noise`; `ngrams=False` leaves out continuations from the text itself. `predicted` is a text known beforehand.
+        `noise`, within the `grammar`; `ngrams=False` leaves out continuations from the text itself. `predicted` is a
+        text known beforehand.
         """
         bundle = self._bundle
         sources: list[DraftSource] = [TransferDrafts(bundle.correction, bundle.reliability, temperature, noise)]
@@ -188,7 +205,17 @@ class Preparation:
             sources.append(Ngrams())
         if predicted is not None:
             sources.append(predicted)
-        return Drafter(sizing, sources, bundle.draft_tokens)
+        return Drafter(sizing, sources, bundle.draft_tokens, grammar)
+
+    def _matcher(self, sampling: Sampling, *, ignore_stop_tokens: bool) -> Matcher | None:
+        if sampling.grammar is None:
+            return None
+        if ignore_stop_tokens:
+            raise InputError(
+                "ignore_stop_tokens cannot be had with a grammar, which says itself where the answer may end; leave "
+                "one of them out"
+            )
+        return self.grammars.matcher(sampling.grammar)
 
     def _predicted(self, prediction: object, prompt_tokens: int, stop_tokens: Sequence[int]) -> Predicted | None:
         if prediction is None:
@@ -314,3 +341,16 @@ def prompts_of(given: object) -> list[Prompt] | None:
                 f"prompt {index} of the list is {shown(one)}, and must be a string, a list of messages or Tokens{hint}"
             )
     return list(given)
+
+
+def vocabulary_of(bundle: Bundle) -> Vocabulary:
+    """Return what grammars have to know of an engine's tokenizer, which takes a second or more."""
+    about, found = bundle.about, TokenBytes(bundle.tokenizer)
+    size = about.dims.vocab_size
+    return Vocabulary(
+        [found[token] for token in range(size)],
+        found.special(),
+        about.stop_tokens,
+        lambda text: encode(bundle.tokenizer, text, size, add_special_tokens=False),
+        found.changed_first(),
+    )

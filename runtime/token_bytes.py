@@ -49,6 +49,23 @@ class TokenBytes:
             return bytes(BYTES_OF[character] for character in name)
         return text.encode()
 
+    def changed_first(self) -> list[int]:
+        """Return the tokens whose spaces, or some of them, are lost where they begin a text."""
+        spaced = [token for token in range(self._tokenizer.get_vocab_size()) if b" " in self[token]]
+        spaced = [token for token in spaced if token not in self._added]
+        with failures(undecodable):
+            texts = self._tokenizer.decode_batch([[token] for token in spaced], skip_special_tokens=False)
+        return [
+            token
+            for token, text in zip(spaced, texts, strict=True)
+            # What is no whole character is shown otherwise anyway.
+            if REPLACEMENT not in text and text.encode() != self[token]
+        ]
+
+    def special(self) -> list[int]:
+        """Return the tokens that are left out of texts."""
+        return [number for number, added in self._tokenizer.get_added_tokens_decoder().items() if added.special]
+
     @cached_property
     def _added(self) -> dict[int, str]:
         return {number: added.content for number, added in self._tokenizer.get_added_tokens_decoder().items()}
