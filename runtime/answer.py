@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,13 +73,20 @@ class Answer:
     """The part of a request's answer that has come: call `step` after each step that made tokens certain.
 
     `ends` is for `DecodingState.ends`: text decides where an answer ends, by its `stop` strings as well as by
-    `stop_tokens`.
+    `stop_tokens`. Special tokens that are `shown` are in the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stop_tokens: Iterable[int], sampler: Sampler) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        stop_tokens: Iterable[int],
+        sampler: Sampler,
+        shown: Collection[int] = (),
+    ) -> None:
         from runtime.text import TextStream
 
-        self._text = TextStream(tokenizer, stop)
+        self._text = TextStream(tokenizer, stop, shown)
         self._stop_tokens = frozenset(stop_tokens)
         self._sampler = sampler
         self._released: list[str] = []
