@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         ServiceError,
     )
     from runtime.generator import Generator
+    from runtime.grammar import Grammar
     from runtime.preparation import RequestOptions
     from runtime.prompts import Tokens
     from runtime.request import Request
@@ -36,6 +37,7 @@ __all__ = [
     "GenerationChunk",
     "GenerationResult",
     "Generator",
+    "Grammar",
     "InputError",
     "InputWarning",
     "LogitsProcessor",
@@ -68,6 +70,7 @@ _MODULES = {
     "RequestOptions": "preparation",
     "Tokens": "prompts",
     "Generator": "generator",
+    "Grammar": "grammar",
     "LogitsProcessor": "sampling",
     "Sampling": "sampling",
     "TokenLogProbability": "sampling",

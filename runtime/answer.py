@@ -101,7 +101,7 @@ class Answer:
     def ends(self, token: int) -> bool:
         """Take the next token; return whether the answer ends with it."""
         self._released.append(self._text.push(token))
-        self._stopped = self._text.stopped or token in self._stop_tokens
+        self._stopped = self._text.stopped or token in self._stop_tokens or self._sampler.complete
         return self._stopped
 
     def step(self, state: DecodingState, cached: int = 0) -> GenerationChunk:

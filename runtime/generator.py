@@ -24,6 +24,7 @@ from runtime.engines.opening import open_engine, runs_on_cpu
 from runtime.engines.protocol import Engine
 from runtime.errors import BusyError, EngineError, InputError
 from runtime.files import check_readable
+from runtime.grammar import Grammar
 from runtime.memory import default_cache_bytes
 from runtime.preparation import MOST_ANSWERS, Preparation, RequestOptions, prompts_of, sampling_of_answers
 from runtime.prompts import Prompt, Prompts, Tokens
@@ -153,6 +154,16 @@ class Generator:
     def tool_format(self) -> ToolFormat:
         """How the model writes calls of tools: `tool_format.parse(result.text)` finds them in an answer."""
         return self._preparation.tool_format
+
+    def tool_grammar(
+        self, tools: Sequence[Tool], *, name: str | None = None, required: bool = True, parallel: bool = True
+    ) -> Grammar:
+        """Return the grammar of answers that call `tools`, or the one of this `name`, with arguments that fit their
+        schemas; unless that is `required`, of free text in which calls are such. With `parallel` there may be several.
+
+        Raises `InputError` for what describes no function, and for schemas that cannot be held to.
+        """
+        return self._preparation.tool_grammar(tools, name=name, required=required, parallel=parallel)
 
     @property
     def takes_tools(self) -> bool:
@@ -284,7 +295,11 @@ class Generator:
 
     def metrics(self) -> dict[str, Any]:
         """Return counts and distributions since the beginning, and what runs and waits now, as plain data."""
-        return {**self._service.state(), **self._service.scheduler.metrics.to_dict()}
+        return {
+            **self._service.state(),
+            **self._service.scheduler.metrics.to_dict(),
+            **self._preparation.grammars.counts(),
+        }
 
     def warm_up(self) -> None:
         """Run passes of all kinds, so that no request waits for what is set up at the first ones: on a GPU those of any

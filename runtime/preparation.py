@@ -10,15 +10,20 @@ from typing import TypedDict
 from runtime.answer import Answer
 from runtime.bundle.reading import Bundle
 from runtime.bundle.tuning_file import Tuning
-from runtime.chat.tools import Tool
+from runtime.chat.tools import Tool, read_tools
 from runtime.checks import number, whole
 from runtime.decode import DecodingState
 from runtime.drafting.drafter import Drafter
+from runtime.drafting.grammar_drafts import GrammarDrafts
 from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import AdaptiveSizes, FixedSizes, Sizing
 from runtime.drafting.source import DraftSource
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.errors import InputError, PromptTooLongError, shown
+from runtime.grammar import Grammar
+from runtime.grammar.calls import function_of, grammar_of_calls
+from runtime.grammar.compiler import Compiler, Vocabulary
+from runtime.grammar.matcher import Matcher
 from runtime.prompts import Prompt, PromptEncoder, Tokens
 from runtime.request import Delivery
 from runtime.sampling import Sampling
@@ -26,6 +31,8 @@ from runtime.sampling.noise import Noise
 from runtime.sampling.sampler import Sampler
 from runtime.sampling.scores import PromptScores
 from runtime.scheduling.job import Job
+from runtime.token_bytes import TokenBytes
+from runtime.tokenizer import encode
 from runtime.tools.formats import format_of, named_format, special_markers
 from runtime.tree import MOST_ROWS, TreeSizes
 
@@ -44,7 +51,7 @@ class RequestOptions(TypedDict, total=False):
     - `sampling`: how tokens are chosen, None greedily.
     - `speculate=False` decodes plainly, one token a pass, to the same text, given the same seed.
     - `tree` fixes the row counts of every step, which otherwise adapt to the device, the text and what else runs.
-    - `ngrams=False` drafts nothing from the text itself.
+    - `ngrams=False` drafts nothing from the text itself, and `forced_drafts=False` not what a grammar forces.
     - `raw` takes a string as it is, without the chat template.
     - `escape_special_tokens`: text never becomes special tokens; None leaves that to what the generator was made with.
     - `priority` (0): requests of a higher one run first.
@@ -64,6 +71,7 @@ class RequestOptions(TypedDict, total=False):
     raw: bool
     tree: TreeSizes | None
     ngrams: bool
+    forced_drafts: bool
     sampling: Sampling | None
     escape_special_tokens: bool | None
     deadline_s: float | None
@@ -98,6 +106,7 @@ class Preparation:
         self.tool_markers = special_markers(self.tool_format, bundle.tokenizer)
         self._prompts = PromptEncoder(bundle.tokenizer, bundle.chat, self.about.dims.vocab_size, self.tool_format)
         self._escape = escape_special_tokens
+        self.grammars = Compiler(lambda: vocabulary_of(bundle))
 
     def encode(
         self,
@@ -112,6 +121,22 @@ class Preparation:
         escape = self._escape if escape_special_tokens is None else escape_special_tokens
         return self._prompts.encode(prompt, raw=raw, escape_special_tokens=escape, limit=limit, tools=tools)
 
+    def tool_grammar(self, tools: Sequence[Tool], *, name: str | None, required: bool, parallel: bool) -> Grammar:
+        """See `Generator.tool_grammar`; without `required`, arguments are those of a schema where a tool is strict."""
+        known = read_tools(tools)
+        strict = {tool["function"]["name"] for tool in tools if required or tool["function"].get("strict")}
+        functions = [
+            function_of(tool, fits=tool["function"]["name"] in strict)
+            for tool in known
+            if name in (None, tool["function"]["name"])
+        ]
+        if not functions:
+            raise InputError(f"there is no tool {shown(name)}; give one of those that there are")
+        text = grammar_of_calls(
+            self.tool_format, functions, self.tool_markers, required=required, parallel=parallel and name is None
+        )
+        return Grammar.lark(text)
+
     def prepare(
         self,
         prompt: Prompt,
@@ -122,6 +147,7 @@ class Preparation:
         raw: bool = False,
         tree: TreeSizes | None = None,
         ngrams: bool = True,
+        forced_drafts: bool = True,
         sampling: Sampling | None = None,
         escape_special_tokens: bool | None = None,
         deadline_s: float | None = None,
@@ -158,8 +184,12 @@ class Preparation:
         dims = self.about.dims
         stop_tokens = () if ignore_stop_tokens else self.about.stop_tokens
         scores = self._scores(prompt_logprobs)
-        sampler = Sampler(sampling, ids, dims.vocab_size, stop_tokens)
-        drafter = self.new_drafter(sizing, sampling.temperature, sampler.noise, ngrams=ngrams and speculate)
+        matcher = self._matcher(sampling, ignore_stop_tokens=ignore_stop_tokens)
+        sampler = Sampler(sampling, ids, dims.vocab_size, stop_tokens, matcher)
+        shaped = None if matcher is None else GrammarDrafts(matcher, forced=forced_drafts)
+        drafter = self.new_drafter(
+            sizing, sampling.temperature, sampler.noise, ngrams=ngrams and speculate, grammar=shaped
+        )
         markers = self.tool_markers.values() if tools else ()
         answer = Answer(self._bundle.tokenizer, stop, stop_tokens, sampler, markers)
         beside = len(ids) + sizing.most_rows * (1 + dims.num_steps)
@@ -179,16 +209,32 @@ class Preparation:
         return Job(state, rows, priority, deadline, delivery), delivery
 
     def new_drafter(
-        self, sizing: Sizing, temperature: float = 0.0, noise: Noise | None = None, *, ngrams: bool = True
+        self,
+        sizing: Sizing,
+        temperature: float = 0.0,
+        noise: Noise | None = None,
+        *,
+        ngrams: bool = True,
+        grammar: GrammarDrafts | None = None,
     ) -> Drafter:
         """Return what drafts one text with the engine's own statistics, greedily or for sampling at `temperature` with
-        `noise`; `ngrams=False` leaves out continuations from the text itself.
+        `noise`, within the `grammar`; `ngrams=False` leaves out continuations from the text itself.
         """
         bundle = self._bundle
         sources: list[DraftSource] = [TransferDrafts(bundle.correction, bundle.reliability, temperature, noise)]
         if ngrams:
             sources.append(Ngrams())
-        return Drafter(sizing, sources, bundle.draft_tokens)
+        return Drafter(sizing, sources, bundle.draft_tokens, grammar)
+
+    def _matcher(self, sampling: Sampling, *, ignore_stop_tokens: bool) -> Matcher | None:
+        if sampling.grammar is None:
+            return None
+        if ignore_stop_tokens:
+            raise InputError(
+                "ignore_stop_tokens cannot be had with a grammar, which says itself where the answer may end; leave "
+                "one of them out"
+            )
+        return self.grammars.matcher(sampling.grammar)
 
     def _scores(self, count: int | None) -> PromptScores | None:
         if count is None:
@@ -281,3 +327,16 @@ def prompts_of(given: object) -> list[Prompt] | None:
                 f"prompt {index} of the list is {shown(one)}, and must be a string, a list of messages or Tokens{hint}"
             )
     return list(given)
+
+
+def vocabulary_of(bundle: Bundle) -> Vocabulary:
+    """Return what grammars have to know of an engine's tokenizer, which takes a second or more."""
+    about, found = bundle.about, TokenBytes(bundle.tokenizer)
+    size = about.dims.vocab_size
+    return Vocabulary(
+        [found[token] for token in range(size)],
+        found.special(),
+        about.stop_tokens,
+        lambda text: encode(bundle.tokenizer, text, size, add_special_tokens=False),
+        found.drops_space,
+    )

@@ -50,6 +50,19 @@ class TokenBytes:
         return text.encode()
 
     @cached_property
+    def drops_space(self) -> bool:
+        """Return whether a space is lost with which the first token of a text begins."""
+        spaced = next((token for token in range(self._tokenizer.get_vocab_size()) if self[token][:1] == b" "), None)
+        if spaced is None or spaced in self._added:
+            return False
+        with failures(undecodable):
+            return not self._tokenizer.decode([spaced], skip_special_tokens=False).startswith(" ")
+
+    def special(self) -> list[int]:
+        """Return the tokens that are left out of texts."""
+        return [number for number, added in self._tokenizer.get_added_tokens_decoder().items() if added.special]
+
+    @cached_property
     def _added(self) -> dict[int, str]:
         return {number: added.content for number, added in self._tokenizer.get_added_tokens_decoder().items()}
 

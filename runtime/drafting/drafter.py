@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from runtime.arrays import IntArray
 from runtime.drafting.best_first import likely_ends, merge
 from runtime.drafting.drafts import DraftStep
+from runtime.drafting.grammar_drafts import SPARE, GrammarDrafts
 from runtime.drafting.sizing import Sizing
 from runtime.drafting.source import Context, DraftSource
 from runtime.tree import Tree, TreeSizes, root_alone
@@ -30,15 +31,23 @@ class Drafter:
 
     The `shortlist` most probable tokens of each pseudo row are of use to them, and `draft_steps` draft steps; draft
     logits are of the `draft_tokens` [V_d], of all tokens where that is None. Where a
-    later source and those before it disagree, the surer one has the more weight: their order matters little. While it
-    `rests` nothing is proposed.
+    later source and those before it disagree, the surer one has the more weight: their order matters little. Trees stay
+    within the `grammar`, if there is one. While it `rests` nothing is proposed.
     """
 
-    def __init__(self, sizing: Sizing, sources: Sequence[DraftSource], draft_tokens: IntArray | None = None) -> None:
+    def __init__(
+        self,
+        sizing: Sizing,
+        sources: Sequence[DraftSource],
+        draft_tokens: IntArray | None = None,
+        grammar: GrammarDrafts | None = None,
+    ) -> None:
         self.sizing = sizing
         self.sources = tuple(sources)
         self.draft_tokens = draft_tokens
-        self.shortlist = max((source.shortlist(sizing.most_rows) for source in self.sources), default=0)
+        self.grammar = grammar
+        self._asked_rows = sizing.most_rows * (1 if grammar is None else SPARE)
+        self.shortlist = max((source.shortlist(self._asked_rows) for source in self.sources), default=0)
         # Pseudo rows that nobody reads are not worth their time.
         self.draft_steps = sizing.draft_steps if self.shortlist else 0
         self.rests = False
@@ -68,8 +77,10 @@ class Drafter:
         if self._untold:
             self.begin(self._untold)
             self._untold = []
-        context = Context(token, length, self._most_rows, drafted)
+        context = Context(token, length, self._asked_rows, drafted)
         tree = merge(token, (source.propose(context) for source in self.sources), context.max_rows)
+        if self.grammar is not None:
+            tree = self.grammar.shape(tree, self._most_rows)
         return Offer(tree, length, bool(drafted))
 
     def cut(self, offer: Offer, sizes: TreeSizes) -> tuple[Tree, tuple[IntArray, ...]]:
@@ -91,5 +102,7 @@ class Drafter:
         self.sizing.learn(len(tokens) - 1)
         if self._verifies_nothing:
             return
+        if self.grammar is not None:
+            self.grammar.accept(tokens)
         for source in self.sources:
             source.accept(tokens)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from runtime.checks import number, whole
 from runtime.errors import InputError, shown
+from runtime.grammar import Grammar
 
 # Takes the tokens so far, those of the prompt first, which it cannot change, and logits [V], which it may write into;
 # returns logits [V].
@@ -42,6 +43,8 @@ class Sampling:
     - `processors`: each is called exactly once for each token, in order, speculation or not, with the tokens so far
       (read-only; they grow as the answer does) and the logits [V], and returns logits [V]. It may keep state, of one
       request; -inf rules a token out.
+    - `grammar`: all tokens are ruled out with which the answer could not become a text of it; those that end the answer
+      until it is one. Then the answer ends by itself where nothing else may follow.
     - `temperature`, 0 (greedy: the most probable token, the smallest among equals) or 0.01 to 100: divides the logits.
     - `top_k` keeps the k most probable tokens, and all as probable as the last of them.
     - `top_p`, above 0 up to 1, keeps the most probable tokens up to the first with which their probabilities add up to
@@ -67,6 +70,7 @@ class Sampling:
     forced_tokens: Mapping[int, int] = field(default_factory=dict)
     min_new_tokens: int = 0
     processors: Sequence[LogitsProcessor] = ()
+    grammar: Grammar | None = None
     seed: int | None = None
     logprobs: int = 0
 
@@ -87,6 +91,17 @@ class Sampling:
                     f"token {token} is in banned_tokens, and forced_tokens has it as new token {index}; leave it out "
                     "of one of them"
                 )
+        if self.grammar is not None:
+            if not isinstance(self.grammar, Grammar):
+                raise InputError(
+                    f"grammar must be a runtime.Grammar such as Grammar.json_object(), not {shown(self.grammar)}"
+                )
+            for name in ("min_new_tokens", "forced_tokens"):
+                if getattr(self, name):
+                    raise InputError(
+                        f"{name} cannot be had with a grammar, which says itself what the answer may be; leave one of "
+                        "them out"
+                    )
 
     def _checked(self) -> dict[str, Any]:
         temperature = number("temperature", self.temperature, 0.0, LARGEST_FACTOR)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import InputError
+from runtime.grammar.matcher import Matcher
 from runtime.sampling.candidates import largest
 from runtime.sampling.choice import ArgMax, Choice, Chosen, Race, Wanted, WholeLogits
 from runtime.sampling.noise import Noise
@@ -33,16 +34,22 @@ class Sampler:
 
     `wanted` is what it wants back of each row of logits. `seed` is the one in use and `noise` its noise, None for
     greedy decoding; `log_probabilities` has an entry for each token chosen, and is None where `settings` do not ask for
-    them. `stop_tokens` are the model's. Raises `InputError` for `settings` that do not fit the vocabulary or the stop
-    tokens.
+    them. `stop_tokens` are the model's. `matcher`, of the answer's beginning, is that of the settings' grammar. Raises
+    `InputError` for `settings` that do not fit the vocabulary or the stop tokens.
     """
 
     def __init__(
-        self, settings: Sampling, prompt_tokens: Sequence[int], vocab_size: int, stop_tokens: Iterable[int] = ()
+        self,
+        settings: Sampling,
+        prompt_tokens: Sequence[int],
+        vocab_size: int,
+        stop_tokens: Iterable[int] = (),
+        matcher: Matcher | None = None,
     ) -> None:
         stops = frozenset(stop_tokens)
         _check_fit(settings, vocab_size, stops)
         self._settings = settings
+        self.matcher = matcher
         self._tokens = list(prompt_tokens)
         self._readable = TokensSoFar(self._tokens)
         self._new_tokens = 0
@@ -64,6 +71,7 @@ class Sampler:
             or settings.min_new_tokens
             or settings.forced_tokens
             or settings.processors
+            or matcher is not None
         )
         self._logits = np.empty(vocab_size, dtype=np.float32)
         self.log_probabilities: list[TokenLogProbability] | None = [] if settings.logprobs else None
@@ -96,7 +104,14 @@ class Sampler:
         for counts in (self._seen, self._answered):
             if counts is not None:
                 counts.add(token)
+        if self.matcher is not None:
+            self.matcher.accept(token)
         return token
+
+    @property
+    def complete(self) -> bool:
+        """Return whether there is a grammar, and nothing can follow but the answer's end."""
+        return self.matcher is not None and self.matcher.complete
 
     def _choose(self, logits: NDArray[np.float32]) -> Chosen:
         processed = self._process(logits) if self._processes else logits
@@ -129,13 +144,15 @@ class Sampler:
                     f"{_name(index, processor)} raised StopIteration; let it raise another error"
                 ) from error
             _check_processed(out, index, processor, logits.shape, settings.temperature)
+        if self.matcher is not None:
+            out = np.where(self.matcher.allowed(), out, np.float32(-np.inf))
         return out
 
     def _check_largest(self, logit: float) -> None:
         if logit == -math.inf:
             raise InputError(
-                f"no token is left for new token {self._new_tokens}: banned_tokens, min_new_tokens and processors rule "
-                "out every one; let them leave at least one"
+                f"no token is left for new token {self._new_tokens}: banned_tokens, min_new_tokens, processors and "
+                "grammar rule out every one; let them leave at least one"
             )
         if not math.isfinite(logit):
             raise InputError(

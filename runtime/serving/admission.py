@@ -22,6 +22,7 @@ from runtime.serving.requests import (
     StreamOptions,
 )
 from runtime.serving.settings import Settings
+from runtime.serving.structured import Format, grammar_of
 
 R = TypeVar("R", bound=Request)
 # Seeds are taken modulo this.
@@ -86,14 +87,16 @@ def check_streaming(request: Request, options: StreamOptions | None) -> None:
         raise _refused("store", "nothing is stored here; set store to false, or leave it out")
 
 
-def sampling_of(request: Request, logprobs: int | None) -> Sampling:
-    """Return how a request's tokens are chosen, with the log-probabilities of so many of the best. Raises `ApiError`.
+def sampling_of(request: Request, logprobs: int | None, answer: Format | None = None, where: str = "") -> Sampling:
+    """Return how a request's tokens are chosen, with the log-probabilities of so many of the best; `answer`, at `where`
+    in the request, is the format that it shall have. Raises `ApiError`.
 
     Greedily top-k, top-p and min-p have no effect: the most probable token is always among those that they keep.
     """
     temperature = 1.0 if request.temperature is None else request.temperature
     top_k = None if request.top_k in (None, -1, 0) else request.top_k
     draws = temperature > 0
+    grammar = grammar_of(answer, where, request.grammar, request.regex)
     try:
         return Sampling(
             temperature=temperature,
@@ -106,6 +109,7 @@ def sampling_of(request: Request, logprobs: int | None) -> Sampling:
             logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
             min_new_tokens=request.min_tokens or 0,
             seed=None if request.seed is None else request.seed % SEEDS,
+            grammar=grammar,
             # The best one at least, from which the chosen one is told apart.
             logprobs=0 if logprobs is None else max(1, logprobs),
         )

@@ -39,7 +39,7 @@ class Chat:
         admission.check_answers(self.answers, server.settings)
         self._logprobs = admission.logprobs_of_chat(request)
         options = admission.options_of(request, admission.most_of_chat(request), server.settings)
-        options["sampling"] = admission.sampling_of(request, self._logprobs)
+        options["sampling"] = admission.sampling_of(request, self._logprobs, request.response_format, "response_format")
         options["escape_special_tokens"] = server.settings.escape != "none"
         self._asked = asked_for([admission.messages_of_chat(request)], self.answers, options)
         self._options = request.stream_options or StreamOptions()

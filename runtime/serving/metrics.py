@@ -31,6 +31,10 @@ COUNTERS = (
     ("decode_passes", "decode_passes", "Passes of the engine for answers."),
     ("spec_decode_num_drafts", "drafts", "Trees of candidates that were verified."),
     ("spec_decode_num_draft_tokens", "candidates", "Candidates that were verified."),
+    ("grammars_compiled", "grammars_compiled", "Grammars and schemas that were compiled."),
+    ("grammars_refused", "grammars_refused", "Grammars and schemas that could not be compiled, or not within limits."),
+    ("grammar_cache_hits", "grammar_hits", "Grammars and schemas that were compiled before."),
+    ("grammar_compile_seconds", "grammar_seconds", "Seconds spent on compiling grammars and schemas."),
 )
 HISTOGRAMS = (
     ("time_to_first_token_seconds", "first_token_seconds", "From a request to its first token."),

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from runtime.serving.structured import FlatJsonSchema, JsonObject, TextFormat
+
 Finish = Literal["stop", "length"]
 
 
@@ -239,7 +241,9 @@ class Response(msgspec.Struct):
     usage: ResponseUsage | None = None
     error: ResponseFailure | None = None
     incomplete_details: Incomplete | None = None
-    text: dict[str, dict[str, str]] = msgspec.field(default_factory=lambda: {"format": {"type": "text"}})
+    text: dict[str, TextFormat | JsonObject | FlatJsonSchema] = msgspec.field(
+        default_factory=lambda: {"format": TextFormat()}
+    )
     tools: list[Any] = []
     tool_choice: str = "auto"
     parallel_tool_calls: bool = False

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from runtime.serving.structured import FlatJsonSchema, JsonObject, JsonSchema, Pattern, TextFormat
+
 Text = Annotated[str, Meta(max_length=1 << 24)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Label = Annotated[str, Meta(max_length=512)]
@@ -68,6 +70,12 @@ class Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_def
     ] = None
     ignore_eos: Annotated[
         bool | None, Meta(description="Go on after the model's end of text, for measuring. An extension.")
+    ] = None
+    grammar: Annotated[
+        Pattern | None, Meta(description="What the answer must be, in llguidance's Lark. An extension.")
+    ] = None
+    regex: Annotated[
+        Pattern | None, Meta(description="What all of the answer must match, in Rust's syntax. An extension.")
     ] = None
     speculate: Annotated[bool | None, Meta(description="false decodes plainly, to the same text. An extension.")] = None
     priority: Annotated[
@@ -140,10 +148,6 @@ class AssistantMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True,
 Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage
 
 
-class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag="text"):
-    """Answers are text."""
-
-
 class ChatRequest(Request, kw_only=True):
     """The body of POST /v1/chat/completions."""
 
@@ -154,7 +158,7 @@ class ChatRequest(Request, kw_only=True):
     logprobs: Annotated[bool | None, Meta(description="The log-probability of each token.")] = None
     top_logprobs: Annotated[Tops | None, Meta(description="And those of so many of the best.")] = None
     stream_options: StreamOptions | None = None
-    response_format: TextFormat | None = None
+    response_format: TextFormat | JsonObject | JsonSchema | None = None
     modalities: Annotated[list[Literal["text"]], Meta(min_length=1, max_length=1)] | None = None
     tools: Nothing | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -226,7 +230,7 @@ class InputMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What text the answer shall be."""
 
-    format: TextFormat | None = None
+    format: TextFormat | JsonObject | FlatJsonSchema | None = None
 
 
 class ResponseRequest(Request, kw_only=True):
@@ -255,8 +259,6 @@ UNSUPPORTED = {
     "tool_choice": "this server calls no tools",
     "functions": "this server calls no functions",
     "function_call": "this server calls no functions",
-    "response_format": "answers are text, without a schema",
-    "text": "answers are text, without a schema",
     "modalities": "answers are text",
     "audio": "answers are text",
     "prediction": "drafts are the engine's own",

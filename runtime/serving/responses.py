@@ -29,6 +29,7 @@ from runtime.serving.replies import (
 from runtime.serving.requests import ResponseRequest
 from runtime.serving.state import Server
 from runtime.serving.streaming import event
+from runtime.serving.structured import TextFormat
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -98,7 +99,9 @@ class Responding:
         self._request = request
         self._logprobs = admission.logprobs_of_response(request)
         options = admission.options_of(request, request.max_output_tokens, server.settings)
-        options["sampling"] = admission.sampling_of(request, self._logprobs)
+        options["sampling"] = admission.sampling_of(
+            request, self._logprobs, request.text.format if request.text else None, "text.format"
+        )
         options["escape_special_tokens"] = server.settings.escape != "none"
         self._asked = asked_for([admission.messages_of_response(request)], 1, options)
         self._id, self._item = (f"{kind}_{uuid.uuid4().hex}" for kind in ("resp", "msg"))
@@ -181,6 +184,7 @@ class Responding:
             request.user,
             top_logprobs=request.top_logprobs or 0,
             tool_choice=request.tool_choice or "auto",
+            text={"format": (request.text and request.text.format) or TextFormat()},
         )
 
     def _scored(self, scores: Any) -> list[TokenLogprob]:

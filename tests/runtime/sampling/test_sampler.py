@@ -441,7 +441,7 @@ def forbid_all(tokens: Sequence[int], logits: np.ndarray) -> np.ndarray:
 )
 def test_settings_that_leave_no_token(chosen: dict[str, Any], temperature: float) -> None:
     sampler = Sampler(Sampling(temperature=temperature, **chosen), [1], VOCAB, STOPS)
-    with pytest.raises(InputError, match="no token is left for new token 0: banned_tokens, min_new_tokens and proc"):
+    with pytest.raises(InputError, match="no token is left for new token 0: banned_tokens, min_new_tokens, proc"):
         sampler(np.zeros(VOCAB, dtype=np.float32))
 
 

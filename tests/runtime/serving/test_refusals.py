@@ -13,8 +13,12 @@ from tests.runtime.serving.live import CHAT, RESPONSES, TEXT, Live
 
 HELLO = [{"role": "user", "content": "Hello"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}
+NAMED = {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}
 TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def named(schema: Any, name: str = "a") -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
 
 
 def refused(live: Live, path: str, body: dict[str, Any], status: int = 400) -> dict[str, Any]:
@@ -64,8 +68,20 @@ def refused(live: Live, path: str, body: dict[str, Any], status: int = 400) -> d
         ({"store": True}, "store", "nothing is stored here"),
         ({"metadata": {"a": 1}}, "metadata[...]", "Expected `str`"),
         ({"user": 5}, "user", "Expected `str | null`"),
-        ({"response_format": SCHEMA}, "response_format.type", "answers are text, without a schema"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "answers are text, without a schema"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "Invalid value 'xml'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "is missing"),
+        ({"response_format": named({}, name="a b")}, "response_format.json_schema.name", "matching regex"),
+        ({"response_format": named([])}, None, "a JSON schema must be an object, true or false"),
+        ({"response_format": named({"type": "nothing"})}, None, "Invalid type: nothing"),
+        ({"response_format": named({"uniqueItems": True})}, None, "uniqueItems"),
+        ({"response_format": named({"$ref": "https://example.org/schema"})}, None, "https://example.org/schema"),
+        ({"response_format": named({}), "regex": "a"}, "response_format", "response_format and regex cannot be had"),
+        ({"grammar": 'start: "a"', "regex": "a"}, "grammar", "grammar and regex cannot be had together"),
+        ({"grammar": ""}, "grammar", "length >= 1"),
+        ({"grammar": "start: b"}, None, "the grammar cannot be used"),
+        ({"regex": "("}, None, "the grammar cannot be used"),
+        ({"regex": "a", "ignore_eos": True}, None, "ignore_stop_tokens cannot be had with a grammar"),
+        ({"regex": "a", "min_tokens": 2}, None, "min_new_tokens cannot be had with a grammar"),
         ({"tools": [TOOL]}, "tools", "this server calls no tools"),
         ({"tool_choice": "required"}, "tool_choice", "this server calls no tools"),
         ({"functions": [{}]}, "functions", "this server calls no functions"),
@@ -137,7 +153,8 @@ def test_a_completion_that_does_not_fit(live: Live, body: dict[str, Any], param:
         ({"background": True}, "background", "nothing goes on in the background"),
         ({"store": True}, "store", "nothing is stored here"),
         ({"tools": [{"type": "web_search"}]}, "tools", "this server calls no tools"),
-        ({"text": {"format": SCHEMA}}, "text.format.type", "answers are text, without a schema"),
+        ({"text": {"format": NAMED}}, "text.format.json_schema", "cannot be honoured"),
+        ({"text": {"format": {"type": "json_object"}}, "regex": "a"}, "text.format", "text.format and regex"),
         ({"reasoning": {"effort": "low"}}, "reasoning", "reasoning cannot be set"),
         ({"include": ["file_search_call.results"]}, "include[0]", "Invalid enum value"),
         ({"top_logprobs": 2}, "top_logprobs", "in include"),
