@@ -145,9 +145,9 @@ def _schema(function: Function) -> str:
     parameters = ANY if function.parameters is None else function.parameters
     try:
         schema = json.loads(prepared(json.dumps(parameters, allow_nan=False)))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"the parameters of tool {function.name!r} are no JSON schema") from error
     except InputError as error:
         raise InputError(f"the parameters of tool {function.name!r}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the parameters of tool {function.name!r} are no JSON schema") from error
     schema["x-guidance"] = {**schema["x-guidance"], **SPACING}
     return json.dumps(schema, ensure_ascii=False)

@@ -23,7 +23,7 @@ Schema = Annotated[
 ]
 Pattern = Annotated[str, Meta(min_length=1, max_length=MOST_TEXT)]
 Strict = Annotated[bool | None, Meta(description="No effect: answers always fit.")]
-About = Annotated[str | None, Meta(max_length=1 << 16, description="No effect.")]
+About = Annotated[Annotated[str, Meta(max_length=1 << 16)] | None, Meta(description="No effect.")]
 
 
 class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag="text"):
