@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -77,7 +77,7 @@ class Answer:
     """The part of a request's answer that has come: call `step` after each step that made tokens certain.
 
     `ends` is for `DecodingState.ends`: text decides where an answer ends, by its `stop` strings as well as by
-    `stop_tokens`.
+    `stop_tokens`. Special tokens that are `shown` are in the text.
     """
 
     def __init__(
@@ -87,10 +87,11 @@ class Answer:
         stop_tokens: Iterable[int],
         sampler: Sampler,
         predicted: Predicted | None = None,
+        shown: Collection[int] = (),
     ) -> None:
         from runtime.text import TextStream
 
-        self._text = TextStream(tokenizer, stop)
+        self._text = TextStream(tokenizer, stop, shown)
         self._stop_tokens = frozenset(stop_tokens)
         self._sampler = sampler
         self._predicted = predicted

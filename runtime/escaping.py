@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.chat import Message
 from runtime.chat.conversation import read_conversation
+from runtime.chat.tools import Tool, read_tools
 from runtime.errors import InputError, shown
 from runtime.foreign import failures
 
@@ -31,7 +32,7 @@ PRIVATE = range(0xF0000, 0xFFFFE)
 
 @dataclass(frozen=True)
 class Marked:
-    """Messages in whose texts control tokens stand between two marks, characters that are nowhere else in them.
+    """Messages and tools in whose texts control tokens stand between two marks, characters that are nowhere else.
 
     Each token that is there has marks of its own in `marks`; `stop` follows a text that ends as a token begins.
     """
@@ -39,6 +40,7 @@ class Marked:
     messages: list[dict[str, Any]]
     marks: dict[str, tuple[str, str]]
     stop: str
+    tools: list[dict[str, Any]] | None = None
 
 
 class ControlTokens:
@@ -71,10 +73,12 @@ class ControlTokens:
     def _ends_within(self, text: str) -> bool:
         return any(text[-length:] in self._beginnings for length in range(1, min(self._longest, len(text)) + 1))
 
-    def mark(self, messages: Sequence[Message], most_characters: int) -> Marked | None:
-        """Return `messages` with the tokens in their texts marked; None when there are none to mark.
+    def mark(
+        self, messages: Sequence[Message], most_characters: int, tools: Sequence[Tool] | None = None
+    ) -> Marked | None:
+        """Return `messages` and `tools` with the tokens in their texts marked; None when there are none to mark.
 
-        Raises `InputError` as `read_conversation` does.
+        Raises `InputError` as `read_conversation` and `read_tools` do.
         """
         texts: list[str] = []
 
@@ -83,6 +87,7 @@ class ControlTokens:
             return text
 
         plain = read_conversation(messages, most_characters, keep)
+        functions = None if tools is None else read_tools(tools, most_characters, keep)
         if not any(map(self.in_text, texts)):
             return None
         free = _unused([self._template, *texts])
@@ -93,7 +98,8 @@ class ControlTokens:
             marked = self._find.sub(lambda token: f"{marks[token[0]][0]}{token[0]}{marks[token[0]][1]}", text)
             return marked + stop if self._ends_within(text) else marked
 
-        return Marked(read_conversation(plain, change=mark), marks, stop)
+        described = None if functions is None else read_tools(functions, change=mark)
+        return Marked(read_conversation(plain, change=mark), marks, stop, described)
 
     def resolve(self, prompt: str, marked: Marked) -> str:
         """Return what `tokenizer` takes for the prompt that the template made of `marked`: without the marks, and with

@@ -15,6 +15,7 @@ from runtime.answer import GenerationChunk, GenerationResult
 from runtime.bundle.engine_file import EngineFile
 from runtime.bundle.reading import read_bundle
 from runtime.bundle.tuning_file import Tuning
+from runtime.chat.tools import Tool
 from runtime.checks import check_threads, number, whole
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.sizing import LONG_PATHS, Sizing
@@ -23,6 +24,7 @@ from runtime.engines.opening import open_engine, runs_on_cpu
 from runtime.engines.protocol import Engine
 from runtime.errors import BusyError, EngineError, InputError
 from runtime.files import check_readable
+from runtime.grammar import Grammar
 from runtime.memory import default_cache_bytes
 from runtime.preparation import (
     MOST_ANSWERS,
@@ -39,6 +41,7 @@ from runtime.scheduling.pool import Footprint
 from runtime.scheduling.scheduler import Limits, Scheduler
 from runtime.service import Service
 from runtime.token_bytes import TokenBytes
+from runtime.tools import ToolFormat
 from runtime.tuning import device_name, load_or_measure
 
 MOST_BATCH = 1 << 10
@@ -62,7 +65,8 @@ class Generator:
     measured the first time, which takes some seconds, and kept beside the engine; on a GPU `ht-bench tune` does so.
     Without them, or without `adapt`, sizes are the engine's own. `verify_weights=False` skips hashing the weights when
     loading (their size is always checked). With `escape_special_tokens` the text of a prompt never becomes special
-    tokens, as `<|im_end|>` in a message otherwise does; each request may say it anew.
+    tokens, as `<|im_end|>` in a message otherwise does; each request may say it anew. `tool_format` "hermes", "llama3"
+    or "mistral" is how the model writes calls of tools, None for what its template and tokens show.
 
     Up to `max_batch` requests run at once, and up to `max_queue` wait. Keys and values of all of them take up to
     `cache_bytes` of memory (None for a quarter of what is free, a part of which the engine may not use); on a GPU it is
@@ -83,6 +87,7 @@ class Generator:
         adapt: bool = True,
         verify_weights: bool = True,
         escape_special_tokens: bool = False,
+        tool_format: str | None = None,
         max_batch: int = MAX_BATCH,
         max_queue: int = MAX_QUEUE,
         max_stall_ms: float = MAX_STALL_MS,
@@ -113,7 +118,12 @@ class Generator:
             self.engine: Engine = open_engine(files, self.about, device, threads, gpu_memory_bytes)
         memory = _memory(self.engine, self.about, cache_bytes, prefix_cache_bytes)
         self._preparation = Preparation(
-            bundle, None, memory.request_rows, memory.option, escape_special_tokens=escape_special_tokens
+            bundle,
+            None,
+            memory.request_rows,
+            memory.option,
+            escape_special_tokens=escape_special_tokens,
+            tool_format=tool_format,
         )
         if adapt:
             name = device_name(self.engine, threads)
@@ -149,15 +159,43 @@ class Generator:
         """What was measured of the engine on this device, None if nothing was."""
         return self._preparation.tuning
 
-    def encode(self, prompt: Prompt, *, raw: bool = False, escape_special_tokens: bool | None = None) -> list[int]:
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes calls of tools: `tool_format.parse(result.text)` finds them in an answer."""
+        return self._preparation.tool_format
+
+    def tool_grammar(
+        self, tools: Sequence[Tool], *, name: str | None = None, required: bool = True, parallel: bool = True
+    ) -> Grammar:
+        """Return the grammar of answers that call `tools`, or the one of this `name`, with arguments that fit their
+        schemas; unless that is `required`, of free text in which calls are such. With `parallel` there may be several.
+
+        Raises `InputError` for what describes no function, and for schemas that cannot be held to.
+        """
+        return self._preparation.tool_grammar(tools, name=name, required=required, parallel=parallel)
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the model's chat template tells it of tools; where it does not, a system message does."""
+        chat = self._bundle.chat
+        return chat is not None and chat.takes_tools
+
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        escape_special_tokens: bool | None = None,
+        tools: Sequence[Tool] | None = None,
+    ) -> list[int]:
         """Return the token ids of a prompt: of chat messages, of a string as one user message, or (`raw`, or a model
         without a chat template) of the string as it is. Any number of them: the context limit is for `stream`.
 
         As in `transformers`, text that spells a special token becomes that token; with `escape_special_tokens` only
         the template's own does, and messages (all texts in them) and strings are encoded as text. None leaves that to
-        what the generator was made with.
+        what the generator was made with. `tools` are those of `RequestOptions`.
         """
-        return self._preparation.encode(prompt, raw=raw, escape_special_tokens=escape_special_tokens)
+        return self._preparation.encode(prompt, raw=raw, escape_special_tokens=escape_special_tokens, tools=tools)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of `tokens`, without special ones. Raises `InputError` for what is no token."""

@@ -10,6 +10,7 @@ from typing import Any, TypedDict, cast
 from runtime.answer import Answer
 from runtime.bundle.reading import Bundle
 from runtime.bundle.tuning_file import Tuning
+from runtime.chat.tools import Tool, read_tools
 from runtime.checks import number, whole
 from runtime.decode import DecodingState
 from runtime.drafting.drafter import Drafter
@@ -20,6 +21,8 @@ from runtime.drafting.sizing import AdaptiveSizes, FixedSizes, Sizing
 from runtime.drafting.source import DraftSource
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.errors import InputError, PromptTooLongError, shown
+from runtime.grammar import Grammar
+from runtime.grammar.calls import function_of, grammar_of_calls
 from runtime.grammar.compiler import Compiler, Vocabulary
 from runtime.grammar.matcher import Matcher
 from runtime.prompts import Prediction, Prompt, PromptEncoder, Tokens
@@ -31,6 +34,7 @@ from runtime.sampling.scores import PromptScores
 from runtime.scheduling.job import Job
 from runtime.token_bytes import TokenBytes
 from runtime.tokenizer import encode
+from runtime.tools.formats import format_of, named_format, special_markers
 from runtime.tree import MOST_ROWS, TreeSizes
 
 MOST_PRIORITY = 1000
@@ -60,6 +64,9 @@ class RequestOptions(TypedDict, total=False):
     - `prompt_logprobs`: the log-probabilities of the prompt's tokens, and of that many of the best in the place of
       each. All of the prompt is computed then, whatever is kept of earlier ones. Plans cannot.
     - `ignore_stop_tokens`: the answer goes on after a token with which the model ends its text.
+    - `tools`: functions that the model may call, as OpenAI's API describes them, for a prompt of chat messages. Calls
+      are in the answer's text, with the special tokens that mark them: `Generator.tool_format` parses it. An empty list
+      is for messages with earlier calls alone. None leaves messages as `transformers` would have them.
     """
 
     max_new_tokens: int | None
@@ -76,6 +83,7 @@ class RequestOptions(TypedDict, total=False):
     priority: int
     prompt_logprobs: int | None
     ignore_stop_tokens: bool
+    tools: Sequence[Tool] | None
 
 
 class Preparation:
@@ -84,7 +92,14 @@ class Preparation:
     """
 
     def __init__(
-        self, bundle: Bundle, tuning: Tuning | None, cache_rows: int, option: str, *, escape_special_tokens: bool
+        self,
+        bundle: Bundle,
+        tuning: Tuning | None,
+        cache_rows: int,
+        option: str,
+        *,
+        escape_special_tokens: bool,
+        tool_format: str | None = None,
     ) -> None:
         self._bundle = bundle
         self.about = bundle.about
@@ -93,16 +108,41 @@ class Preparation:
         self._option = option
         # Rows that a tree may have where an answer is predicted, if these are more than on the menu.
         self.longest_path = 0
-        self._prompts = PromptEncoder(bundle.tokenizer, bundle.chat, self.about.dims.vocab_size)
+        template = bundle.chat.source if bundle.chat else ""
+        self.tool_format = format_of(template, bundle.tokenizer) if tool_format is None else named_format(tool_format)
+        self.tool_markers = special_markers(self.tool_format, bundle.tokenizer)
+        self._prompts = PromptEncoder(bundle.tokenizer, bundle.chat, self.about.dims.vocab_size, self.tool_format)
         self._escape = escape_special_tokens
         self.grammars = Compiler(lambda: vocabulary_of(bundle))
 
     def encode(
-        self, prompt: Prompt, *, raw: bool = False, escape_special_tokens: bool | None = None, limit: int | None = None
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        escape_special_tokens: bool | None = None,
+        limit: int | None = None,
+        tools: Sequence[Tool] | None = None,
     ) -> list[int]:
         """Return the token ids of a prompt; see `Generator.encode` and `PromptEncoder.encode`."""
         escape = self._escape if escape_special_tokens is None else escape_special_tokens
-        return self._prompts.encode(prompt, raw=raw, escape_special_tokens=escape, limit=limit)
+        return self._prompts.encode(prompt, raw=raw, escape_special_tokens=escape, limit=limit, tools=tools)
+
+    def tool_grammar(self, tools: Sequence[Tool], *, name: str | None, required: bool, parallel: bool) -> Grammar:
+        """See `Generator.tool_grammar`; without `required`, arguments are those of a schema where a tool is strict."""
+        known = read_tools(tools)
+        strict = {tool["function"]["name"] for tool in tools if required or tool["function"].get("strict")}
+        functions = [
+            function_of(tool, fits=tool["function"]["name"] in strict)
+            for tool in known
+            if name in (None, tool["function"]["name"])
+        ]
+        if not functions:
+            raise InputError(f"there is no tool {shown(name)}; give one of those that there are")
+        text = grammar_of_calls(
+            self.tool_format, functions, self.tool_markers, required=required, parallel=parallel and name is None
+        )
+        return Grammar.lark(text)
 
     def prepare(
         self,
@@ -122,6 +162,7 @@ class Preparation:
         priority: int = 0,
         prompt_logprobs: int | None = None,
         ignore_stop_tokens: bool = False,
+        tools: Sequence[Tool] | None = None,
     ) -> tuple[Job, Delivery]:
         """Return the job, and where its answer is delivered to; see `RequestOptions`. Raises `InputError` for what does
         not fit, of it `PromptTooLongError` when the prompt leaves no room within the context limit.
@@ -138,7 +179,8 @@ class Preparation:
             deadline = time.monotonic() + number("deadline_s", deadline_s, 0.0, LONGEST_DEADLINE)
         priority = whole("priority", priority, -MOST_PRIORITY, MOST_PRIORITY)
         sizing = self._sizing(tree, speculate)
-        ids = self.encode(prompt, raw=raw, escape_special_tokens=escape_special_tokens, limit=self.about.max_context)
+        limit = self.about.max_context
+        ids = self.encode(prompt, raw=raw, escape_special_tokens=escape_special_tokens, limit=limit, tools=tools)
         if not ids:
             raise InputError("the prompt is empty; give at least one token")
         room = self.about.max_context - len(ids)
@@ -156,7 +198,8 @@ class Preparation:
         predicted = self._predicted(prediction, len(ids), stop_tokens)
         if not speculate:
             predicted = None
-        answer = Answer(self._bundle.tokenizer, stop, stop_tokens, sampler, predicted)
+        markers = self.tool_markers.values() if tools else ()
+        answer = Answer(self._bundle.tokenizer, stop, stop_tokens, sampler, predicted, markers)
         beside = len(ids) + sizing.most_rows * (1 + dims.num_steps)
         # Where the cache has room for none, it is told below.
         wanted = max(1, self._cache_rows - beside) if max_new_tokens is None else max_new_tokens

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from runtime.chat import ChatTemplate, Message
 from runtime.chat.conversation import MOST_CHARACTERS, check_characters
+from runtime.chat.tools import Tool
 from runtime.checks import whole
 from runtime.errors import InputError, PromptTooLongError, shown
 from runtime.escaping import ControlTokens
 from runtime.tokenizer import encode
+from runtime.tools import HERMES, ToolFormat
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -42,23 +44,36 @@ UNSETTLED = 256
 class PromptEncoder:
     """Encodes prompts with a tokenizer and a chat template, None for a model without one."""
 
-    def __init__(self, tokenizer: Tokenizer, chat: ChatTemplate | None, vocab_size: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, chat: ChatTemplate | None, vocab_size: int, form: ToolFormat = HERMES
+    ) -> None:
+        self._form = form
         self._tokenizer = tokenizer
         self._chat = chat
         self._vocab_size = vocab_size
 
     def encode(
-        self, prompt: Prompt, *, raw: bool = False, escape_special_tokens: bool = False, limit: int | None = None
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        escape_special_tokens: bool = False,
+        limit: int | None = None,
+        tools: Sequence[Tool] | None = None,
     ) -> list[int]:
         """Return the token ids of a prompt: of chat messages, of a string as one user message, or (`raw`, or without a
-        chat template) of the string as it is; with `escape_special_tokens` no text in it is a control token.
+        chat template) of the string as it is; with `escape_special_tokens` no text in it is a control token. Messages
+        may come with `tools`, which the model is told of.
 
         With a `limit` of tokens, `PromptTooLongError` is raised for a prompt that clearly has more, in a time that
         depends on the limit. Raises `InputError` for what is no prompt, or no text.
         """
+        chat = self._chat
+        if tools and (isinstance(prompt, Tokens) or raw or chat is None):
+            reason = "this model has no chat template" if chat is None else "a prompt that is taken as it is has none"
+            raise InputError(f"tools cannot be given ({reason}); leave them out, or give chat messages")
         if isinstance(prompt, Tokens):
             return self._checked(prompt, limit)
-        chat = self._chat
         most = MOST_CHARACTERS
         if limit is not None:
             most = min(most, max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * limit))
@@ -76,10 +91,11 @@ class PromptEncoder:
             reason = "raw=True takes a string" if raw else "this model has no chat template"
             raise InputError(f"cannot encode chat messages: {reason}; give the prompt as one string")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        marked = self._control.mark(messages, most) if escape_special_tokens else None
+        marked = self._control.mark(messages, most, tools) if escape_special_tokens else None
         if marked is None:
-            return self._ids(self._tokenizer, chat.render(messages, most), limit, add_special_tokens=False)
-        text = self._control.resolve(chat.render(marked.messages), marked)
+            text = chat.render(messages, most, tools=tools, form=self._form)
+            return self._ids(self._tokenizer, text, limit, add_special_tokens=False)
+        text = self._control.resolve(chat.render(marked.messages, tools=marked.tools, form=self._form), marked)
         return self._ids(self._control.tokenizer, text, limit, add_special_tokens=False)
 
     def encode_prediction(self, prediction: Prediction, limit: int) -> list[int]:

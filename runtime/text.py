@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tokenizers import Tokenizer
 
-from runtime.tokenizer import DecodedStream, decode
+from runtime.tokenizer import DecodedStream, decode, special_tokens
 
 
 class TextStream:
@@ -14,12 +14,15 @@ class TextStream:
 
     Text is released when later tokens can no longer change it: not while it ends within a character, and not while
     it ends with what may be the beginning of a stop string. `stopped` says that a stop string was found; `text` ends
-    before it.
+    before it. Special tokens are left out, but for those that are `shown`, by their names.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), shown: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodedStream(tokenizer)
+        # Where some are shown, the others are left out here, as the tokenizer leaves out all or none.
+        self._hidden = special_tokens(tokenizer).difference(shown) if shown else frozenset()
+        self._skips = not shown
+        self._stream = DecodedStream(tokenizer, skip_special_tokens=self._skips)
         self._stop = tuple(stop)
         self._tokens: list[int] = []
         self._released = 0
@@ -28,6 +31,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Take one more token and return the text that it releases."""
+        if token in self._hidden:
+            return ""
         self._tokens.append(token)
         piece = self._stream.step(token)
         if not piece:
@@ -39,7 +44,7 @@ class TextStream:
         """Return the text still held back, when no more tokens come."""
         if not self.stopped:
             # A last character that stayed incomplete shows as the decoder shows it.
-            self._append(decode(self._tokenizer, self._tokens)[len(self.text) :])
+            self._append(decode(self._tokenizer, self._tokens, skip_special_tokens=self._skips)[len(self.text) :])
         return self._release(len(self.text))
 
     def _append(self, piece: str) -> None:

@@ -63,20 +63,25 @@ def encode(tokenizer: Tokenizer, text: str, vocab_size: int, *, add_special_toke
     return ids
 
 
-def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+def decode(tokenizer: Tokenizer, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
     """Return the text of `tokens`, without special ones. Raises `InputError` where there is none."""
     with failures(undecodable):
-        return tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+
+
+def special_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that text leaves out."""
+    return frozenset(number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special)
 
 
 class DecodedStream:
-    """The text of tokens that come one by one, without special ones."""
+    """The text of tokens that come one by one, without special ones unless those are to be kept."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         from tokenizers.decoders import DecodeStream
 
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
 
     def step(self, token: int) -> str | None:
         """Take one more token; return the text that it completes, None where that ends within a character.

@@ -11,7 +11,9 @@ from typing import Any
 
 from runtime.chat.conversation import MOST_CHARACTERS, Message, read_conversation
 from runtime.chat.process import ProcessEndedError, TemplateProcess
+from runtime.chat.tools import CallFormat, Tool, ToolUse, as_taken, read_tools, tool_use, uses_tools, without_tools
 from runtime.errors import EngineFileError, InputError
+from runtime.tools.formats import HERMES
 
 # Seconds that a template may take to be compiled, and for each prompt.
 SECONDS = 5.0
@@ -54,26 +56,65 @@ class ChatTemplate:
         self._compile = {"source": source, "variables": variables}
         self._process = process
         self._compiled = False
+        # What it does with tools, once that has been seen.
+        self._tool_use: ToolUse | None = None
         self._lock = threading.Lock()
         _templates.add(self)
         with self._lock:
             self._ready()
 
-    def render(self, messages: Sequence[Message], most_characters: int = MOST_CHARACTERS) -> str:
-        """Return the prompt for `messages`, ending where the assistant's answer begins.
+    def render(
+        self,
+        messages: Sequence[Message],
+        most_characters: int = MOST_CHARACTERS,
+        *,
+        tools: Sequence[Tool] | None = None,
+        form: CallFormat = HERMES,
+    ) -> str:
+        """Return the prompt for `messages`, ending where the assistant's answer begins, with `tools` for a template
+        that takes them. For one that does not they are described in a system message, and calls in `messages` are
+        written in `form`; with None messages are as `transformers` would have them.
 
         Raises `InputError` when a message lacks `role` or `content` or has what JSON has not, when the template refuses
         the conversation or fails on it, and when it takes more time or memory than it may; `PromptTooLongError` when
         the messages have more than `most_characters`.
         """
-        request = {"messages": read_conversation(messages, most_characters)}
+        conversation = read_conversation(messages, most_characters)
+        functions = read_tools(tools or (), most_characters)
         with self._lock:
-            found = self._ask(self._ready(), request)
+            if tools is not None and (functions or uses_tools(conversation)):
+                use = self._use()
+                if use.takes:
+                    conversation = as_taken(conversation, use)
+                else:
+                    conversation = without_tools(conversation, functions, form, system=use.system)
+                    functions = []
+            found = self._rendered(conversation, functions)
         if isinstance(found, str):
             return found
         line, cause, refused = found["line"], found["cause"], found["refused"]
         where = "the chat template" if line is None else f"the chat template, line {line},"
         raise InputError(f"{where} {'refuses' if refused else 'cannot render'} this conversation: {cause}")
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template itself tells a model of tools; for one that does not they are described to it."""
+        with self._lock:
+            return self._use().takes
+
+    def _use(self) -> ToolUse:
+        if self._tool_use is None:
+
+            def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+                found = self._rendered(messages, tools or [])
+                return found if isinstance(found, str) else ""
+
+            self._tool_use = tool_use(render)
+        return self._tool_use
+
+    def _rendered(self, conversation: Sequence[Any], tools: Sequence[Any]) -> str | dict[str, Any]:
+        request = {"messages": conversation, **({"tools": tools} if tools else {})}
+        return self._ask(self._ready(), request)
 
     def _ready(self) -> TemplateProcess:
         """Return a process that has compiled the template."""

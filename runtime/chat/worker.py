@@ -201,6 +201,8 @@ class Worker:
             self._template = self._environment.from_string(request["source"])
             return ""
         variables = {**self._variables, "messages": request["messages"]}
+        if "tools" in request:
+            variables["tools"] = request["tools"]
         return render(self._template, variables, most_characters)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ Allowed = NDArray[np.bool_]
 NO_TOKEN = "NoExtension"
 # Returns tokens whose bytes are these, as a tokenizer makes them of a text.
 Tokenize = Callable[[bytes], tuple[int, ...]]
+# How a special token is told of among bytes.
+SPECIAL = re.compile(rb"\xff\[(\d+)\]")
 
 
 class Matcher:
@@ -101,8 +104,18 @@ class Matcher:
         """Return tokens of the text that must follow what was accepted and pushed, as the tokenizer makes them; none
         where the grammar leaves a choice. Other tokens may spell the same text.
         """
-        text = self._matcher.compute_ff_bytes()
-        return self._tokenize(text) if text else ()
+        parts = SPECIAL.split(self._matcher.compute_ff_bytes())
+        found: list[int] = []
+        for text, number in zip(parts[::2], [*map(int, parts[1::2]), None], strict=True):
+            found += self._tokenize(text) if text else ()
+            if number is not None:
+                found.append(number)
+        if len(parts) > 1 and not parts[0]:
+            # Having told of a special token it can say no more what may follow, until it has been given it.
+            self._matcher.consume_token(found[0])
+            self._matcher.rollback(1)
+            self._check()
+        return tuple(found)
 
     def _check(self) -> None:
         if self._matcher.is_error():

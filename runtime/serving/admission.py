@@ -15,14 +15,18 @@ from runtime.serving.errors import ApiError
 from runtime.serving.requests import (
     UNSUPPORTED,
     UNSUPPORTED_INSIDE,
+    AssistantMessage,
     ChatRequest,
     CompletionRequest,
+    InputItem,
     Request,
     ResponseRequest,
     StreamOptions,
+    ToolMessage,
 )
 from runtime.serving.settings import Settings
 from runtime.serving.structured import Format, grammar_of
+from runtime.serving.tool_types import ToolCall
 
 R = TypeVar("R", bound=Request)
 # Seeds are taken modulo this.
@@ -219,27 +223,79 @@ def text_of(content: str | list[Any]) -> str:
     return content if isinstance(content, str) else "".join([part.text for part in content])
 
 
-def messages_of_chat(request: ChatRequest) -> list[dict[str, str]]:
-    """Return the conversation as the model's template takes it."""
+def messages_of_chat(request: ChatRequest) -> list[dict[str, Any]]:
+    """Return the conversation as the model's template takes it. Raises `ApiError` for an answer that is none."""
     found = []
-    for message in request.messages:
+    for index, message in enumerate(request.messages):
         role = str(type(message).__struct_config__.tag)
-        told = {"role": "system" if role == "developer" else role, "content": text_of(message.content)}
+        told: dict[str, Any] = {"role": "system" if role == "developer" else role}
+        calls = message.tool_calls if isinstance(message, AssistantMessage) else None
+        if message.content is not None:
+            told["content"] = text_of(message.content)
+        elif not calls:
+            where = f"messages[{index}].content"
+            raise _refused(where, f"{where} is null, and there are no tool_calls; give one of them")
+        if calls:
+            told["tool_calls"] = [{"id": call.id, "type": "function", "function": _called(call)} for call in calls]
+        if isinstance(message, ToolMessage):
+            told["tool_call_id"] = message.tool_call_id
         if message.name is not None:
             told["name"] = message.name
         found.append(told)
     return found
 
 
-def messages_of_response(request: ResponseRequest) -> list[dict[str, str]]:
+def _called(call: ToolCall) -> dict[str, str]:
+    return {"name": call.function.name, "arguments": call.function.arguments}
+
+
+def messages_of_response(request: ResponseRequest) -> list[dict[str, Any]]:
     """Return the conversation of a response as the model's template takes it."""
-    found = [{"role": "system", "content": request.instructions}] if request.instructions else []
+    found: list[dict[str, Any]] = []
+    if request.instructions:
+        found.append({"role": "system", "content": request.instructions})
     if isinstance(request.input, str):
         return [*found, {"role": "user", "content": request.input}]
-    for message in request.input:
-        role = "system" if message.role == "developer" else message.role
-        found.append({"role": role, "content": text_of(message.content)})
+    for index, item in enumerate(request.input):
+        where = f"input[{index}]"
+        if item.type == "function_call":
+            _check_item(item, where, ("call_id", "name", "arguments"))
+            function = {"name": item.name, "arguments": item.arguments}
+            _last_answer(found).append({"id": item.call_id, "type": "function", "function": function})
+        elif item.type == "function_call_output":
+            _check_item(item, where, ("call_id", "output"))
+            found.append({"role": "tool", "tool_call_id": item.call_id, "content": text_of(item.output or "")})
+        else:
+            _check_item(item, where, ("role", "content"))
+            role = "system" if item.role == "developer" else item.role
+            found.append({"role": role, "content": text_of(item.content or "")})
     return found
+
+
+def _check_item(item: InputItem, where: str, needed: Sequence[str]) -> None:
+    for name in ("role", "content", "call_id", "name", "arguments", "output"):
+        missing = getattr(item, name) is None
+        if missing and name in needed:
+            raise ApiError(
+                400, f"{where}.{name} is missing", param=f"{where}.{name}", code="missing_required_parameter"
+            )
+        if not missing and name not in needed:
+            kind = item.type or "message"
+            raise _refused(f"{where}.{name}", f"{where}.{name} is no part of an item of type {kind}; leave it out")
+
+
+def _last_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the calls of the last of `messages`, an answer, or else of one more: an answer's items are one message."""
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant"})
+    calls: list[dict[str, Any]] = messages[-1].setdefault("tool_calls", [])
+    return calls
+
+
+def check_logprobs_of_calls(request: ResponseRequest, calls: bool) -> None:
+    """Raise `ApiError` for log-probabilities of text that may be calls, which have no place in a response."""
+    if calls and request.include:
+        raise _refused("include", "an answer that may call tools has no logprobs in responses; leave include out")
 
 
 def _refused(param: str, message: str) -> ApiError:

@@ -22,6 +22,7 @@ from runtime.serving.asking import (
     usage_of,
     usage_so_far,
 )
+from runtime.serving.calling import Calling, CallStream, calling_of
 from runtime.serving.exchange import Exchange
 from runtime.serving.replies import (
     AssistantText,
@@ -31,11 +32,14 @@ from runtime.serving.replies import (
     ChatLogprobs,
     ChunkChoice,
     Delta,
+    Finish,
     Usage,
 )
 from runtime.serving.requests import ChatRequest, StreamOptions
 from runtime.serving.state import Server
 from runtime.serving.streaming import DONE, event
+from runtime.serving.tool_types import CalledFunction, FunctionDelta, NamedChoice, ToolCall, ToolCallDelta
+from runtime.tools import ArgumentsPart, Call, CallBegun, Content
 
 
 class Chat:
@@ -49,7 +53,10 @@ class Chat:
         admission.check_answers(self.answers, server.settings)
         self._logprobs = admission.logprobs_of_chat(request)
         options = admission.options_of(request, admission.most_of_chat(request), server.settings)
-        options["sampling"] = admission.sampling_of(request, self._logprobs, request.response_format, "response_format")
+        sampling = admission.sampling_of(request, self._logprobs, request.response_format, "response_format")
+        self._calling = _calling(server, request, shaped=sampling.grammar is not None)
+        options["sampling"] = sampling if self._calling is None else self._calling.sampling(sampling)
+        options["tools"] = [] if self._calling is None else self._calling.tools
         options["escape_special_tokens"] = server.settings.escape != "none"
         self._asked = asked_for([admission.messages_of_chat(request)], self.answers, options)
         self._options = request.stream_options or StreamOptions()
@@ -77,12 +84,13 @@ class Chat:
         created = self._server.now
         results: dict[int, GenerationResult] = {}
         counts = [0] * self.answers
+        streams = [CallStream(self._calling) if self._calling else None for _ in range(self.answers)]
         async for index, chunk in chunks_of(requests):
             first = not counts[index]
             counts[index] += len(chunk.tokens)
             if chunk.result is not None:
                 results[index] = chunk.result
-            choices = self._parts(index, chunk, first=first)
+            choices = self._parts(index, chunk, streams[index], first=first)
             if choices:
                 usage = self._so_far(requests, counts)
                 yield b"".join(event(self._chunk(created, [choice], usage)) for choice in choices)
@@ -97,18 +105,39 @@ class Chat:
             return None
         return usage_so_far(requests[0].prompt_tokens, sum(counts))
 
-    def _parts(self, index: int, chunk: GenerationChunk, *, first: bool) -> list[ChunkChoice]:
+    def _parts(
+        self, index: int, chunk: GenerationChunk, stream: CallStream | None, *, first: bool
+    ) -> list[ChunkChoice]:
         """Return what there is to tell of a chunk."""
         found = []
         if first:
             found.append(ChunkChoice(index, Delta("assistant", "")))
         logprobs = self._scored(chunk.log_probabilities)
-        if chunk.text or logprobs:
-            found.append(ChunkChoice(index, Delta(content=chunk.text), logprobs=logprobs))
+        for delta in self._deltas(chunk, stream) or ([Delta(content="")] if logprobs else []):
+            found.append(ChunkChoice(index, delta, logprobs=logprobs))
+            logprobs = None
         if chunk.result is not None:
-            finish, reason = finish_of(chunk.result)
+            finish, reason = self._finish(chunk.result, stream.calls if stream else 0)
             found.append(ChunkChoice(index, Delta(), finish, stop_reason=reason))
         return found
+
+    def _deltas(self, chunk: GenerationChunk, stream: CallStream | None) -> list[Delta]:
+        if stream is None or self._calling is None:
+            return [Delta(content=chunk.text)] if chunk.text else []
+        found = []
+        for told in stream.events(chunk.text, last=chunk.result is not None):
+            if isinstance(told, Content):
+                found.append(Delta(content=told.text))
+            elif isinstance(told, CallBegun):
+                begun = ToolCallDelta(told.index, FunctionDelta(told.name, ""), self._calling.new_id(), "function")
+                found.append(Delta(tool_calls=[begun]))
+            elif isinstance(told, ArgumentsPart):
+                found.append(Delta(tool_calls=[ToolCallDelta(told.index, FunctionDelta(arguments=told.text))]))
+        return found
+
+    def _finish(self, result: GenerationResult, calls: int) -> tuple[Finish, str | None]:
+        finish, reason = finish_of(result)
+        return (finish if self._calling is None else self._calling.finish(finish, calls)), reason
 
     def _chunk(self, created: int, choices: list[ChunkChoice], usage: Usage | None) -> ChatChunk:
         return ChatChunk(
@@ -116,12 +145,34 @@ class Chat:
         )
 
     def _choice(self, index: int, result: GenerationResult) -> ChatChoice:
-        finish, reason = finish_of(result)
-        return ChatChoice(
-            index, AssistantText(result.text), finish, self._scored(result.log_probabilities), stop_reason=reason
-        )
+        message = AssistantText(result.text)
+        if self._calling is not None:
+            parsed = self._calling.parsed(result.text)
+            if parsed.calls:
+                message = AssistantText(parsed.content or None, tool_calls=self._calls(self._calling, parsed.calls))
+        finish, reason = self._finish(result, len(message.tool_calls or ()))
+        return ChatChoice(index, message, finish, self._scored(result.log_probabilities), stop_reason=reason)
+
+    def _calls(self, calling: Calling, calls: Sequence[Call]) -> list[ToolCall]:
+        return [
+            ToolCall(id=calling.new_id(), function=CalledFunction(name=call.name, arguments=call.arguments))
+            for call in calls
+        ]
 
     def _scored(self, scores: Sequence[TokenLogProbability] | None) -> ChatLogprobs | None:
         if self._logprobs is None or not scores:
             return None
         return ChatLogprobs(self._server.pieces.entries(scores, self._logprobs))
+
+
+def _calling(server: Server, request: ChatRequest, *, shaped: bool) -> Calling | None:
+    choice = request.tool_choice
+    return calling_of(
+        server.generator,
+        [tool.function for tool in request.tools or ()],
+        choice if isinstance(choice, str) else None,
+        choice.function.name if isinstance(choice, NamedChoice) else None,
+        parallel=request.parallel_tool_calls is not False,
+        shaped=shaped,
+        enabled=server.settings.tools,
+    )

@@ -24,6 +24,7 @@ KEYS_VARIABLE = "HT_API_KEYS"
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ESCAPES = ("messages", "all", "none")
+TOOL_PARSERS = ("auto", "hermes", "llama3", "mistral", "none")
 MAX_QUEUE = 128
 DESCRIPTION = """\
 Serve an engine by OpenAI's API: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, each streamed or not.
@@ -118,6 +119,13 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         choices=ESCAPES,
         default="messages",
         help="where text never becomes special tokens, as <|im_end|>: messages (default), all (completions too), none",
+    )
+
+    group.add_argument(
+        "--tool-parser",
+        choices=TOOL_PARSERS,
+        default="auto",
+        help="how the model writes calls of tools (default: auto, what its chat template shows); none refuses tools",
     )
 
 
@@ -240,6 +248,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         cors_origins=options.cors_origin or (),
         metrics_prefix=options.metrics_prefix,
         log_texts=options.log_texts,
+        tools=options.tool_parser != "none",
     )
 
 
@@ -275,6 +284,7 @@ def _generator(engine: Path, options: argparse.Namespace) -> Generator:
         engine,
         device=options.device,
         threads=options.threads,
+        tool_format=None if options.tool_parser in ("auto", "none") else options.tool_parser,
         adapt=not options.no_adapt,
         max_batch=options.max_batch,
         max_queue=options.max_queue,

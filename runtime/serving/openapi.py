@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from runtime.serving import replies, requests, responses
+from runtime.serving import replies, requests, response_calls, response_events
 from runtime.serving.errors import ErrorAnswer
 
 VERSION = "1"
@@ -23,11 +23,13 @@ REFUSALS = {
     504: "The deadline passed before the request ran.",
 }
 EVENTS: tuple[type, ...] = (
-    responses.ResponseEvent,
-    responses.ItemEvent,
-    responses.PartEvent,
-    responses.DeltaEvent,
-    responses.TextEvent,
+    response_events.ResponseEvent,
+    response_events.ItemEvent,
+    response_events.PartEvent,
+    response_events.DeltaEvent,
+    response_events.TextEvent,
+    response_calls.ArgumentsDelta,
+    response_calls.ArgumentsDone,
 )
 
 

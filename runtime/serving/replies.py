@@ -7,8 +7,9 @@ from typing import Any, Literal
 import msgspec
 
 from runtime.serving.structured import FlatJsonSchema, JsonObject, TextFormat
+from runtime.serving.tool_types import FlatChoice, FlatFunctionTool, ToolCall, ToolCallDelta
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class PromptDetails(msgspec.Struct):
@@ -62,11 +63,12 @@ class ChatLogprobs(msgspec.Struct):
 
 
 class AssistantText(msgspec.Struct):
-    """An answer."""
+    """An answer: text, calls of tools, or both."""
 
-    content: str
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -97,6 +99,7 @@ class Delta(msgspec.Struct, omit_defaults=True):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(msgspec.Struct):
@@ -178,14 +181,23 @@ class OutputText(msgspec.Struct):
     type: Literal["output_text"] = "output_text"
 
 
-class OutputMessage(msgspec.Struct):
-    """The message of a response."""
+class OutputMessage(msgspec.Struct, tag="message"):
+    """A message of a response."""
 
     id: str
     content: list[OutputText]
     status: Literal["in_progress", "completed", "incomplete"]
     role: Literal["assistant"] = "assistant"
-    type: Literal["message"] = "message"
+
+
+class FunctionCallItem(msgspec.Struct, tag="function_call"):
+    """A call of a function in a response."""
+
+    id: str
+    call_id: str
+    name: str
+    arguments: str
+    status: Literal["in_progress", "completed", "incomplete"]
 
 
 class Incomplete(msgspec.Struct):
@@ -233,7 +245,7 @@ class Response(msgspec.Struct):
     created_at: int
     model: str
     status: Literal["in_progress", "completed", "incomplete", "failed"]
-    output: list[OutputMessage]
+    output: list[OutputMessage | FunctionCallItem]
     temperature: float
     top_p: float
     instructions: str | None = None
@@ -246,8 +258,8 @@ class Response(msgspec.Struct):
     text: dict[str, TextFormat | JsonObject | FlatJsonSchema] = msgspec.field(
         default_factory=lambda: {"format": TextFormat()}
     )
-    tools: list[Any] = []
-    tool_choice: str = "auto"
+    tools: list[FlatFunctionTool] = []
+    tool_choice: str | FlatChoice = "auto"
     parallel_tool_calls: bool = False
     previous_response_id: None = None
     reasoning: None = None

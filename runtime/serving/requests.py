@@ -12,6 +12,16 @@ import msgspec
 from msgspec import Meta
 
 from runtime.serving.structured import FlatJsonSchema, JsonObject, JsonSchema, Pattern, TextFormat
+from runtime.serving.tool_types import (
+    ArgumentsText,
+    CalledName,
+    CallId,
+    Choice,
+    FlatToolChoice,
+    FlatTools,
+    ToolCall,
+    Tools,
+)
 
 Text = Annotated[str, Meta(max_length=1 << 24)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -153,18 +163,28 @@ class UserMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_
 
 
 class AssistantMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="role", tag="assistant"):
-    """An earlier answer, as it was had from this server: what an answer has beside its text is none or empty."""
+    """An earlier answer, as it was had from this server: its text, its calls of tools, or both."""
 
-    content: Text | list[TextPart]
+    content: Text | list[TextPart] | None = None
     name: Name | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Nothing | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=1024)] | None = None
     annotations: Nothing | None = None
+    # What OpenAI's client makes of a streamed answer.
+    parsed: Annotated[Any, Meta(description="No effect.")] = None
 
 
-Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage
+class ToolMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="role", tag="tool"):
+    """What came of a call."""
+
+    content: Text | list[TextPart]
+    tool_call_id: Name
+    name: Name | None = None
+
+
+Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
 
 
 class ChatRequest(Request, kw_only=True):
@@ -181,9 +201,11 @@ class ChatRequest(Request, kw_only=True):
     stream_options: StreamOptions | None = None
     response_format: TextFormat | JsonObject | JsonSchema | None = None
     modalities: Annotated[list[Literal["text"]], Meta(min_length=1, max_length=1)] | None = None
-    tools: Nothing | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: Annotated[bool | None, Meta(description="No effect: there are no tools.")] = None
+    tools: Annotated[Tools | None, Meta(description="Functions that the model may call.")] = None
+    tool_choice: Annotated[
+        Choice | None, Meta(description="auto where there are tools; none as if there were none; required, or a name.")
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, Meta(description="false: one call at most.")] = None
 
 
 Tokens = Annotated[list[Token], Meta(min_length=1)]
@@ -240,14 +262,20 @@ class InputTextPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, ta
     text: Text
 
 
-class InputMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A message of a conversation, an earlier answer of this server's among them."""
+class InputItem(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A message of a conversation, an earlier answer of this server's among them (with `role` and `content`), a call of
+    an earlier answer (with `call_id`, `name` and `arguments`), or what came of it (with `call_id` and `output`).
+    """
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[InputTextPart | OutputTextPart]
-    type: Literal["message"] | None = None
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: Text | list[InputTextPart | OutputTextPart] | None = None
+    type: Literal["message", "function_call", "function_call_output"] | None = None
     id: Label | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
+    call_id: CallId | None = None
+    name: CalledName | None = None
+    arguments: ArgumentsText | None = None
+    output: Text | list[InputTextPart] | None = None
 
 
 class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -261,7 +289,7 @@ class ResponseRequest(Request, kw_only=True):
 
     PROMPT = "input"
 
-    input: Text | Annotated[list[InputMessage], Meta(min_length=1)]
+    input: Text | Annotated[list[InputItem], Meta(min_length=1)]
     instructions: Annotated[Text | None, Meta(description="A system message in front.")] = None
     max_output_tokens: Annotated[Count | None, Meta(description="New tokens, at most.")] = None
     top_logprobs: Annotated[Tops | None, Meta(description="With include, so many of the best.")] = None
@@ -272,18 +300,21 @@ class ResponseRequest(Request, kw_only=True):
     previous_response_id: None = None
     conversation: None = None
     reasoning: None = None
-    tools: Nothing | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: Annotated[bool | None, Meta(description="No effect: there are no tools.")] = None
+    tools: Annotated[FlatTools | None, Meta(description="Functions that the model may call.")] = None
+    tool_choice: Annotated[
+        FlatToolChoice | None,
+        Meta(description="auto where there are tools; none as if there were none; required, or a name."),
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, Meta(description="false: one call at most.")] = None
     stream_options: StreamOptions | None = None
 
 
 # Why a field, or a value of one, cannot be had.
 UNSUPPORTED = {
-    "tools": "this server calls no tools",
-    "tool_choice": "this server calls no tools",
-    "functions": "this server calls no functions",
-    "function_call": "this server calls no functions",
+    "tools": "tools are functions",
+    "tool_choice": "it is none, auto, required, or a function by its name",
+    "functions": "give tools in its place",
+    "function_call": "give tool_choice in its place",
     "modalities": "answers are text",
     "audio": "answers are text",
     "reasoning": "reasoning cannot be set",
@@ -299,8 +330,8 @@ UNSUPPORTED = {
 # And in messages.
 UNSUPPORTED_INSIDE = {
     "audio": "messages are made of text",
-    "function_call": "this server calls no functions",
-    "tool_calls": "this server calls no tools",
-    "role": "messages are of the roles system, developer, user and assistant",
+    "function_call": "give tool_calls in its place",
+    "tool_calls": "a call has an id and a function with its name and arguments",
+    "role": "messages are of the roles system, developer, user, assistant and tool",
     "type": "messages are made of text",
 }

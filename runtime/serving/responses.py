@@ -12,9 +12,11 @@ import msgspec
 from runtime.answer import GenerationResult
 from runtime.serving import admission
 from runtime.serving.asking import asked_for, chunks_of, finish_of, note, results_of, submit, usage_of
+from runtime.serving.calling import CallStream, calling_of
 from runtime.serving.errors import api_error
 from runtime.serving.exchange import Exchange
 from runtime.serving.replies import (
+    FunctionCallItem,
     Incomplete,
     InputDetails,
     OutputDetails,
@@ -27,63 +29,12 @@ from runtime.serving.replies import (
     Usage,
 )
 from runtime.serving.requests import ResponseRequest
+from runtime.serving.response_calls import Items
+from runtime.serving.response_events import DeltaEvent, ItemEvent, PartEvent, ResponseEvent, TextEvent
 from runtime.serving.state import Server
 from runtime.serving.streaming import event
 from runtime.serving.structured import TextFormat
-
-Status = Literal["in_progress", "completed", "incomplete"]
-
-
-class ResponseEvent(msgspec.Struct):
-    """An event about the whole response."""
-
-    type: str
-    sequence_number: int
-    response: Response
-
-
-class ItemEvent(msgspec.Struct):
-    """An event about its message."""
-
-    type: str
-    sequence_number: int
-    item: OutputMessage
-    output_index: int = 0
-
-
-class PartEvent(msgspec.Struct):
-    """An event about the text of its message, as a part."""
-
-    type: str
-    sequence_number: int
-    item_id: str
-    part: OutputText
-    output_index: int = 0
-    content_index: int = 0
-
-
-class DeltaEvent(msgspec.Struct):
-    """A piece of the text."""
-
-    sequence_number: int
-    item_id: str
-    delta: str
-    logprobs: list[TokenLogprob]
-    output_index: int = 0
-    content_index: int = 0
-    type: Literal["response.output_text.delta"] = "response.output_text.delta"
-
-
-class TextEvent(msgspec.Struct):
-    """The whole text."""
-
-    sequence_number: int
-    item_id: str
-    text: str
-    logprobs: list[TokenLogprob]
-    output_index: int = 0
-    content_index: int = 0
-    type: Literal["response.output_text.done"] = "response.output_text.done"
+from runtime.serving.tool_types import FlatChoice
 
 
 class Responding:
@@ -99,9 +50,22 @@ class Responding:
         self._request = request
         self._logprobs = admission.logprobs_of_response(request)
         options = admission.options_of(request, request.max_output_tokens, server.settings)
-        options["sampling"] = admission.sampling_of(
+        sampling = admission.sampling_of(
             request, self._logprobs, request.text.format if request.text else None, "text.format"
         )
+        choice = request.tool_choice
+        self._calling = calling_of(
+            server.generator,
+            request.tools or (),
+            choice if isinstance(choice, str) else None,
+            choice.name if isinstance(choice, FlatChoice) else None,
+            parallel=request.parallel_tool_calls is not False,
+            shaped=sampling.grammar is not None,
+            enabled=server.settings.tools,
+        )
+        admission.check_logprobs_of_calls(request, self._calling is not None)
+        options["sampling"] = sampling if self._calling is None else self._calling.sampling(sampling)
+        options["tools"] = [] if self._calling is None else self._calling.tools
         options["escape_special_tokens"] = server.settings.escape != "none"
         self._asked = asked_for([admission.messages_of_response(request)], 1, options)
         self._id, self._item = (f"{kind}_{uuid.uuid4().hex}" for kind in ("resp", "msg"))
@@ -116,6 +80,8 @@ class Responding:
         """Yield the answer as events."""
         requests = await submit(self._server.generator, self._asked)
         numbers = itertools.count()
+        stream = CallStream(self._calling) if self._calling else None
+        items = Items(self._calling, numbers) if self._calling else None
         begun = False
         try:
             async for _, chunk in chunks_of(requests):
@@ -123,6 +89,16 @@ class Responding:
                 if not begun:
                     begun = True
                     told = b"".join(self._opening(numbers))
+                if stream is not None and items is not None:
+                    events = stream.events(chunk.text, last=chunk.result is not None)
+                    told += b"".join(map(_told, items.tell(events)))
+                    if chunk.result is not None:
+                        told += b"".join(map(_told, items.end(_status_of(chunk.result))))
+                        response = self._ended(chunk.result, items.done)
+                        told += _told(ResponseEvent(f"response.{response.status}", next(numbers), response))
+                    if told:
+                        yield told
+                    continue
                 scores = self._scored(chunk.log_probabilities)
                 if chunk.text or scores:
                     told += _told(DeltaEvent(next(numbers), self._item, chunk.text, scores))
@@ -143,6 +119,8 @@ class Responding:
         begun = self._response("in_progress", [])
         for kind in ("response.created", "response.in_progress"):
             yield _told(ResponseEvent(kind, next(numbers), begun))
+        if self._calling is not None:
+            return
         item = OutputMessage(self._item, [], "in_progress")
         yield _told(ItemEvent("response.output_item.added", next(numbers), item))
         yield _told(PartEvent("response.content_part.added", next(numbers), self._item, OutputText("")))
@@ -150,25 +128,35 @@ class Responding:
     def _closing(self, result: GenerationResult, numbers: Iterator[int]) -> Iterator[bytes]:
         response = self._ended(result)
         (item,) = response.output
+        assert isinstance(item, OutputMessage)
         (part,) = item.content
         yield _told(TextEvent(next(numbers), self._item, part.text, part.logprobs))
         yield _told(PartEvent("response.content_part.done", next(numbers), self._item, part))
         yield _told(ItemEvent("response.output_item.done", next(numbers), item))
         yield _told(ResponseEvent(f"response.{response.status}", next(numbers), response))
 
-    def _ended(self, result: GenerationResult) -> Response:
+    def _ended(self, result: GenerationResult, items: list[OutputMessage | FunctionCallItem] | None = None) -> Response:
         usage = usage_of([result], 1)
         note(self._server, self._exchange, [result], usage)
-        finish, reason = finish_of(result)
-        status: Status = "completed" if finish == "stop" else "incomplete"
-        text = OutputText(result.text, logprobs=self._scored(result.log_probabilities))
-        response = self._response(status, [OutputMessage(self._item, [text], status)])
+        status, reason = _status_of(result), finish_of(result)[1]
+        response = self._response(status, self._items(result) if items is None else items)
         response.usage = _usage(usage)
         if status == "incomplete":
             response.incomplete_details = Incomplete(reason or "max_output_tokens")
         return response
 
-    def _response(self, status: Any, output: list[OutputMessage]) -> Response:
+    def _items(self, result: GenerationResult) -> list[OutputMessage | FunctionCallItem]:
+        status = _status_of(result)
+        if self._calling is None:
+            text = OutputText(result.text, logprobs=self._scored(result.log_probabilities))
+            return [OutputMessage(self._item, [text], status)]
+        items = Items(self._calling, itertools.count())
+        told = CallStream(self._calling).events(result.text, last=True)
+        for _ in itertools.chain(items.tell(told), items.end(status)):
+            pass
+        return items.done
+
+    def _response(self, status: Any, output: list[OutputMessage | FunctionCallItem]) -> Response:
         request = self._request
         return Response(
             self._id,
@@ -183,7 +171,9 @@ class Responding:
             request.metadata or {},
             request.user,
             top_logprobs=request.top_logprobs or 0,
+            tools=request.tools or [],
             tool_choice=request.tool_choice or "auto",
+            parallel_tool_calls=request.parallel_tool_calls is not False and bool(request.tools),
             text={"format": (request.text and request.text.format) or TextFormat()},
         )
 
@@ -191,6 +181,10 @@ class Responding:
         if self._logprobs is None or not scores:
             return []
         return self._server.pieces.entries(scores, self._logprobs)
+
+
+def _status_of(result: GenerationResult) -> Literal["completed", "incomplete"]:
+    return "completed" if finish_of(result)[0] == "stop" else "incomplete"
 
 
 def _told(value: Any) -> bytes:

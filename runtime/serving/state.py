@@ -56,9 +56,10 @@ class Server:
             self._warming = asyncio.get_running_loop().create_task(self._warm_up())
 
     async def _warm_up(self) -> None:
-        begun = time.monotonic()
+        begun, tools = time.monotonic(), {}
         try:
             await anyio.to_thread.run_sync(self.generator.warm_up, abandon_on_cancel=True)
+            tools = await anyio.to_thread.run_sync(self._about_tools, abandon_on_cancel=True)
         except ServiceError as error:
             # A queue that is full is warm already; of a failed engine the health tells.
             LOG.warning("warming up ended early", extra={"fields": {"error": one_line(error)}})
@@ -67,7 +68,15 @@ class Server:
             LOG.exception("warming up failed")
             return
         self.warm = True
-        LOG.info("ready", extra={"fields": {"seconds": round(time.monotonic() - begun, 3), "models": self.names}})
+        seconds = round(time.monotonic() - begun, 3)
+        LOG.info("ready", extra={"fields": {"seconds": seconds, "models": self.names, **tools}})
+
+    def _about_tools(self) -> dict[str, str]:
+        """Return how models are told of tools here, and how they call them, for the log."""
+        if not self.settings.tools:
+            return {"tool_format": "none"}
+        told = "chat template" if self.generator.takes_tools else "system message"
+        return {"tool_format": self.generator.tool_format.name, "tools_told_by": told}
 
     @property
     def not_ready(self) -> str | None:

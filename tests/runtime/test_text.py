@@ -1,8 +1,10 @@
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from runtime.text import TextStream
 from tests.conftest import byte_tokenizer
+from tests.runtime.tokenizers import KINDS, tokenizer_of
 
 TOKENIZER = byte_tokenizer().backend_tokenizer
 
@@ -44,3 +46,17 @@ def test_text_ends_before_the_first_stop_string_and_none_of_it_is_ever_released(
         expected = text
     assert "".join(parts) == done.text == expected
     assert done.stopped == bool(completions)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_special_tokens_that_are_shown_are_in_the_text_and_the_others_are_not(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    shown = tokenizer.token_to_id("<|im_start|>")
+    text = "Hello <|im_start|> fox 🙂<|im_end|> and<|im_start|>dogs</s>"
+    tokens = tokenizer.encode(text, add_special_tokens=False).ids
+    assert shown in tokens
+    stream = TextStream(tokenizer, shown=[shown])
+    found = "".join(stream.push(token) for token in tokens) + stream.finish()
+    assert found == stream.text
+    assert found.count("<|im_start|>") == 2
+    assert "<|im_end|>" not in found and "</s>" not in found

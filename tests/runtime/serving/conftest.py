@@ -10,6 +10,7 @@ from runtime import Generator
 
 if TYPE_CHECKING:
     from tests.runtime.serving.live import Live
+    from tests.runtime.serving.tools import Models
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +48,20 @@ def serve(generator: Generator, tiny_engine: Path) -> Iterator[Callable[..., Liv
         one.close()
     for other in made:
         other.close()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
+    from runtime.serving import Settings
+    from tests.runtime.serving.live import Live
+    from tests.runtime.serving.tools import KINDS
+    from tests.runtime.tools.speaking import Speaking
+
+    made: Models = {}
+    for kind, (template, special) in KINDS.items():
+        speaking = Speaking(tmp_path_factory.mktemp(kind), template, special)
+        made[kind] = speaking, Live(speaking.generator, Settings(warm_up=False))
+    yield made
+    for speaking, live in made.values():
+        live.close()
+        speaking.generator.close()
