@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from runtime.prompts import Tokens
     from runtime.request import Request
     from runtime.sampling import LogitsProcessor, Sampling, TokenLogProbability
+    from runtime.trace import Pass, PassNode
     from runtime.tree import TreeSizes
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "InputError",
     "InputWarning",
     "LogitsProcessor",
+    "Pass",
+    "PassNode",
     "PromptTooLongError",
     "Request",
     "RequestOptions",
@@ -69,6 +72,8 @@ _MODULES = {
     "Tokens": "prompts",
     "Generator": "generator",
     "LogitsProcessor": "sampling",
+    "Pass": "trace",
+    "PassNode": "trace",
     "Sampling": "sampling",
     "TokenLogProbability": "sampling",
     "TreeSizes": "tree",

@@ -25,6 +25,7 @@ from runtime.sampling.noise import Noise
 from runtime.sampling.sampler import Sampler
 from runtime.sampling.scores import PromptScores
 from runtime.scheduling.job import Job
+from runtime.trace import Trace
 from runtime.tree import MOST_ROWS, TreeSizes
 
 MOST_PRIORITY = 1000
@@ -51,6 +52,7 @@ class RequestOptions(TypedDict, total=False):
     - `prompt_logprobs`: the log-probabilities of the prompt's tokens, and of that many of the best in the place of
       each. All of the prompt is computed then, whatever is kept of earlier ones. Plans cannot.
     - `ignore_stop_tokens`: the answer goes on after a token with which the model ends its text.
+    - `trace`: chunks and the result carry their passes (`runtime.Pass`): what each verified, accepted and made certain.
     """
 
     max_new_tokens: int | None
@@ -65,6 +67,7 @@ class RequestOptions(TypedDict, total=False):
     priority: int
     prompt_logprobs: int | None
     ignore_stop_tokens: bool
+    trace: bool
 
 
 class Preparation:
@@ -106,6 +109,7 @@ class Preparation:
         priority: int = 0,
         prompt_logprobs: int | None = None,
         ignore_stop_tokens: bool = False,
+        trace: bool = False,
     ) -> tuple[Job, Delivery]:
         """Return the job, and where its answer is delivered to; see `RequestOptions`. Raises `InputError` for what does
         not fit, of it `PromptTooLongError` when the prompt leaves no room within the context limit.
@@ -144,6 +148,7 @@ class Preparation:
         state = DecodingState(
             ids, drafter, self.about.prompt_chunk, dims.join_order, sampler, most, answer.ends, scores=scores
         )
+        state.trace = Trace() if trace else None
         rows = most + beside
         if rows > self._cache_rows:
             raise InputError(

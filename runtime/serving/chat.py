@@ -13,6 +13,7 @@ from runtime.sampling import TokenLogProbability
 from runtime.serving import admission
 from runtime.serving.asking import asked_for, chunks_of, finish_of, note, results_of, submit, usage_of, usage_so_far
 from runtime.serving.exchange import Exchange
+from runtime.serving.passes import passes_of
 from runtime.serving.replies import (
     AssistantText,
     ChatChoice,
@@ -41,8 +42,9 @@ class Chat:
         options = admission.options_of(request, admission.most_of_chat(request), server.settings)
         options["sampling"] = admission.sampling_of(request, self._logprobs)
         options["escape_special_tokens"] = server.settings.escape != "none"
-        self._asked = asked_for([admission.messages_of_chat(request)], self.answers, options)
         self._options = request.stream_options or StreamOptions()
+        options["trace"] = bool(self._options.include_passes)
+        self._asked = asked_for([admission.messages_of_chat(request)], self.answers, options)
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._model = request.model
 
@@ -89,8 +91,9 @@ class Chat:
         if first:
             found.append(ChunkChoice(index, Delta("assistant", "")))
         logprobs = self._scored(chunk.log_probabilities)
-        if chunk.text or logprobs:
-            found.append(ChunkChoice(index, Delta(content=chunk.text), logprobs=logprobs))
+        if chunk.text or logprobs or chunk.passes:
+            passes = passes_of(chunk.passes, self._server.pieces)
+            found.append(ChunkChoice(index, Delta(content=chunk.text), logprobs=logprobs, passes=passes))
         if chunk.result is not None:
             finish, reason = finish_of(chunk.result)
             found.append(ChunkChoice(index, Delta(), finish, stop_reason=reason))
