@@ -89,6 +89,9 @@ def _add_listening(group: argparse._ArgumentGroup) -> None:
         metavar="ORIGIN",
         help="web page that may call this from a browser, such as https://example.org; may repeat (default: none)",
     )
+    group.add_argument(
+        "--no-playground", action="store_true", help="no page at /, which chats and shows how texts come"
+    )
 
 
 def _add_engine(group: argparse._ArgumentGroup) -> None:
@@ -233,6 +236,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         cors_origins=options.cors_origin or (),
         metrics_prefix=options.metrics_prefix,
         log_texts=options.log_texts,
+        playground=not options.no_playground,
     )
 
 

@@ -36,6 +36,7 @@ class Settings:
     - `cors_origins`: web pages that may call this server from a browser; "*" for all.
     - `metrics_prefix`: what names of metrics begin with; "vllm:" makes them those of vLLM.
     - `log_texts`: write what was asked and answered into the log.
+    - `playground`: have a page at `/` that chats and shows the trees of each pass.
     - `warm_up`: run some passes before the server says that it is ready.
 
     Raises `InputError` for what is out of range.
@@ -54,6 +55,7 @@ class Settings:
     cors_origins: Sequence[str] = ()
     metrics_prefix: str = "ht_"
     log_texts: bool = False
+    playground: bool = True
     warm_up: bool = True
 
     def __post_init__(self) -> None:
