@@ -57,17 +57,17 @@ def ask(page: Page, text: str) -> None:
 
 def branching(page: Page) -> None:
     """Choose the pass whose tree shows most: several tokens, and drafts that were not taken."""
-    page.evaluate(
+    step = page.evaluate(
         """() => {
           const last = [...document.querySelectorAll('.message.answer')].at(-1).querySelector('.text');
           const sizes = new Map();
           for (const token of last.querySelectorAll('.token.draft')) {
             sizes.set(token.dataset.step, (sizes.get(token.dataset.step) ?? 0) + 1);
           }
-          const [step] = [...sizes].filter(([, size]) => size <= 3).sort((a, b) => b[1] - a[1])[0];
-          last.querySelector(`.token[data-step="${step}"]`).click();
+          return [...sizes].filter(([, size]) => size <= 3).sort((a, b) => b[1] - a[1])[0][0];
         }"""
     )
+    page.locator(f'.message.answer:last-child .column:first-child .token[data-step="{step}"]').last.click()
 
 
 def shrink(path: Path) -> None:
@@ -86,13 +86,12 @@ def take(browser: Any, url: str, name: str, folder: Path, viewport: dict[str, in
     page = browser.new_page(viewport=viewport, reduced_motion="reduce", **context)
     page.goto(url)
     page.wait_for_selector("#model:not(:empty)")
-    if name != "start":
-        if name == "dark":
-            page.check("#compare")
-        ask(page, EDIT if name == "dark" else QUESTION)
-        if name == "dark":
-            page.wait_for_selector(".verdict")
-        branching(page)
+    if name == "dark":
+        page.check("#compare")
+    ask(page, EDIT if name == "dark" else QUESTION)
+    if name == "dark":
+        page.wait_for_selector(".verdict")
+    branching(page)
     path = folder / f"playground-{name}.png"
     page.screenshot(path=path)
     shrink(path)
@@ -110,7 +109,6 @@ def main() -> None:
         take(browser, url, "light", folder, DESKTOP, color_scheme="light")
         take(browser, url, "dark", folder, DESKTOP, color_scheme="dark")
         take(browser, url, "phone", folder, PHONE, color_scheme="light", has_touch=True)
-        take(browser, url, "start", folder, DESKTOP, color_scheme="light")
         browser.close()
 
 
