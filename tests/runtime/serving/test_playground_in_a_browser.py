@@ -196,6 +196,7 @@ def test_stopping_keeps_what_there_is_and_frees_the_slot(page: Page, generator: 
         # And by its button.
         page.fill("#prompt", "Hello")
         page.click("#send")
+        expect(page.locator(".message.answer").last.locator(".text .token").first).to_be_attached()
         page.click("#stop")
         expect(page.locator("#send")).to_be_visible()
         until(lambda: generator.metrics()["cancelled"] == before["cancelled"] + 2)
