@@ -152,7 +152,12 @@ function tableOf(pass) {
       element("td", { textContent: box.kind === "root" ? "" : visible(pass.nodes[box.parent].text, 12) }),
       element("td", { textContent: box.place ? percent(box.given) : "" }),
       element("td", { textContent: box.place ? percent(box.probability) : "" }),
-      element("td", { textContent: box.kind === "own" ? "model" : box.sources.join(", ") }),
+      element(
+        "td",
+        {},
+        ...box.sources.map(mark),
+        element("span", { className: box.sources.length ? "unseen" : "", textContent: box.kind === "own" ? "model" : box.sources.join(", ") }),
+      ),
       element("td", { textContent: { root: "certain before", accepted: "accepted", rejected: "not taken", own: "chosen" }[box.kind] }),
     ),
   );
