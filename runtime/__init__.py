@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from runtime.prompts import Tokens
     from runtime.request import Request
     from runtime.sampling import LogitsProcessor, Sampling, TokenLogProbability
+    from runtime.trace import Pass, PassNode
     from runtime.tree import TreeSizes
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "InputError",
     "InputWarning",
     "LogitsProcessor",
+    "Pass",
+    "PassNode",
     "PromptTooLongError",
     "Request",
     "RequestOptions",
@@ -72,6 +75,8 @@ _MODULES = {
     "Generator": "generator",
     "Grammar": "grammar",
     "LogitsProcessor": "sampling",
+    "Pass": "trace",
+    "PassNode": "trace",
     "Sampling": "sampling",
     "TokenLogProbability": "sampling",
     "TreeSizes": "tree",

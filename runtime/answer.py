@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.decode import DecodingState
 from runtime.drafting.predicted import Predicted
 from runtime.sampling import TokenLogProbability
 from runtime.sampling.sampler import Sampler
+from runtime.trace import Pass
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,7 +35,8 @@ class GenerationResult:
     sampling used, None for greedy decoding. `log_probabilities` has an entry for each token, if asked for, and
     `prompt_log_probabilities` for each of the prompt, None for its first. All passes together verified `candidates`
     drafted tokens, and accepted `accepted_candidates` of them. The prediction of the answer, if there was one to draft
-    from, has `prediction_tokens`, of which `found_prediction_tokens` were found in the answer.
+    from, has `prediction_tokens`, of which `found_prediction_tokens` were found in the answer. `passes` are all passes,
+    where a trace was asked for.
     """
 
     text: str
@@ -54,6 +56,7 @@ class GenerationResult:
     accepted_candidates: int = 0
     prediction_tokens: int = 0
     found_prediction_tokens: int = 0
+    passes: list[Pass] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-ready dictionary."""
@@ -63,7 +66,8 @@ class GenerationResult:
 @dataclass(frozen=True)
 class GenerationChunk:
     """A part of an answer: text that is final, and the tokens of one engine pass, with their log-probabilities if
-    asked for; they became certain `seconds` after the request was made. The last one carries the result.
+    asked for; they became certain `seconds` after the request was made. The last one carries the result. Where a trace
+    was asked for, `passes` has that pass, and before the first token all passes of the prompt.
     """
 
     text: str
@@ -71,6 +75,7 @@ class GenerationChunk:
     result: GenerationResult | None = None
     log_probabilities: list[TokenLogProbability] | None = None
     seconds: float = 0.0
+    passes: list[Pass] | None = None
 
 
 class Answer:
@@ -103,6 +108,7 @@ class Answer:
         self._first = self._last = self._made
         self._steps = 0
         self._accepted: Counter[int] = Counter()
+        self._passes: list[Pass] = []
 
     def ends(self, token: int) -> bool:
         """Take the next token; return whether the answer ends with it."""
@@ -125,11 +131,29 @@ class Answer:
         if state.ended:
             self._released.append(self._text.finish())
         text = "".join(self._released)
+        passes = self._traced(state)
         self._released.clear()
         part = scores and scores[self._count :]
         self._count += len(certain)
         result = self._result(state, cached) if state.ended else None
-        return GenerationChunk(text, certain, result, part, time.perf_counter() - self._made)
+        return GenerationChunk(text, certain, result, part, time.perf_counter() - self._made, passes)
+
+    def _traced(self, state: DecodingState) -> list[Pass] | None:
+        """Return the passes since the last chunk, with the text that each of their tokens has released; None where
+        there is no trace.
+        """
+        if state.trace is None:
+            return None
+        place, known = 0, len(self._passes)
+        for one in state.trace.take():
+            end = place + len(one.tokens)
+            self._passes.append(replace(one, texts=tuple(self._released[place:end])))
+            place = end
+        # What was held back to the end belongs to the last token.
+        if (held_back := "".join(self._released[place:])) and self._passes:
+            *texts, last = self._passes[-1].texts
+            self._passes[-1] = replace(self._passes[-1], texts=(*texts, last + held_back))
+        return self._passes[known:]
 
     def _result(self, state: DecodingState, cached: int) -> GenerationResult:
         tokens, steps, decoding = state.tokens, self._steps, self._last - self._first
@@ -156,4 +180,5 @@ class Answer:
             accepted_candidates=state.accepted,
             prediction_tokens=len(predicted.tokens) if predicted else 0,
             found_prediction_tokens=predicted.found if predicted else 0,
+            passes=None if state.trace is None else self._passes,
         )

@@ -19,6 +19,7 @@ from runtime.drafting.drafts import DraftStep
 from runtime.rows import Outputs, Rows, lay_out, prompt_rows
 from runtime.sampling.choice import ArgMax, Choice, Chosen, Wanted, WholeLogits
 from runtime.sampling.scores import PromptScores
+from runtime.trace import Trace
 from runtime.tree import Tree, TreeSizes
 
 # Rows of a prompt whose whole logits come back at once, where the prompt is scored: all engines have room for so many.
@@ -66,7 +67,7 @@ class DecodingState:
     `join_order` is that of the graph's draft steps. The answer ends with the first token that `ends` is true of, or
     after `max_new_tokens`, of which there may be none where the prompt has `scores`: then all of its rows have logits,
     and its tokens are scored by them. `tokens` are those chosen so far; passes have verified `candidates` drafted
-    tokens, of which so many were `accepted`.
+    tokens, of which so many were `accepted`. A `trace` is told of each pass.
     """
 
     prompt: Sequence[int]
@@ -82,6 +83,7 @@ class DecodingState:
     scores: PromptScores | None = None
     candidates: int = 0
     accepted: int = 0
+    trace: Trace | None = None
 
     def take(self, found: Choice) -> int:
         """Choose the next token, where `found` is what came back of the row before it; return it."""
@@ -125,7 +127,7 @@ def decode(request: DecodingState) -> Decoding:
             wanted=request.choose.wanted,
             shortlist=drafter.shortlist,
         )
-        outputs = yield from run(rows)
+        outputs = yield from run(rows, request.trace)
         accepted = verify(tree, outputs, request)
         drafts = drafts_of(accepted[-1], outputs, request.join_order, drafter.draft_tokens)
         request.committed += len(accepted)
@@ -133,6 +135,9 @@ def decode(request: DecodingState) -> Decoding:
         request.candidates += len(tree) - 1
         request.accepted += len(accepted) - 1
         drafter.accept(request.tokens[-len(accepted) :])
+        if request.trace is not None:
+            certain = request.tokens[-len(accepted) :]
+            request.trace.verified(tree, offer.proposals, rows.counts, accepted, certain)
         yield Accepted(accepted)
 
 
@@ -175,9 +180,13 @@ def drafts_of(node: int, outputs: Outputs, join_order: Sequence[int], draft_toke
     return drafts
 
 
-def run(rows: Rows) -> Generator[Yielded, Sent, Outputs]:
-    """Have `rows` run; return what came of them."""
+def run(rows: Rows, trace: Trace | None = None) -> Generator[Yielded, Sent, Outputs]:
+    """Have `rows` run, which a `trace` is told of; return what came of them."""
+    if trace is not None:
+        trace.begins()
     outputs = yield rows
+    if trace is not None:
+        trace.ends()
     assert outputs is not None and not isinstance(outputs, TreeSizes), "rows are answered with their outputs"
     return outputs
 
@@ -201,7 +210,7 @@ def process_prompt(request: DecodingState) -> Generator[Yielded, Sent, list[Draf
             shortlist=drafter.shortlist,
             every_logit=scores is not None,
         )
-        outputs = yield from run(rows)
+        outputs = yield from run(rows, request.trace)
         if scores is not None:
             for row, token in enumerate(prompt[start + 1 : start + len(tokens) + 1]):
                 scores.add(outputs.chosen(row), token)
@@ -209,6 +218,8 @@ def process_prompt(request: DecodingState) -> Generator[Yielded, Sent, list[Draf
             request.take(outputs.chosen(len(rows.logit_rows) - 1))
             drafts = drafts_of(len(tokens) - 1, outputs, request.join_order, drafter.draft_tokens)
         request.committed += len(tokens)
+        if request.trace is not None:
+            request.trace.prompted(len(tokens), rows.counts, request.tokens)
         # Of an answer without tokens the prompt is all.
         request.ended = request.ended or (ends_prompt and not request.max_new_tokens)
         yield Accepted(range(len(tokens)))

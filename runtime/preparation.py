@@ -35,6 +35,7 @@ from runtime.scheduling.job import Job
 from runtime.token_bytes import TokenBytes
 from runtime.tokenizer import encode
 from runtime.tools.formats import format_of, named_format, special_markers
+from runtime.trace import Trace
 from runtime.tree import MOST_ROWS, TreeSizes
 
 MOST_PRIORITY = 1000
@@ -67,6 +68,7 @@ class RequestOptions(TypedDict, total=False):
     - `tools`: functions that the model may call, as OpenAI's API describes them, for a prompt of chat messages. Calls
       are in the answer's text, with the special tokens that mark them: `Generator.tool_format` parses it. An empty list
       is for messages with earlier calls alone. None leaves messages as `transformers` would have them.
+    - `trace`: chunks and the result carry their passes (`runtime.Pass`): what each verified, accepted and made certain.
     """
 
     max_new_tokens: int | None
@@ -84,6 +86,7 @@ class RequestOptions(TypedDict, total=False):
     prompt_logprobs: int | None
     ignore_stop_tokens: bool
     tools: Sequence[Tool] | None
+    trace: bool
 
 
 class Preparation:
@@ -163,6 +166,7 @@ class Preparation:
         prompt_logprobs: int | None = None,
         ignore_stop_tokens: bool = False,
         tools: Sequence[Tool] | None = None,
+        trace: bool = False,
     ) -> tuple[Job, Delivery]:
         """Return the job, and where its answer is delivered to; see `RequestOptions`. Raises `InputError` for what does
         not fit, of it `PromptTooLongError` when the prompt leaves no room within the context limit.
@@ -219,6 +223,7 @@ class Preparation:
         state = DecodingState(
             ids, drafter, self.about.prompt_chunk, dims.join_order, sampler, most, answer.ends, scores=scores
         )
+        state.trace = Trace() if trace else None
         rows = most + len(ids) + sizing.most_rows * (1 + dims.num_steps)
         if rows > self._cache_rows:
             raise InputError(

@@ -61,6 +61,14 @@ def test_an_environment_without_torch_and_transformers_generates(tiny_engine: Pa
         [programs / "python", "-c", absent], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert found.stdout.strip() == "[]"
+    listed = (
+        "import pathlib, runtime; "
+        "print(*sorted(p.name for p in (pathlib.Path(runtime.__file__).parent / 'serving' / 'static').iterdir()))"
+    )
+    found = subprocess.run(
+        [programs / "python", "-c", listed], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert found.stdout.split() == sorted(path.name for path in (ROOT / "runtime" / "serving" / "static").iterdir())
     arguments = [str(tiny_engine), "Hello", "--json", "--max-new-tokens", "9"]
     command: list[str | Path] = [programs / "ht-generate", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -11,18 +11,20 @@ from runtime.drafting.drafts import DraftStep
 from runtime.drafting.grammar_drafts import SPARE, GrammarDrafts
 from runtime.drafting.sizing import Sizing
 from runtime.drafting.source import Context, DraftSource
+from runtime.trace import Proposals
 from runtime.tree import Tree, TreeSizes, root_alone
 
 
 @dataclass(frozen=True)
 class Offer:
     """The largest `tree` that a text may verify next, best-first, behind `length` cached tokens. `drafted` says whether
-    the pass before made drafts for it.
+    the pass before made drafts for it; `proposals` are what the tree was merged of.
     """
 
     tree: Tree
     length: int
     drafted: bool
+    proposals: Proposals = ()
 
 
 class Drafter:
@@ -76,10 +78,11 @@ class Drafter:
             return Offer(root_alone(token), length, bool(drafted))
         self.catch_up()
         context = Context(token, length, self._asked_rows, drafted)
-        tree = merge(token, (source.propose(context) for source in self.sources), context.max_rows)
+        proposals = [(source.name, source.propose(context)) for source in self.sources]
+        tree = merge(token, (proposed for _, proposed in proposals), context.max_rows)
         if self.grammar is not None:
             tree = self.grammar.shape(tree, self._most_rows)
-        return Offer(tree, length, bool(drafted))
+        return Offer(tree, length, bool(drafted), proposals)
 
     def cut(self, offer: Offer, sizes: TreeSizes) -> tuple[Tree, tuple[IntArray, ...]]:
         """Return the tree of these sizes, and the nodes that get pseudo rows, by draft step."""

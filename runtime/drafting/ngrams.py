@@ -33,6 +33,8 @@ class Continuation:
 class Ngrams:
     """An index of a growing text by its pairs of tokens, and the draft source that reads it."""
 
+    name = "n-grams"
+
     def __init__(self, tokens: Sequence[int] = ()) -> None:
         self.tokens: list[int] = []
         self._after: dict[tuple[int, int], int] = {}

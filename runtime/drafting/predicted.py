@@ -111,6 +111,8 @@ class Predicted:
     `ends` is expected after its last one.
     """
 
+    name = "prediction"
+
     def __init__(self, tokens: Sequence[int], prompt_tokens: int = 0, ends: Sequence[int] = ()) -> None:
         self.tokens = list(tokens)
         self._ends = tuple(ends)

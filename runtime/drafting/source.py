@@ -29,7 +29,12 @@ class Context:
 
 
 class DraftSource(Protocol):
-    """Guesses how a text goes on."""
+    """Guesses how a text goes on. Its `name` says in traces who proposed what."""
+
+    @property
+    def name(self) -> str:
+        """What it is called, such as "n-grams"."""
+        ...
 
     def shortlist(self, max_rows: int) -> int:
         """Return how many of the most probable tokens of each pseudo row are of use for a tree of `max_rows` nodes; 0

@@ -29,6 +29,8 @@ class TransferDrafts:
     `temperature` above 0 by that temperature, and by the `noise` of its draws.
     """
 
+    name = "transfer layers"
+
     def __init__(
         self,
         correction: TokenCorrection | None = None,

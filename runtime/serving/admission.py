@@ -193,6 +193,8 @@ def check_response(request: ResponseRequest) -> None:
         raise _refused("background", "nothing goes on in the background; set background to false, or leave it out")
     if request.stream_options is not None and request.stream_options.include_usage:
         raise _refused("stream_options", "the usage is in response.completed always; leave include_usage out")
+    if request.stream_options is not None and request.stream_options.include_passes:
+        raise _refused("stream_options", "passes are told of chats and completions; leave include_passes out")
 
 
 def prompts_of(request: CompletionRequest) -> list[str | list[int]]:

@@ -15,6 +15,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.routing import Route
 
 from runtime.generator import Generator
+from runtime.serving import playground
 from runtime.serving.chat import Chat
 from runtime.serving.completions import TextCompletion
 from runtime.serving.endpoints import Generating, Health, Models, Telling
@@ -58,6 +59,8 @@ def create_app(generator: Generator, settings: Settings | None = None) -> Starle
         telling("/metrics", lambda scope: (200, *server.metrics.text())),
         telling("/openapi.json", lambda scope: (200, about, "application/json")),
     ]
+    if server.settings.playground:
+        routes += playground.routes()
     middleware = [Middleware(Exchanges, server=server)]
     if server.settings.cors_origins:
         cors = Middleware(

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
+from msgspec import UNSET
 
 from runtime.answer import GenerationChunk, GenerationResult
 from runtime.request import Request
@@ -24,6 +25,7 @@ from runtime.serving.asking import (
 )
 from runtime.serving.calling import Calling, CallStream, calling_of
 from runtime.serving.exchange import Exchange
+from runtime.serving.passes import passes_of
 from runtime.serving.replies import (
     AssistantText,
     ChatChoice,
@@ -58,8 +60,9 @@ class Chat:
         options["sampling"] = sampling if self._calling is None else self._calling.sampling(sampling)
         options["tools"] = [] if self._calling is None else self._calling.tools
         options["escape_special_tokens"] = server.settings.escape != "none"
-        self._asked = asked_for([admission.messages_of_chat(request)], self.answers, options)
         self._options = request.stream_options or StreamOptions()
+        options["trace"] = bool(self._options.include_passes)
+        self._asked = asked_for([admission.messages_of_chat(request)], self.answers, options)
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._model = request.model
 
@@ -112,10 +115,11 @@ class Chat:
         found = []
         if first:
             found.append(ChunkChoice(index, Delta("assistant", "")))
-        logprobs = self._scored(chunk.log_probabilities)
-        for delta in self._deltas(chunk, stream) or ([Delta(content="")] if logprobs else []):
-            found.append(ChunkChoice(index, delta, logprobs=logprobs))
-            logprobs = None
+        logprobs, passes = self._scored(chunk.log_probabilities), passes_of(chunk.passes, self._server.pieces)
+        nothing = [Delta(content="")] if logprobs or chunk.passes else []
+        for delta in self._deltas(chunk, stream) or nothing:
+            found.append(ChunkChoice(index, delta, logprobs=logprobs, passes=passes))
+            logprobs, passes = None, UNSET
         if chunk.result is not None:
             finish, reason = self._finish(chunk.result, stream.calls if stream else 0)
             found.append(ChunkChoice(index, Delta(), finish, stop_reason=reason))

@@ -90,6 +90,9 @@ def _add_listening(group: argparse._ArgumentGroup) -> None:
         metavar="ORIGIN",
         help="web page that may call this from a browser, such as https://example.org; may repeat (default: none)",
     )
+    group.add_argument(
+        "--no-playground", action="store_true", help="no page at /, which chats and shows how texts come"
+    )
 
 
 def _add_engine(group: argparse._ArgumentGroup) -> None:
@@ -249,6 +252,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         metrics_prefix=options.metrics_prefix,
         log_texts=options.log_texts,
         tools=options.tool_parser != "none",
+        playground=not options.no_playground,
     )
 
 

@@ -24,6 +24,7 @@ from runtime.serving.asking import (
 )
 from runtime.serving.errors import ApiError
 from runtime.serving.exchange import Exchange
+from runtime.serving.passes import passes_of
 from runtime.serving.pieces import TextPieces, joined
 from runtime.serving.replies import Completion, TextChoice, TextLogprobs, Usage
 from runtime.serving.requests import CompletionRequest, StreamOptions
@@ -63,8 +64,9 @@ class TextCompletion:
         if self._echo and self._logprobs is not None:
             options["prompt_logprobs"] = max(1, self._logprobs)
         prompts: list[Prompt] = [one if isinstance(one, str) else Tokens(one) for one in self._prompts]
-        self._asked = asked_for(prompts, self._each, options)
         self._options = request.stream_options or StreamOptions()
+        options["trace"] = bool(self._options.include_passes)
+        self._asked = asked_for(prompts, self._each, options)
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._model = request.model
 
@@ -93,10 +95,12 @@ class TextCompletion:
             counts[index] += len(chunk.tokens)
             scores = chunk.log_probabilities if self._logprobs is not None else None
             choice = TextChoice(index, text, logprobs=pieces[index].of(scores) if scores else None)
+            if chunk.passes:
+                choice.passes = passes_of(chunk.passes, self._server.pieces)
             if chunk.result is not None:
                 results[index] = chunk.result
                 choice.finish_reason, choice.stop_reason = finish_of(chunk.result)
-            if text or scores or chunk.result is not None:
+            if text or scores or chunk.passes or chunk.result is not None:
                 yield event(self._answer(created, [choice], self._so_far(requests, counts)))
         ended = [results[index] for index in range(self.answers)]
         usage = usage_of(ended, self._each)

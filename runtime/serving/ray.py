@@ -73,6 +73,7 @@ class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     prefix_cache_bytes: Size | None = None
     gpu_memory_bytes: Size | None = None
     route_by_prefix: bool = True
+    playground: bool = True
 
 
 class PrefixRouter(RequestRouter):
@@ -130,7 +131,8 @@ class Replica:
         self._generator.warm_up()
         names = tuple(name for name in options.models.split(",") if name)
         keys = () if options.api_key_file is None else read_keys(Path(options.api_key_file))
-        self._app = create_app(self._generator, Settings(models=names, api_keys=keys, warm_up=False))
+        settings = Settings(models=names, api_keys=keys, warm_up=False, playground=options.playground)
+        self._app = create_app(self._generator, settings)
 
     async def answer(self, key: str, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message]:
         """Yield the messages of ASGI that answer a request; whoever stops taking them is a client that leaves."""

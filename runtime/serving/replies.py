@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from runtime.serving.structured import FlatJsonSchema, JsonObject, TextFormat
 from runtime.serving.tool_types import FlatChoice, FlatFunctionTool, ToolCall, ToolCallDelta
@@ -94,6 +95,40 @@ class ChatCompletion(msgspec.Struct):
     service_tier: None = None
 
 
+class TreeNode(msgspec.Struct):
+    """A candidate that a pass verified; `parent` is its place among the nodes, -1 for the root, the token that was
+    certain before. `probability` is that of its path as the drafts have it, `sources` who proposed it.
+    """
+
+    token: int
+    text: str
+    parent: int
+    probability: float
+    sources: list[str]
+
+
+class NewToken(msgspec.Struct):
+    """A token that became certain: its `text` alone, and what it `adds` to the answer."""
+
+    token: int
+    text: str
+    adds: str
+
+
+class VerifiedPass(msgspec.Struct):
+    """A pass of the engine: of a part of the prompt, without nodes, or of a tree. Its tokens are those of the
+    `accepted` nodes after the root, and the one that the model chose after them. An extension.
+    """
+
+    prompt: bool
+    rows: int
+    pseudo_rows: list[int]
+    seconds: float
+    nodes: list[TreeNode]
+    accepted: list[int]
+    tokens: list[NewToken]
+
+
 class Delta(msgspec.Struct, omit_defaults=True):
     """What a chunk adds."""
 
@@ -103,13 +138,14 @@ class Delta(msgspec.Struct, omit_defaults=True):
 
 
 class ChunkChoice(msgspec.Struct):
-    """A part of one of the answers."""
+    """A part of one of the answers; `passes` brought it, where stream_options.include_passes asks for them."""
 
     index: int
     delta: Delta
     finish_reason: Finish | None = None
     logprobs: ChatLogprobs | None = None
     stop_reason: str | None = None
+    passes: list[VerifiedPass] | UnsetType = UNSET
 
 
 class ChatChunk(msgspec.Struct):
@@ -134,13 +170,14 @@ class TextLogprobs(msgspec.Struct):
 
 
 class TextChoice(msgspec.Struct):
-    """One of the answers, or a part of one."""
+    """One of the answers, or a part of one, with its passes as in `ChunkChoice`."""
 
     index: int
     text: str
     finish_reason: Finish | None = None
     logprobs: TextLogprobs | None = None
     stop_reason: str | None = None
+    passes: list[VerifiedPass] | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct):

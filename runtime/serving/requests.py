@@ -138,6 +138,10 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     continuous_usage_stats: Annotated[
         bool | None, Meta(description="The usage so far in each chunk. An extension.")
     ] = None
+    include_passes: Annotated[
+        bool | None,
+        Meta(description="The passes that brought each chunk, with the trees that they verified. An extension."),
+    ] = None
     include_obfuscation: Annotated[bool | None, Meta(description="No effect: nothing is obfuscated.")] = None
 
 

@@ -37,6 +37,7 @@ class Settings:
     - `metrics_prefix`: what names of metrics begin with; "vllm:" makes them those of vLLM.
     - `log_texts`: write what was asked and answered into the log.
     - `tools`: take calls of tools out of answers; without, requests with tools are refused.
+    - `playground`: have a page at `/` that chats and shows the trees of each pass.
     - `warm_up`: run some passes before the server says that it is ready.
 
     Raises `InputError` for what is out of range.
@@ -56,6 +57,7 @@ class Settings:
     metrics_prefix: str = "ht_"
     log_texts: bool = False
     tools: bool = True
+    playground: bool = True
     warm_up: bool = True
 
     def __post_init__(self) -> None:

@@ -141,6 +141,8 @@ def test_pseudo_rows_that_no_source_reads_are_not_asked_for() -> None:
 class Foretold:
     """A source of one's own: a text known beforehand, as long as it is right."""
 
+    name = "foretold"
+
     def __init__(self, text: list[int]) -> None:
         self.text = text
         self.taken: list[int] = []
@@ -177,6 +179,8 @@ def test_a_text_known_beforehand_comes_as_fast_as_trees_are_large() -> None:
 
 class Unasked:
     """A source that must be left alone."""
+
+    name = "unasked"
 
     def shortlist(self, max_rows: int) -> int:
         return 4

@@ -102,6 +102,8 @@ def test_the_menu_is_that_of_as_many_requests_or_more() -> None:
 class Watched:
     """A source that proposes nothing, and counts how often it is asked."""
 
+    name = "watched"
+
     def __init__(self) -> None:
         self.asked = 0
         self.tokens: list[int] = []
