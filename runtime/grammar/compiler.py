@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.errors import InputError, one_line
+from runtime.foreign import failures
 from runtime.grammar.given import Grammar
 from runtime.grammar.matcher import Allowed, Matcher
 from runtime.grammar.schema import prepared
@@ -115,9 +116,10 @@ class Compiler:
         source = HEADER + _lark(grammar)
         with self._made:
             tokenizer = self._tokenizer
-        found = LLMatcher(tokenizer, source, log_level=0, limits=_limits())
+        with failures(_unusable):
+            found = LLMatcher(tokenizer, source, log_level=0, limits=_limits())
         if found.is_error():
-            raise InputError(f"the grammar cannot be used: {one_line(found.get_error())}")
+            raise _unusable(one_line(found.get_error()))
         matcher = Matcher(found, len(self._vocabulary.tokens), self._tokens_of, self._barred)
         # It is needed for the first token in any case, and takes the longest of all.
         if not matcher.allowed().any() or (found.is_stopped() and not found.is_accepting()):
@@ -198,6 +200,10 @@ def _lark(grammar: Grammar) -> str:
     if "%llguidance" in grammar.text:
         raise InputError("a grammar cannot set options with %llguidance; leave them out")
     return grammar.text
+
+
+def _unusable(cause: str) -> InputError:
+    return InputError(f"the grammar cannot be used: {cause}")
 
 
 def _limits() -> LLParserLimits:

@@ -36,6 +36,10 @@ class Grammar:
             raise InputError(
                 f"the grammar has {len(self.text)} characters, and {MOST_TEXT} are allowed; give a smaller one"
             )
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the grammar is no text ({one_line(error)}); leave out what is no character") from error
 
     @classmethod
     def json_schema(cls, schema: dict[str, Any] | bool | str, *, compact: bool = False) -> Grammar:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import InputError, one_line
+from runtime.foreign import failures
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -59,7 +60,8 @@ class Matcher:
         """
         assert not self._tried, "what is tried is taken back first"
         if self._allowed is None:
-            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+            with failures(self._failed):
+                bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
             self._check()
             found = np.unpackbits(bits, count=max(self._vocab_size, 8 * len(bits)), bitorder="little")
             allowed = found[: self._vocab_size].view(np.bool_)
@@ -124,7 +126,9 @@ class Matcher:
                     f"no token of this model goes on in the grammar after {self._taken} tokens of the answer; give "
                     "another one"
                 )
-            raise InputError(
-                f"the grammar became too complex after {self._taken} tokens of the answer "
-                f"({one_line(self._matcher.get_error())}); give a simpler one"
-            )
+            raise self._failed(one_line(self._matcher.get_error()))
+
+    def _failed(self, cause: str) -> InputError:
+        return InputError(
+            f"the grammar became too complex after {self._taken} tokens of the answer ({cause}); give a simpler one"
+        )

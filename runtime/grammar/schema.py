@@ -46,7 +46,7 @@ def prepared(text: str) -> str:
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
     schema["x-guidance"] = {**options, "json_allowed_escapes": ESCAPES, "lenient": False, "coerce_one_of": False}
-    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(schema, separators=(",", ":"))
 
 
 def _check(schema: object) -> None:

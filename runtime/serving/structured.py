@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from runtime.errors import InputError
+from runtime.errors import InputError, one_line
 from runtime.grammar import Grammar
 from runtime.grammar.given import MOST_TEXT
 from runtime.serving.errors import ApiError
@@ -98,4 +98,7 @@ def grammar_of(given: Format | None, where: str, grammar: str | None, regex: str
 
 
 def _schema(schema: msgspec.Raw) -> Grammar:
-    return Grammar("json_schema", bytes(schema).decode())
+    try:
+        return Grammar("json_schema", bytes(schema).decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"the schema is not JSON ({one_line(error)})") from error

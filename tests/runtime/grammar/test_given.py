@@ -116,6 +116,7 @@ def _dies(generator: Generator, matcher: Any, text: str) -> bool:
         (lambda: Grammar.json_schema("{"), "not JSON"),
         (lambda: Grammar.json_schema({"a": float("nan")}), "cannot be written as JSON"),
         (lambda: Grammar.json_schema({"a": object()}), "cannot be written as JSON"),
+        (lambda: Grammar.regex("\ud800"), "the grammar is no text"),
         (lambda: Grammar.regex(""), "cannot be empty"),
         (lambda: Grammar.lark(5), "must be a string"),  # type: ignore[arg-type]
         (lambda: Grammar.regex("a" * (MOST_TEXT + 1)), f"{MOST_TEXT} are allowed"),
@@ -158,6 +159,8 @@ HOSTILE = {
     "a large multiple": Grammar.json_schema({"type": "integer", "multipleOf": 10**9 + 7}),
     "no value": Grammar.json_schema(False),
     "parentheses": Grammar.regex("(" * 3000 + "a" + ")" * 3000),
+    "half a character": Grammar("json_schema", '{"const":"\\ud800"}'),
+    "a number of many digits": Grammar("json_schema", '{"maximum":' + "9" * 5000 + "}"),
     "lookaround": Grammar.regex("(?=a)a"),
     "groups of Lark": Grammar.lark("start: " + "(" * 5000 + '"a"' + ")" * 5000),
     "options of Lark": Grammar.lark('%llguidance {"no_forcing": false}\nstart: "a"'),
