@@ -9,6 +9,7 @@ import msgspec
 from msgspec import UNSET
 
 from runtime.answer import GenerationChunk, GenerationResult
+from runtime.generator import Generator
 from runtime.request import Request
 from runtime.sampling import TokenLogProbability
 from runtime.serving import admission
@@ -56,7 +57,8 @@ class Chat:
         self._logprobs = admission.logprobs_of_chat(request)
         options = admission.options_of(request, admission.most_of_chat(request), server.settings)
         sampling = admission.sampling_of(request, self._logprobs, request.response_format, "response_format")
-        self._calling = _calling(server, request, shaped=sampling.grammar is not None)
+        shaped = sampling.grammar is not None
+        self._calling = calling_of_chat(server.generator, request, shaped=shaped, enabled=server.settings.tools)
         options["sampling"] = sampling if self._calling is None else self._calling.sampling(sampling)
         options["tools"] = [] if self._calling is None else self._calling.tools
         options["escape_special_tokens"] = server.settings.escape != "none"
@@ -169,14 +171,15 @@ class Chat:
         return ChatLogprobs(self._server.pieces.entries(scores, self._logprobs))
 
 
-def _calling(server: Server, request: ChatRequest, *, shaped: bool) -> Calling | None:
+def calling_of_chat(generator: Generator, request: ChatRequest, *, shaped: bool, enabled: bool) -> Calling | None:
+    """Return how the answers of a chat call its tools, None where they call none. Raises `ApiError`."""
     choice = request.tool_choice
     return calling_of(
-        server.generator,
+        generator,
         [tool.function for tool in request.tools or ()],
         choice if isinstance(choice, str) else None,
         choice.function.name if isinstance(choice, NamedChoice) else None,
         parallel=request.parallel_tool_calls is not False,
         shaped=shaped,
-        enabled=server.settings.tools,
+        enabled=enabled,
     )

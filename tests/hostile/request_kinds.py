@@ -20,6 +20,7 @@ from runtime.chat import ChatTemplate
 from runtime.engines.protocol import Engine
 from runtime.prompts import PromptEncoder
 from runtime.serving import admission
+from runtime.serving.chat import calling_of_chat
 from runtime.serving.errors import ApiError
 from runtime.serving.keys import Keys, read_keys
 from runtime.serving.requests import ChatRequest, CompletionRequest, ResponseRequest
@@ -207,6 +208,8 @@ BODY: dict[str, Any] = {
     "stream": False,
 }
 PART = {"type": "text", "text": "Hello"}
+FUNCTION = {"name": "f", "description": "a", "parameters": {"type": "object", "properties": {"a": {"enum": [1, "b"]}}}}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 BODIES: dict[str, dict[str, Any]] = {
     "chat": {
         **BODY,
@@ -216,19 +219,34 @@ BODIES: dict[str, dict[str, Any]] = {
         "top_logprobs": 2,
         "n": 2,
     },
+    "tools": {
+        **{name: value for name, value in BODY.items() if name != "min_tokens"},
+        "messages": [
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "c", "content": "3"},
+        ],
+        "tools": [{"type": "function", "function": {**FUNCTION, "strict": True}}],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "parallel_tool_calls": False,
+        "max_tokens": 4,
+    },
     "text": {**BODY, "prompt": ["a", "b c"], "max_tokens": 4, "logprobs": 2, "echo": True},
     "response": {**BODY, "input": [{"role": "user", "content": "Hello"}], "max_output_tokens": 4},
 }
 
 
-def _asked_over_http(kind: str, body: bytes) -> tuple[Any, Sampling, RequestOptions, list[Any]]:
+def _asked_over_http(generator: Generator, kind: str, body: bytes) -> tuple[Any, Sampling, RequestOptions, list[Any]]:
     """Return what a body asks for, as a server takes it."""
     settings = Settings(max_tokens=8)
-    if kind == "chat":
+    if kind in ("chat", "tools"):
         chat = admission.decode(body, ChatRequest)
         admission.check_streaming(chat, chat.stream_options)
         sampling = admission.sampling_of(chat, admission.logprobs_of_chat(chat))
         options = admission.options_of(chat, admission.most_of_chat(chat), settings)
+        found = calling_of_chat(generator, chat, shaped=sampling.grammar is not None, enabled=True)
+        options["tools"] = [] if found is None else found.tools
+        sampling = sampling if found is None else found.sampling(sampling)
         return chat, sampling, options, [admission.messages_of_chat(chat)]
     if kind == "text":
         text = admission.decode(body, CompletionRequest)
@@ -252,7 +270,7 @@ def _bodies(folder: Path) -> Kind:
     def use(case: Case) -> None:
         kind, body = case.asked
         try:
-            _, sampling, options, prompts = _asked_over_http(kind, body)
+            _, sampling, options, prompts = _asked_over_http(generator, kind, body)
         except ApiError as error:
             if error.status != 400:
                 raise FaultError(f"a body that does not fit has status {error.status}") from error

@@ -202,7 +202,7 @@ def test_a_message_that_the_client_has_put_together_of_a_stream_is_taken_back(mo
     asked: Any = {"model": live.name, "tools": TOOLS, "temperature": 0}
     with client.chat.completions.stream(**asked, messages=HELLO) as stream:
         message: Any = stream.get_final_completion().choices[0].message
-    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "3"}
+    result: Any = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "3"}
     speaking.say("It is 3.")
     last = client.chat.completions.create(**asked, messages=[*HELLO, message, result])
     assert last.choices[0].message.content == "It is 3."
