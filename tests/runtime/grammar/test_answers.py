@@ -44,7 +44,9 @@ def fits(schema: Schema) -> Callable[[str], bool]:
     def check(text: str) -> bool:
         json.loads(text)
         # A number may be beyond what a float holds, and the validator takes no infinity.
-        return bool(validator.is_valid(json.loads(text, parse_float=lambda digits: max(-1e300, min(float(digits), 1e300)))))
+        return bool(
+            validator.is_valid(json.loads(text, parse_float=lambda digits: max(-1e300, min(float(digits), 1e300))))
+        )
 
     return check
 
