@@ -137,7 +137,7 @@ def decode(request: DecodingState) -> Decoding:
         drafter.accept(request.tokens[-len(accepted) :])
         if request.trace is not None:
             certain = request.tokens[-len(accepted) :]
-            request.trace.verified(tree, offer.proposals, rows.counts, accepted, certain)
+            request.trace.verified(tree, offer.proposals, rows.counts, accepted, certain, offer.forced)
         yield Accepted(accepted)
 
 

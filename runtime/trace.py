@@ -6,12 +6,12 @@ It is kept where a request asks for it. Where none does, nothing here is called.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from runtime.tree import Tree
 
-# Who proposed what no draft source did: trees within a grammar get the tokens that it forces.
+# Who proposed, beside draft sources, the tokens that a grammar forces.
 GRAMMAR = "grammar"
 # The proposals of draft sources for one tree, each with the name of its source.
 Proposals = Sequence[tuple[str, Tree]]
@@ -81,9 +81,12 @@ class Trace:
         pseudo_rows: Sequence[int],
         accepted: Sequence[int],
         tokens: Sequence[int],
+        forced: Collection[int] = (),
     ) -> None:
-        """Take the last pass, which verified `tree`, made of `proposals`, and made `tokens` certain."""
-        sources = sources_of(tree, proposals)
+        """Take the last pass, which verified `tree`, made of `proposals` and of nodes that a grammar has `forced`, and
+        made `tokens` certain.
+        """
+        sources = sources_of(tree, proposals, forced)
         nodes = zip(tree.tokens.tolist(), tree.parents.tolist(), tree.probabilities.tolist(), sources, strict=True)
         self._add(
             Pass(
@@ -107,9 +110,9 @@ class Trace:
         self._untaken.append(one)
 
 
-def sources_of(tree: Tree, proposals: Proposals) -> list[tuple[str, ...]]:
+def sources_of(tree: Tree, proposals: Proposals, forced: Collection[int] = ()) -> list[tuple[str, ...]]:
     """Return for each node of `tree` but the root the names of those that proposed it: whose tree has the same tokens
-    from the root down to it.
+    from the root down to it; and of a grammar for the nodes `forced`, of which those beyond the tree were cut off.
     """
     found: list[tuple[str, ...]] = [() for _ in range(len(tree))]
     for name, proposed in proposals:
@@ -121,7 +124,7 @@ def sources_of(tree: Tree, proposals: Proposals) -> list[tuple[str, ...]]:
             same.append(None if above is None else children.get((above, token)))
             if same[node] is not None and name not in found[node]:
                 found[node] = (*found[node], name)
-    return [found[0], *(names or (GRAMMAR,) for names in found[1:])]
+    return [(*names, GRAMMAR) if node in forced else names for node, names in enumerate(found)]
 
 
 def _edges(tree: Tree) -> Iterable[tuple[int, int]]:

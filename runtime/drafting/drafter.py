@@ -18,13 +18,15 @@ from runtime.tree import Tree, TreeSizes, root_alone
 @dataclass(frozen=True)
 class Offer:
     """The largest `tree` that a text may verify next, best-first, behind `length` cached tokens. `drafted` says whether
-    the pass before made drafts for it; `proposals` are what the tree was merged of.
+    the pass before made drafts for it; `proposals` are what the tree was merged of, and the nodes `forced` are those
+    that a grammar forces.
     """
 
     tree: Tree
     length: int
     drafted: bool
     proposals: Proposals = ()
+    forced: frozenset[int] = frozenset()
 
 
 class Drafter:
@@ -80,9 +82,10 @@ class Drafter:
         context = Context(token, length, self._asked_rows, drafted)
         proposals = [(source.name, source.propose(context)) for source in self.sources]
         tree = merge(token, (proposed for _, proposed in proposals), context.max_rows)
+        forced: frozenset[int] = frozenset()
         if self.grammar is not None:
-            tree = self.grammar.shape(tree, self._most_rows)
-        return Offer(tree, length, bool(drafted), proposals)
+            tree, forced = self.grammar.shape(tree, self._most_rows)
+        return Offer(tree, length, bool(drafted), proposals, forced)
 
     def cut(self, offer: Offer, sizes: TreeSizes) -> tuple[Tree, tuple[IntArray, ...]]:
         """Return the tree of these sizes, and the nodes that get pseudo rows, by draft step."""

@@ -53,8 +53,10 @@ class GrammarDrafts:
         self._children: dict[tuple[int, int], int] = {}
         self._guesses: dict[int, tuple[int, int]] = {}
 
-    def shape(self, tree: Tree, max_rows: int) -> Tree:
-        """Return the `max_rows` most probable nodes of `tree` and of forced tokens, without what is forbidden."""
+    def shape(self, tree: Tree, max_rows: int) -> tuple[Tree, frozenset[int]]:
+        """Return the `max_rows` most probable nodes of `tree` and of forced tokens, without what is forbidden, and
+        those among them that are forced, whoever proposed them.
+        """
         return _Shaping(self._matcher, tree, self._trusts()).shape(max_rows, self._children, self._guesses)
 
     def _trusts(self) -> tuple[float, ...]:
@@ -94,7 +96,9 @@ class _Shaping:
         # The nodes that the matcher is at, from the root's child down.
         self._at: list[int] = []
 
-    def shape(self, max_rows: int, children: dict[tuple[int, int], int], guesses: dict[int, tuple[int, int]]) -> Tree:
+    def shape(
+        self, max_rows: int, children: dict[tuple[int, int], int], guesses: dict[int, tuple[int, int]]
+    ) -> tuple[Tree, frozenset[int]]:
         """See `GrammarDrafts.shape`; `children` and `guesses` are filled."""
         tokens, parents, depths, paths = [self._tokens[0]], [-1], [0], [1.0]
         # What forbidden candidates below each node had.
@@ -126,7 +130,8 @@ class _Shaping:
                 self._go(node, parents, tokens)
                 self._expand(node, found.place, found.rest, paths, lost, guesses)
         self._matcher.pop(len(self._at))
-        return _sorted(tokens, parents, depths, paths)
+        forced = [child for (parent, token), child in children.items() if guesses.get(parent, (-1,))[0] == token]
+        return _sorted(tokens, parents, depths, paths, forced)
 
     def _expand(
         self,
@@ -186,13 +191,16 @@ class _Shaping:
             self._at.append(one)
 
 
-def _sorted(tokens: list[int], parents: list[int], depths: list[int], paths: list[float]) -> Tree:
+def _sorted(
+    tokens: list[int], parents: list[int], depths: list[int], paths: list[float], forced: list[int]
+) -> tuple[Tree, frozenset[int]]:
     # They come by falling probabilities, but for rounding and for odds that rose.
     order = sorted(range(len(paths)), key=lambda node: (-paths[node], depths[node]))
     new = {node: index for index, node in enumerate(order)}
-    return Tree(
+    tree = Tree(
         np.array([tokens[node] for node in order], dtype=np.int64),
         np.array([-1, *(new[parents[node]] for node in order[1:])], dtype=np.int64),
         np.array([depths[node] for node in order], dtype=np.int64),
         np.array([paths[node] for node in order], dtype=np.float64),
     )
+    return tree, frozenset(new[node] for node in forced)

@@ -20,6 +20,8 @@ Allowed = NDArray[np.bool_]
 NO_TOKEN = "NoExtension"
 # Returns tokens whose bytes are these, as a tokenizer makes them of a text.
 Tokenize = Callable[[bytes], tuple[int, ...]]
+# Bytes of a forced text of which tokens are made, more than trees have room for: each pass asks for them anew.
+MOST_FORCED = 1024
 # How a special token is told of among bytes.
 SPECIAL = re.compile(rb"\xff\[(\d+)\]")
 
@@ -104,11 +106,15 @@ class Matcher:
 
     def forced(self) -> tuple[int, ...]:
         """Return tokens of the text that must follow what was accepted and pushed, as the tokenizer makes them; none
-        where the grammar leaves a choice. Other tokens may spell the same text.
+        where the grammar leaves a choice. Other tokens may spell the same text. Of a long text they are the first ones.
         """
         parts = SPECIAL.split(self._matcher.compute_ff_bytes())
         found: list[int] = []
         for text, number in zip(parts[::2], [*map(int, parts[1::2]), None], strict=True):
+            if len(text) > MOST_FORCED:
+                # The last token may be one of a text that goes on otherwise.
+                found += self._tokenize(_beginning(text))[:-1]
+                break
             found += self._tokenize(text) if text else ()
             if number is not None:
                 found.append(number)
@@ -132,3 +138,11 @@ class Matcher:
         return InputError(
             f"the grammar became too complex after {self._taken} tokens of the answer ({cause}); give a simpler one"
         )
+
+
+def _beginning(text: bytes) -> bytes:
+    """Return the first `MOST_FORCED` bytes of `text`, or up to three fewer, so that no character is cut."""
+    end = MOST_FORCED
+    while end > MOST_FORCED - 3 and text[end] & 0xC0 == 0x80:
+        end -= 1
+    return text[:end]

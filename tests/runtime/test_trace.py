@@ -59,6 +59,12 @@ def test_each_node_of_the_drawn_tree_names_those_that_proposed_it() -> None:
     assert found == [(), ("layers", "n-grams"), ("layers",), ("layers",), ("layers", "n-grams")]
 
 
+def test_what_a_grammar_forces_names_it_whoever_else_proposed_it() -> None:
+    tree = candidate_path(1, [2, 3], [0.5, 0.5])
+    # The last node was cut off.
+    assert sources_of(tree, [("layers", tree)], {2, 3}) == [(), ("layers",), ("layers", "grammar")]
+
+
 def test_the_same_token_elsewhere_in_a_tree_is_another_candidate() -> None:
     tree = Tree(np.array([1, 2, 3, 2]), np.array([-1, 0, 0, 2]), np.array([0, 1, 1, 2]), np.array([1.0, 0.5, 0.4, 0.2]))
     assert sources_of(tree, [("a", candidate_path(1, [2], [0.5])), ("b", candidate_path(1, [3, 2], [0.5, 0.5]))]) == [

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from runtime import Grammar, InputError
 from runtime.drafting.grammar_drafts import GrammarDrafts
 from runtime.grammar.compiler import Compiler, Vocabulary
-from runtime.grammar.matcher import Matcher
+from runtime.grammar.matcher import MOST_FORCED, Matcher
 from runtime.tree import Tree, candidate_path, root_alone
 
 PIECES = [b"</s>", b"a", b"b", b"ab", b"abc", b"c", b"d", b"de", b"x", b"y", b"", b"<tag>", b"e"]
@@ -95,36 +95,43 @@ def test_what_is_forbidden_is_left_out_and_the_rest_gains_its_odds() -> None:
     tree = Tree(
         np.array([ROOT, 9, 1, 2]), np.array([-1, 0, 0, 2]), np.array([0, 1, 1, 2]), np.array([1, 0.5, 0.4, 0.2])
     )
-    shaped = GrammarDrafts(matcher("[abc]*"), forced=False).shape(tree, 8)
+    shaped, _ = GrammarDrafts(matcher("[abc]*"), forced=False).shape(tree, 8)
     assert names(shaped) == [(b"a",), (b"a", b"b")]
     assert shaped.probabilities.tolist() == pytest.approx([1.0, 0.8, 0.4])
 
 
 def test_what_is_forced_is_drafted_at_the_root_and_below_other_drafts() -> None:
     drafts = GrammarDrafts(matcher("abcde(x|y)abcde"))
-    shaped = drafts.shape(root_alone(ROOT), 8)
+    shaped, _ = drafts.shape(root_alone(ROOT), 8)
     assert names(shaped) == [(b"abc",), (b"abc", b"de")]
     found = matcher("(x|y)abcde")
-    shaped = GrammarDrafts(found).shape(candidate_path(ROOT, [9], [0.5]), 8)
+    shaped, _ = GrammarDrafts(found).shape(candidate_path(ROOT, [9], [0.5]), 8)
     assert names(shaped) == [(b"y",), (b"y", b"abc"), (b"y", b"abc", b"de")]
     assert allowed(found) == {8, 9}
+
+
+def test_nodes_that_are_forced_are_told_apart_whoever_proposed_them() -> None:
+    proposed = candidate_path(ROOT, [9, 4, 6], [0.5, 0.5, 0.5])
+    shaped, forced = GrammarDrafts(matcher("(x|y)abc(d|x)?")).shape(proposed, 8)
+    assert {names(shaped)[node - 1] for node in forced} == {(b"y", b"abc")}
+    assert GrammarDrafts(matcher("(x|y)abc"), forced=False).shape(proposed, 8)[1] == frozenset()
 
 
 def test_trust_in_forced_tokens_is_learned() -> None:
     found = matcher("(abc){30}")
     drafts = GrammarDrafts(found)
-    before = drafts.shape(root_alone(ROOT), 3).probabilities[1]
+    before = drafts.shape(root_alone(ROOT), 3)[0].probabilities[1]
     for token in (1, 2, 5) * 5:
         # The model spells it otherwise.
         found.accept(token)
         drafts.accept([token])
         drafts.shape(root_alone(token), 3)
-    assert drafts.shape(root_alone(ROOT), 3).probabilities[1] < before
+    assert drafts.shape(root_alone(ROOT), 3)[0].probabilities[1] < before
 
 
 def test_nothing_is_drafted_after_the_end() -> None:
     found = matcher("ab")
-    shaped = GrammarDrafts(found).shape(candidate_path(ROOT, [3, END, 1], [0.9, 0.9, 0.9]), 8)
+    shaped, _ = GrammarDrafts(found).shape(candidate_path(ROOT, [3, END, 1], [0.9, 0.9, 0.9]), 8)
     assert names(shaped) in ([(b"ab",)], [(b"ab",), (b"ab", b"</s>")])
 
 
@@ -164,7 +171,7 @@ def test_a_shaped_tree_is_a_tree_of_what_the_grammar_allows(
         if found.allows(token) and token != END:
             found.accept(token)
             taken.append(token)
-    shaped = GrammarDrafts(found, forced=forced).shape(tree, rows)
+    shaped, _ = GrammarDrafts(found, forced=forced).shape(tree, rows)
     # The matcher is where it was: as a fresh one that was fed the same.
     for token in taken:
         fresh.accept(token)
@@ -226,3 +233,34 @@ def test_copies_of_a_matcher_go_their_own_ways() -> None:
     for token, _ in itertools.product((5, 6), range(2)):
         assert not other.allows(token)
     assert allowed(other) == {1, 2}
+
+
+def test_of_a_long_forced_text_the_beginning_is_made_tokens() -> None:
+    asked: list[str] = []
+
+    def told(text: str) -> list[int]:
+        asked.append(text)
+        return encode(text)
+
+    compiler = Compiler(lambda: Vocabulary(PIECES, [END, TAG], [END], told))
+    found = compiler.matcher(Grammar.regex("x(abcde){4000}"))
+    forced = found.forced()
+    assert forced[:3] == (8, 4, 7)
+    assert forced == tuple(encode("x" + "abcde" * 4000))[: len(forced)]
+    assert len(forced) > 300
+    assert max(map(len, asked)) <= MOST_FORCED
+
+
+def test_a_long_forced_text_is_not_cut_within_a_character() -> None:
+    pieces = [b"</s>", "ä".encode(), "€".encode(), b"a"]
+
+    def told(text: str) -> list[int]:
+        return [pieces.index(character.encode()) for character in text]
+
+    compiler = Compiler(lambda: Vocabulary(pieces, [0], [0], told))
+    for start in ("", "a", "aa"):
+        for character in (1, 2):
+            text = start + pieces[character].decode() * 1000
+            forced = compiler.matcher(Grammar.regex(text)).forced()
+            assert len(forced) > 300
+            assert forced == tuple(told(text))[: len(forced)]

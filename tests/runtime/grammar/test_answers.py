@@ -44,9 +44,8 @@ def fits(schema: Schema) -> Callable[[str], bool]:
     def check(text: str) -> bool:
         json.loads(text)
         # A number may be beyond what a float holds, and the validator takes no infinity.
-        return bool(
-            validator.is_valid(json.loads(text, parse_float=lambda digits: max(-1e300, min(float(digits), 1e300))))
-        )
+        finite = json.loads(text, parse_float=lambda digits: max(-1e300, min(float(digits), 1e300)))
+        return bool(validator.is_valid(finite))
 
     return check
 
@@ -108,6 +107,15 @@ def test_what_a_grammar_forces_is_drafted(generator: Generator) -> None:
     found = [generator.generate("Go", ngrams=False, sampling=Sampling(grammar=grammar), **way) for way in ways]
     assert len({one.text for one in found}) == 1
     assert found[2].steps < min(found[0].steps, found[1].steps) / 2
+
+
+def test_a_trace_names_the_grammar_for_what_it_forces_beside_others_that_proposed_it(generator: Generator) -> None:
+    grammar = Grammar.json_schema(record({"a_long_property_name": {"type": "boolean"}}), compact=True)
+    sampling = Sampling(grammar=grammar)
+    found = generator.generate("Go", sampling=sampling, prediction='{"a_long_property_name":true}', trace=True)
+    names = {node.sources for one in found.passes or () for node in one.nodes[1:]}
+    assert all(names)
+    assert {"grammar", "prediction"} in map(set, names)
 
 
 def test_each_of_several_answers_has_its_own_place_in_the_grammar(generator: Generator) -> None:
