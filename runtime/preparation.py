@@ -13,10 +13,9 @@ from runtime.bundle.tuning_file import Tuning
 from runtime.checks import number, whole
 from runtime.decode import DecodingState
 from runtime.drafting.drafter import Drafter
-from runtime.drafting.ngrams import Ngrams
-from runtime.drafting.predicted import Predicted
 from runtime.drafting.sizing import AdaptiveSizes, FixedSizes, Sizing
 from runtime.drafting.source import DraftSource
+from runtime.drafting.text_drafts import TextDrafts
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.errors import InputError, PromptTooLongError, shown
 from runtime.prompts import Prediction, Prompt, PromptEncoder, Tokens
@@ -32,6 +31,8 @@ MOST_PRIORITY = 1000
 # A day; and as many answers to one prompt as anybody reads.
 LONGEST_DEADLINE = 86400.0
 MOST_ANSWERS = 1024
+# Rows of the longest path where there is no prediction: more of them are hardly ever of use, and take memory.
+MOST_COPIED = 24
 
 
 class RequestOptions(TypedDict, total=False):
@@ -85,7 +86,7 @@ class Preparation:
         self.tuning = tuning
         self._cache_rows = cache_rows
         self._option = option
-        # Rows that a tree may have where an answer is predicted, if these are more than on the menu.
+        # Rows that a tree may have for a long path of text, if these are more than on the menu.
         self.longest_path = 0
         self._prompts = PromptEncoder(bundle.tokenizer, bundle.chat, self.about.dims.vocab_size)
         self._escape = escape_special_tokens
@@ -143,21 +144,19 @@ class Preparation:
         stop_tokens = () if ignore_stop_tokens else self.about.stop_tokens
         scores = self._scores(prompt_logprobs)
         sampler = Sampler(sampling, ids, dims.vocab_size, stop_tokens)
-        predicted = self._predicted(prediction, len(ids), stop_tokens)
-        if not speculate:
-            predicted = None
-        answer = Answer(self._bundle.tokenizer, stop, stop_tokens, sampler, predicted)
+        predicted = self._predicted(prediction)
+        text = TextDrafts(predicted, stop_tokens, itself=ngrams) if speculate and (ngrams or predicted) else None
+        answer = Answer(self._bundle.tokenizer, stop, stop_tokens, sampler, text)
         beside = len(ids) + sizing.most_rows * (1 + dims.num_steps)
         # Where the cache has room for none, it is told below.
         wanted = max(1, self._cache_rows - beside) if max_new_tokens is None else max_new_tokens
         most = min(wanted, room)
-        if predicted is not None and isinstance(sizing, AdaptiveSizes):
-            # What is expected of an answer takes none of its room.
+        if text is not None and isinstance(sizing, AdaptiveSizes):
+            # Long paths take none of an answer's room.
             spare = self._cache_rows - len(ids) - most
-            sizing = sizing.with_longer_paths(min(self.longest_path, spare // (1 + dims.num_steps)))
-        drafter = self.new_drafter(
-            sizing, sampling.temperature, sampler.noise, ngrams=ngrams and speculate, predicted=predicted
-        )
+            longest = self.longest_path if predicted else min(self.longest_path, MOST_COPIED)
+            sizing = sizing.with_longer_paths(min(longest, spare // (1 + dims.num_steps)))
+        drafter = self._drafter(sizing, sampling.temperature, sampler.noise, text)
         state = DecodingState(
             ids, drafter, self.about.prompt_chunk, dims.join_order, sampler, most, answer.ends, scores=scores
         )
@@ -177,29 +176,28 @@ class Preparation:
         noise: Noise | None = None,
         *,
         ngrams: bool = True,
-        predicted: Predicted | None = None,
     ) -> Drafter:
         """Return what drafts one text with the engine's own statistics, greedily or for sampling at `temperature` with
-        `noise`; `ngrams=False` leaves out continuations from the text itself. `predicted` is a text known beforehand.
+        `noise`; `ngrams=False` leaves out continuations from the text itself.
         """
+        return self._drafter(sizing, temperature, noise, TextDrafts() if ngrams else None)
+
+    def _drafter(self, sizing: Sizing, temperature: float, noise: Noise | None, text: TextDrafts | None) -> Drafter:
         bundle = self._bundle
         sources: list[DraftSource] = [TransferDrafts(bundle.correction, bundle.reliability, temperature, noise)]
-        if ngrams:
-            sources.append(Ngrams())
-        if predicted is not None:
-            sources.append(predicted)
+        if text is not None:
+            sources.append(text)
         return Drafter(sizing, sources, bundle.draft_tokens)
 
-    def _predicted(self, prediction: object, prompt_tokens: int, stop_tokens: Sequence[int]) -> Predicted | None:
+    def _predicted(self, prediction: object) -> list[int]:
         if prediction is None:
-            return None
+            return []
         if isinstance(prediction, list | tuple) and not isinstance(prediction, Tokens):
             raise InputError(
                 "a list of predictions is for generate() with a list of prompts, one for each; give one string or "
                 "runtime.Tokens"
             )
-        tokens = self._prompts.encode_prediction(cast(Prediction, prediction), self.about.max_context)
-        return Predicted(tokens, prompt_tokens, stop_tokens)
+        return self._prompts.encode_prediction(cast(Prediction, prediction), self.about.max_context)
 
     def _scores(self, count: int | None) -> PromptScores | None:
         if count is None:

@@ -66,7 +66,7 @@ class Drafter:
         if self._verifies_nothing:
             return Offer(root_alone(token), length, bool(drafted))
         self.catch_up()
-        context = Context(token, length, self._most_rows, drafted)
+        context = Context(token, length, self._most_rows, drafted, self.sizing.least)
         tree = merge(token, (source.propose(context) for source in self.sources), context.max_rows)
         return Offer(tree, length, bool(drafted))
 
