@@ -320,6 +320,8 @@ def test_the_result_is_json_with_the_documented_names(generator: Generator) -> N
         "prompt_log_probabilities",
         "candidates",
         "accepted_candidates",
+        "prediction_tokens",
+        "found_prediction_tokens",
     ]
     assert result.tokens_per_step == len(result.tokens) / result.steps
     assert result.decode_tokens_per_second > 0
