@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.decode import DecodingState
-from runtime.drafting.predicted import Predicted
+from runtime.drafting.text_drafts import TextDrafts
 from runtime.sampling import TokenLogProbability
 from runtime.sampling.sampler import Sampler
 from runtime.trace import Pass
@@ -91,7 +91,7 @@ class Answer:
         stop: Sequence[str],
         stop_tokens: Iterable[int],
         sampler: Sampler,
-        predicted: Predicted | None = None,
+        predicted: TextDrafts | None = None,
         shown: Collection[int] = (),
     ) -> None:
         from runtime.text import TextStream
@@ -159,7 +159,7 @@ class Answer:
         tokens, steps, decoding = state.tokens, self._steps, self._last - self._first
         limited = len(tokens) >= state.max_new_tokens
         predicted = self._predicted
-        if predicted is not None:
+        if predicted is not None and predicted.prediction_tokens:
             # While it rested it was told nothing.
             state.drafter.catch_up()
         return GenerationResult(
@@ -178,7 +178,7 @@ class Answer:
             prompt_log_probabilities=None if state.scores is None else state.scores.found,
             candidates=state.candidates,
             accepted_candidates=state.accepted,
-            prediction_tokens=len(predicted.tokens) if predicted else 0,
+            prediction_tokens=predicted.prediction_tokens if predicted else 0,
             found_prediction_tokens=predicted.found if predicted else 0,
             passes=None if state.trace is None else self._passes,
         )

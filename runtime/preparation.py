@@ -15,10 +15,9 @@ from runtime.checks import number, whole
 from runtime.decode import DecodingState
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.grammar_drafts import GrammarDrafts
-from runtime.drafting.ngrams import Ngrams
-from runtime.drafting.predicted import Predicted
 from runtime.drafting.sizing import AdaptiveSizes, FixedSizes, Sizing
 from runtime.drafting.source import DraftSource
+from runtime.drafting.text_drafts import TextDrafts
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.errors import InputError, PromptTooLongError, shown
 from runtime.grammar import Grammar
@@ -42,6 +41,8 @@ MOST_PRIORITY = 1000
 # A day; and as many answers to one prompt as anybody reads.
 LONGEST_DEADLINE = 86400.0
 MOST_ANSWERS = 1024
+# Rows of the longest path where there is no prediction: more of them are hardly ever of use, and take memory.
+MOST_COPIED = 24
 
 
 class RequestOptions(TypedDict, total=False):
@@ -109,7 +110,7 @@ class Preparation:
         self.tuning = tuning
         self._cache_rows = cache_rows
         self._option = option
-        # Rows that a tree may have where an answer is predicted, if these are more than on the menu.
+        # Rows that a tree may have for a long path of text, if these are more than on the menu.
         self.longest_path = 0
         template = bundle.chat.source if bundle.chat else ""
         self.tool_format = format_of(template, bundle.tokenizer) if tool_format is None else named_format(tool_format)
@@ -199,27 +200,20 @@ class Preparation:
         matcher = self._matcher(sampling, ignore_stop_tokens=ignore_stop_tokens)
         sampler = Sampler(sampling, ids, dims.vocab_size, stop_tokens, matcher)
         shaped = None if matcher is None else GrammarDrafts(matcher, forced=forced_drafts)
-        predicted = self._predicted(prediction, len(ids), stop_tokens)
-        if not speculate:
-            predicted = None
+        predicted = self._predicted(prediction)
+        text = TextDrafts(predicted, stop_tokens, itself=ngrams) if speculate and (ngrams or predicted) else None
         markers = self.tool_markers.values() if tools else ()
-        answer = Answer(self._bundle.tokenizer, stop, stop_tokens, sampler, predicted, markers)
+        answer = Answer(self._bundle.tokenizer, stop, stop_tokens, sampler, text, markers)
         beside = len(ids) + sizing.most_rows * (1 + dims.num_steps)
         # Where the cache has room for none, it is told below.
         wanted = max(1, self._cache_rows - beside) if max_new_tokens is None else max_new_tokens
         most = min(wanted, room)
-        if predicted is not None and isinstance(sizing, AdaptiveSizes):
-            # What is expected of an answer takes none of its room.
+        if text is not None and isinstance(sizing, AdaptiveSizes):
+            # Long paths take none of an answer's room.
             spare = self._cache_rows - len(ids) - most
-            sizing = sizing.with_longer_paths(min(self.longest_path, spare // (1 + dims.num_steps)))
-        drafter = self.new_drafter(
-            sizing,
-            sampling.temperature,
-            sampler.noise,
-            ngrams=ngrams and speculate,
-            predicted=predicted,
-            grammar=shaped,
-        )
+            longest = self.longest_path if predicted else min(self.longest_path, MOST_COPIED)
+            sizing = sizing.with_longer_paths(min(longest, spare // (1 + dims.num_steps)))
+        drafter = self._drafter(sizing, sampling.temperature, sampler.noise, text, shaped)
         state = DecodingState(
             ids, drafter, self.about.prompt_chunk, dims.join_order, sampler, most, answer.ends, scores=scores
         )
@@ -240,19 +234,24 @@ class Preparation:
         noise: Noise | None = None,
         *,
         ngrams: bool = True,
-        predicted: Predicted | None = None,
-        grammar: GrammarDrafts | None = None,
     ) -> Drafter:
         """Return what drafts one text with the engine's own statistics, greedily or for sampling at `temperature` with
-        `noise`, within the `grammar`; `ngrams=False` leaves out continuations from the text itself. `predicted` is a
-        text known beforehand.
+        `noise`; `ngrams=False` leaves out continuations from the text itself.
         """
+        return self._drafter(sizing, temperature, noise, TextDrafts() if ngrams else None)
+
+    def _drafter(
+        self,
+        sizing: Sizing,
+        temperature: float,
+        noise: Noise | None,
+        text: TextDrafts | None,
+        grammar: GrammarDrafts | None = None,
+    ) -> Drafter:
         bundle = self._bundle
         sources: list[DraftSource] = [TransferDrafts(bundle.correction, bundle.reliability, temperature, noise)]
-        if ngrams:
-            sources.append(Ngrams())
-        if predicted is not None:
-            sources.append(predicted)
+        if text is not None:
+            sources.append(text)
         return Drafter(sizing, sources, bundle.draft_tokens, grammar)
 
     def _matcher(self, sampling: Sampling, *, ignore_stop_tokens: bool) -> Matcher | None:
@@ -265,16 +264,15 @@ class Preparation:
             )
         return self.grammars.matcher(sampling.grammar)
 
-    def _predicted(self, prediction: object, prompt_tokens: int, stop_tokens: Sequence[int]) -> Predicted | None:
+    def _predicted(self, prediction: object) -> list[int]:
         if prediction is None:
-            return None
+            return []
         if isinstance(prediction, list | tuple) and not isinstance(prediction, Tokens):
             raise InputError(
                 "a list of predictions is for generate() with a list of prompts, one for each; give one string or "
                 "runtime.Tokens"
             )
-        tokens = self._prompts.encode_prediction(cast(Prediction, prediction), self.about.max_context)
-        return Predicted(tokens, prompt_tokens, stop_tokens)
+        return self._prompts.encode_prediction(cast(Prediction, prediction), self.about.max_context)
 
     def _scores(self, count: int | None) -> PromptScores | None:
         if count is None:

@@ -189,6 +189,7 @@ class _Counted:
         self.sizing = sizing
         self.chosen = chosen
         self.most_rows = sizing.most_rows
+        self.least = sizing.least
         self.draft_steps = sizing.draft_steps
 
     def choose(self, tree: Tree, context: int, drafted: bool) -> TreeSizes:

@@ -15,8 +15,8 @@ from runtime.tree import Tree, root_alone
 NOBODY: IntArray = np.empty(0, dtype=np.int64)
 
 
-def best_first_tree(root: int, drafts: Drafts, max_rows: int) -> Tree:
-    """Return the tree of at most `max_rows` nodes with the highest path probabilities.
+def best_first_tree(root: int, drafts: Drafts, max_rows: int, least: float = 0.0) -> Tree:
+    """Return the tree of at most `max_rows` nodes with the highest path probabilities, none below `least`.
 
     A path's probability is the product of its tokens' draft probabilities, step by step, as in Medusa's and EAGLE's
     trees. No drafts give a tree of the root alone.
@@ -31,7 +31,8 @@ def best_first_tree(root: int, drafts: Drafts, max_rows: int) -> Tree:
         depth = depths[parent]
         if depth < len(drafts) and rank < len((step := drafts.after(depth, tokens[parent])).tokens):
             path = probabilities[parent] * float(step.probabilities[rank])
-            heapq.heappush(heap, (-path, depth, parent, rank))
+            if path >= least:
+                heapq.heappush(heap, (-path, depth, parent, rank))
 
     consider(0, 0)
     while heap and len(tokens) < max_rows:

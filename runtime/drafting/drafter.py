@@ -79,7 +79,7 @@ class Drafter:
         if self._verifies_nothing:
             return Offer(root_alone(token), length, bool(drafted))
         self.catch_up()
-        context = Context(token, length, self._asked_rows, drafted)
+        context = Context(token, length, self._asked_rows, drafted, self.sizing.least)
         proposals = [(source.name, source.propose(context)) for source in self.sources]
         tree = merge(token, (proposed for _, proposed in proposals), context.max_rows)
         forced: frozenset[int] = frozenset()

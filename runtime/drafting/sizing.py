@@ -56,6 +56,11 @@ class Sizing(Protocol):
         ...
 
     @property
+    def least(self) -> float:
+        """The path probability below which no node is worth its time: none such need be proposed."""
+        ...
+
+    @property
     def draft_steps(self) -> int:
         """The number of draft steps that may get pseudo rows."""
         ...
@@ -82,6 +87,11 @@ class FixedSizes:
     def most_rows(self) -> int:
         """See `Sizing.most_rows`."""
         return self.sizes.tree_rows
+
+    @property
+    def least(self) -> float:
+        """See `Sizing.least`: rows that are run anyway cost nothing."""
+        return 0.0
 
     @property
     def draft_steps(self) -> int:
@@ -169,6 +179,15 @@ class Menu:
         return np.array([sizes.tree_rows for sizes in self.sizes])
 
     @cached_property
+    def cheapest_row(self) -> float:
+        """The time of a row of a tree, in plain steps, at the context and in the sizes where it is the least."""
+        more = self.tree_rows > 1
+        if not more.any():
+            return 0.0
+        beyond = self.seconds[:, more] / self.seconds[:, :1] - 1.0
+        return max(0.0, float((beyond / (self.tree_rows[more] - 1)).min()))
+
+    @cached_property
     def drafts(self) -> NDArray[np.bool_]:
         """Tells of each size [N] whether it has pseudo rows."""
         return np.array([any(sizes.pseudo_rows) for sizes in self.sizes])
@@ -245,6 +264,11 @@ class AdaptiveSizes:
     def most_rows(self) -> int:
         """See `Sizing.most_rows`."""
         return int(self.menu.tree_rows.max())
+
+    @property
+    def least(self) -> float:
+        """See `Sizing.least`. Drafts may be believed more than they say, not twice as much."""
+        return self.menu.cheapest_row / 2
 
     @property
     def draft_steps(self) -> int:

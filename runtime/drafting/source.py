@@ -1,7 +1,7 @@
 """Draft sources: whatever can guess how a text goes on.
 
 A source proposes candidates for what follows the certain token, as a tree with probabilities, and is told what became
-certain. Guesses cost time and never change the text, so a source may be anything: transfer layers, n-grams of the text,
+certain. Guesses cost time and never change the text, so a source may be anything: transfer layers, the text itself,
 a text known beforehand. `runtime.drafting.drafter` merges the proposals of any number of them.
 """
 
@@ -20,12 +20,14 @@ class Context:
     """Where a tree is to grow: from the certain `token`, after `length` cached ones, to at most `max_rows` nodes.
 
     `drafted` are the drafts that the pass before made of what follows `token`, step 1 first; none if it made none.
+    Nodes less probable than `least` are never worth their time.
     """
 
     token: int
     length: int
     max_rows: int
     drafted: Sequence[DraftStep] = field(default=())
+    least: float = 0.0
 
 
 class DraftSource(Protocol):
@@ -33,7 +35,7 @@ class DraftSource(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is called, such as "n-grams"."""
+        """What it is called, such as "text"."""
         ...
 
     def shortlist(self, max_rows: int) -> int:

@@ -58,7 +58,7 @@ class TransferDrafts:
             return self._adjusted(step, found, context)
 
         drafts = AdjustedDrafts(corrected(context.drafted, self._correction, kept), adjusted)
-        return best_first_tree(context.token, drafts, rows)
+        return best_first_tree(context.token, drafts, rows, context.least)
 
     def accept(self, tokens: Sequence[int]) -> None:
         """See `DraftSource.accept`: nothing is kept from pass to pass."""

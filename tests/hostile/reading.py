@@ -15,6 +15,8 @@ METHODS = frozenset(
         *("FromString", "ParseFromString"),
     }
 )
+# What is called a format and describes no file: how calls of tools are written, and what text an answer is.
+OTHERS = ("ToolFormat", "TextFormat")
 # Functions by their names, as they are called.
 FUNCTIONS = frozenset(
     {
@@ -84,5 +86,5 @@ def formats_made_in(source: str) -> Iterator[str | None]:
     for found in ast.walk(tree):
         if isinstance(found, ast.Call):
             called = found.func.value if isinstance(found.func, ast.Subscript) else found.func
-            if ast.unparse(called).endswith("Format"):
+            if ast.unparse(called).endswith("Format") and not ast.unparse(called).endswith(OTHERS):
                 yield named.get(found)

@@ -61,6 +61,11 @@ ALLOWED = {
     Reading("runtime/engines/dense_cache.py", "DenseCache._forget", "frombuffer"): "memory of its own",
     Reading("runtime/tuning.py", "cpu_name", "read_text"): SYSTEM,
     Reading("runtime/serving/admission.py", "decode", "msgspec.json.decode"): "the body of a request, bounded before",
+    Reading("runtime/chat/conversation.py", "_with_object", "json.loads"): "arguments of a call in a message, bounded",
+    Reading("runtime/grammar/given.py", "Grammar.json_schema", "json.loads"): "a schema that is given, bounded",
+    Reading("runtime/grammar/schema.py", "prepared", "json.loads"): "the same, as it was written from it",
+    Reading("runtime/grammar/calls.py", "_schema", "json.loads"): OWN,
+    Reading("runtime/grammar/matcher.py", "Matcher.allowed", "frombuffer"): MEMORY,
     Reading("runtime/escaping.py", "ControlTokens.tokenizer", "from_str"): MEMORY,
     Reading("runtime/escaping.py", "ControlTokens.tokenizer", "json.loads"): MEMORY,
     Reading(

@@ -11,9 +11,9 @@ from runtime.bindings import GraphDims
 from runtime.decode import Accepted, DecodingState, decode, verify
 from runtime.drafting.correction import TokenCorrection
 from runtime.drafting.drafter import Drafter, Offer
-from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import FixedSizes
 from runtime.drafting.source import DraftSource
+from runtime.drafting.text_drafts import TextDrafts
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.rows import HostOutputs, Phase, Rows, lay_out
 from runtime.tree import Tree, TreeSizes
@@ -84,7 +84,7 @@ def test_any_tree_and_any_drafts_give_the_tokens_of_plain_decoding(
     correction: TokenCorrection | None,
     ngrams: bool,
 ) -> None:
-    sources: list[DraftSource] = [TransferDrafts(correction), *([Ngrams()] if ngrams else [])]
+    sources: list[DraftSource] = [TransferDrafts(correction), *([TextDrafts()] if ngrams else [])]
     drafter = Drafter(FixedSizes(TreeSizes(tree_rows, pseudo_rows)), sources)
     found = islice(steps(known_engine(right), prompt, drafter, chunk), 15)
     tokens = [token for certain in found for token in certain]

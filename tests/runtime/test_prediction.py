@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from runtime import Generator, InputError, Sampling, Tokens, TreeSizes
+from runtime.preparation import MOST_COPIED
 
 PROMPTS = ["Hello", "x" * 40, "The sky is blue, the sky is", "a", "Why?", "Ünïcödé"]
 NEW = 60
@@ -70,11 +71,17 @@ def test_a_right_prediction_is_an_answer_in_few_passes(generator: Generator, alo
 
 def test_paths_may_be_longer_than_what_was_measured(generator: Generator, alone: list[list[int]]) -> None:
     assert generator.tuning is not None
-    most = max(size.tree_rows for size in generator.tuning.menu.sizes)
-    request = generator.submit("Hello", max_new_tokens=NEW, prediction=Tokens(alone[0]))
-    chunks = list(request)
-    assert [token for chunk in chunks for token in chunk.tokens] == alone[0]
-    assert max(len(chunk.tokens) for chunk in chunks) > most or len(chunks) < NEW / most
+    measured = max(size.tree_rows for size in generator.tuning.menu.sizes)
+
+    def most(**options: Any) -> int:
+        job, _ = generator._preparation.prepare("Hello", max_new_tokens=NEW, **options)
+        return job.state.drafter.sizing.most_rows
+
+    right = Tokens(alone[0])
+    assert most(prediction=right) > most() == MOST_COPIED > measured
+    assert most(prediction=right, ngrams=False) == most(prediction=right)
+    assert most(ngrams=False) == measured
+    assert most(speculate=False, prediction=right) == 1
 
 
 def test_plain_decoding_takes_no_notice_of_it(generator: Generator, alone: list[list[int]]) -> None:

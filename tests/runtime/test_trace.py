@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from runtime import Generator, Pass, Sampling
 from runtime.decode import DecodingState
 from runtime.drafting.drafter import Drafter
-from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import FixedSizes
 from runtime.drafting.source import DraftSource
+from runtime.drafting.text_drafts import TextDrafts
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.scheduling.scheduler import Limits, run
 from runtime.trace import Trace, sources_of
@@ -55,8 +55,8 @@ def test_each_node_of_the_drawn_tree_names_those_that_proposed_it() -> None:
     the, cat, dog, sat, is_ = tree.tokens.tolist()
     ngrams = candidate_path(the, [cat, is_, dog], [0.9, 0.9, 0.9])
     others = candidate_path(the, [sat], [0.1])
-    found = sources_of(tree, [("layers", tree), ("n-grams", ngrams), ("others", others), ("nothing", root_alone(the))])
-    assert found == [(), ("layers", "n-grams"), ("layers",), ("layers",), ("layers", "n-grams")]
+    found = sources_of(tree, [("layers", tree), ("text", ngrams), ("others", others), ("nothing", root_alone(the))])
+    assert found == [(), ("layers", "text"), ("layers",), ("layers",), ("layers", "text")]
 
 
 def test_what_a_grammar_forces_names_it_whoever_else_proposed_it() -> None:
@@ -93,7 +93,7 @@ def test_the_tokens_of_all_passes_are_those_of_the_answer(
     count: int,
     ngrams: bool,
 ) -> None:
-    sources: list[DraftSource] = [TransferDrafts(), *([Ngrams()] if ngrams else [])]
+    sources: list[DraftSource] = [TransferDrafts(), *([TextDrafts()] if ngrams else [])]
     drafter = Drafter(FixedSizes(TreeSizes(tree_rows, pseudo_rows)), sources)
     trace = Trace()
     state = DecodingState(prompt, drafter, chunk, DIMS.join_order, max_new_tokens=count, trace=trace)

@@ -9,9 +9,9 @@ export const EXAMPLE = {
   seconds: 0,
   nodes: [
     { text: " the", parent: -1, probability: 1, sources: [] },
-    { text: " cat", parent: 0, probability: 0.6, sources: [drafts, "n-grams"] },
+    { text: " cat", parent: 0, probability: 0.6, sources: [drafts, "text"] },
     { text: " dog", parent: 0, probability: 0.3, sources: [drafts] },
-    { text: " sat", parent: 1, probability: 0.2, sources: ["n-grams"] },
+    { text: " sat", parent: 1, probability: 0.2, sources: ["text"] },
     { text: " is", parent: 1, probability: 0.3, sources: [drafts] },
   ],
   accepted: [0, 1, 4],

@@ -62,7 +62,7 @@ export class Inspector {
     const scroll = element("div", { className: "scroll", tabIndex: 0, attributes: about }, drawTree(pass, hue));
     find("tree").replaceChildren(scroll);
     find("tree").hidden = false;
-    const names = new Set(["transfer layers", "n-grams", ...pass.nodes.flatMap((node) => node.sources)]);
+    const names = new Set(["transfer layers", "text", ...pass.nodes.flatMap((node) => node.sources)]);
     find("sources").replaceChildren(...[...names].map((name) => element("span", {}, mark(name), name)));
   }
 

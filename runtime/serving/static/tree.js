@@ -11,7 +11,7 @@ const SHAPES = {
   triangle: (x, y) => drawn("path", { d: `M${x} ${y - 4.4}l4.6 8h-9.2z` }),
   star: (x, y) => drawn("path", { d: `M${x - 4} ${y}h8M${x} ${y - 4}v8`, "stroke-width": 2.4, class: "line" }),
 };
-const KNOWN = { "transfer layers": "circle", "n-grams": "diamond" };
+const KNOWN = { "transfer layers": "circle", "text": "diamond" };
 const OTHERS = ["square", "triangle", "star"];
 const given = new Map();
 

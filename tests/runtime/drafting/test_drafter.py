@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from runtime.drafting.correction import TokenCorrection
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.drafts import DraftStep, IndependentDrafts
-from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.reliability import Reliability
 from runtime.drafting.sizing import AdaptiveSizes, FixedSizes, Menu
 from runtime.drafting.source import Context, DraftSource
+from runtime.drafting.text_drafts import TextDrafts
 from runtime.drafting.transfer_drafts import TransferDrafts, tempered
 from runtime.tree import Tree, TreeSizes, candidate_path
 from tests.runtime.known_engine import steps
@@ -51,7 +51,7 @@ def test_sizes_that_adapt_and_ngrams_give_the_tokens_of_plain_decoding(
     temperature: float,
 ) -> None:
     reliability = Reliability([[{"predicted": 0.5, "observed": 0.9}]])
-    own = Ngrams()
+    own = TextDrafts()
     layers = TransferDrafts(correction, reliability, temperature)
     drafter = Drafter(AdaptiveSizes(menu, rate), [layers, own] if ngrams else [layers])
     tokens: list[int] = []
@@ -66,7 +66,7 @@ def test_sizes_that_adapt_and_ngrams_give_the_tokens_of_plain_decoding(
 def test_a_proposal_is_of_a_size_on_the_menu_or_smaller(
     prompt: list[int], drafts: IndependentDrafts, menu: Menu, ngrams: bool, context: int
 ) -> None:
-    drafter = Drafter(AdaptiveSizes(menu), [TransferDrafts(), *([Ngrams()] if ngrams else [])])
+    drafter = Drafter(AdaptiveSizes(menu), [TransferDrafts(), *([TextDrafts()] if ngrams else [])])
     drafter.begin([*prompt, prompt[0]])
     for token in prompt:
         tree, ends = drafter.propose(token, drafts, context)
@@ -82,7 +82,7 @@ def test_a_proposal_is_of_a_size_on_the_menu_or_smaller(
 
 
 def test_a_text_that_repeats_itself_is_drafted_without_pseudo_rows() -> None:
-    drafter = Drafter(FixedSizes(TreeSizes(4, (0, 0, 0))), [Ngrams()])
+    drafter = Drafter(FixedSizes(TreeSizes(4, (0, 0, 0))), [TextDrafts()])
     drafter.begin([1, 2, 3, 4, 5, 6, 1, 2, 3])
     tree, ends = drafter.propose(3, [], 8)
     assert tree.tokens.tolist() == [3, 4, 5, 6]
@@ -127,12 +127,12 @@ def test_as_many_candidates_are_asked_for_as_are_of_use() -> None:
     assert shortlist(TransferDrafts()) == 5
     assert shortlist(TransferDrafts(random_correction(0))) > 5
     assert shortlist(TransferDrafts(temperature=0.5)) > 5
-    assert shortlist(Ngrams(), TransferDrafts()) == 5
+    assert shortlist(TextDrafts(), TransferDrafts()) == 5
     assert Drafter(sizing, [TransferDrafts()]).draft_steps == 3
 
 
 def test_pseudo_rows_that_no_source_reads_are_not_asked_for() -> None:
-    drafter = Drafter(FixedSizes(TreeSizes(5, (5, 5, 5))), [Ngrams()])
+    drafter = Drafter(FixedSizes(TreeSizes(5, (5, 5, 5))), [TextDrafts()])
     assert (drafter.shortlist, drafter.draft_steps) == (0, 0)
     _, ends = drafter.propose(3, [], 0)
     assert [len(nodes) for nodes in ends] == [0, 0, 0]
@@ -164,7 +164,7 @@ def test_a_source_added_later_touches_nothing_else(
     prompt: list[int], right: list[bool], rows: int, foretold: int
 ) -> None:
     known = [*prompt, *plain(prompt, foretold), 0, 0, 1]
-    sources: list[DraftSource] = [TransferDrafts(), Ngrams(), Foretold(known)]
+    sources: list[DraftSource] = [TransferDrafts(), TextDrafts(), Foretold(known)]
     drafter = Drafter(FixedSizes(TreeSizes(rows, (rows, rows, rows))), sources)
     tokens = [token for certain in islice(steps(known_engine(right), prompt, drafter), 12) for token in certain]
     assert tokens == plain(prompt, len(tokens))

@@ -28,8 +28,8 @@ from transformers import (
 from runtime import InputError, LogitsProcessor, Sampling
 from runtime.bindings import GraphDims
 from runtime.drafting.drafter import Drafter
-from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import FixedSizes
+from runtime.drafting.text_drafts import TextDrafts
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.sampling.noise import Noise
 from runtime.sampling.sampler import Sampler
@@ -188,7 +188,7 @@ def decode(
     sizes: TreeSizes,
     count: int,
     stop_tokens: Sequence[int] = STOPS,
-    ngrams: Ngrams | None = None,
+    ngrams: TextDrafts | None = None,
 ) -> tuple[list[list[int]], Sampler]:
     sampler = Sampler(sampling, prompt, VOCAB, stop_tokens)
     layers = TransferDrafts(temperature=sampling.temperature, noise=sampler.noise)
@@ -254,7 +254,7 @@ def test_with_the_same_seed_speculation_gives_the_tokens_of_plain_decoding_with_
         # A forced token after itself would be ruled out by the hook.
         chosen = {**history, **drawing, "forced_tokens": {} if hook else forced}
         sampling = Sampling(**chosen, processors=processors, seed=seed, logprobs=logprobs)
-        steps, sampler = decode(prompt, sampling, tree, count, ngrams=Ngrams() if ngrams else None)
+        steps, sampler = decode(prompt, sampling, tree, count, ngrams=TextDrafts() if ngrams else None)
         tokens = flat(steps)
         assert spy.tokens == [prompt + tokens[:index] for index in range(len(tokens))]
         assert not set(tokens[:-1]) & set(STOPS)

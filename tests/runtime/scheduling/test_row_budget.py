@@ -9,8 +9,8 @@ import pytest
 
 from runtime.decode import DecodingState
 from runtime.drafting.drafter import Drafter, Offer
-from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import AdaptiveSizes, BatchMenu, FixedSizes, Menu
+from runtime.drafting.text_drafts import TextDrafts
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.scheduling.job import Job
 from runtime.scheduling.pass_sizes import PassSizes
@@ -132,7 +132,7 @@ def test_texts_are_those_of_plain_decoding_whatever_the_budget(row: float) -> No
     states = [
         DecodingState(
             [1, 2, index],
-            Drafter(AdaptiveSizes(menu_of(0.03, 0.013)), [TransferDrafts(), Ngrams()]),
+            Drafter(AdaptiveSizes(menu_of(0.03, 0.013)), [TransferDrafts(), TextDrafts()]),
             8,
             DIMS.join_order,
             max_new_tokens=100 + 20 * index,

@@ -15,8 +15,8 @@ from runtime import Generator
 from runtime.bundle.engine_file import read_engine_file
 from runtime.decode import DecodingState, Greedy
 from runtime.drafting.drafter import Drafter
-from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import FixedSizes
+from runtime.drafting.text_drafts import TextDrafts
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.engines.host_cache import KeyValueCache
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -41,7 +41,7 @@ right_ = st.lists(st.booleans(), min_size=1, max_size=7)
 
 
 def drafter_of(sizes: TreeSizes, ngrams: bool = False) -> Drafter:
-    return Drafter(FixedSizes(sizes), [TransferDrafts(), *([Ngrams()] if ngrams else [])])
+    return Drafter(FixedSizes(sizes), [TransferDrafts(), *([TextDrafts()] if ngrams else [])])
 
 
 class Told:
@@ -154,6 +154,7 @@ class Toggled:
     """Sizes that switch between drafting nothing and a tree, by a pattern."""
 
     draft_steps = 3
+    least = 0.0
 
     def __init__(self, sizes: TreeSizes, pattern: Sequence[bool]) -> None:
         self.sizes = sizes
@@ -229,7 +230,7 @@ def test_any_schedule_gives_each_request_the_text_it_has_alone(
     for one in asked:
         state = DecodingState(
             one.prompt,
-            Drafter(Toggled(one.sizes, one.pattern), [TransferDrafts(), *([Ngrams()] if one.ngrams else [])]),
+            Drafter(Toggled(one.sizes, one.pattern), [TransferDrafts(), *([TextDrafts()] if one.ngrams else [])]),
             8,
             DIMS.join_order,
             OnceEach(),

@@ -9,9 +9,9 @@ import pytest
 
 from runtime.decode import DecodingState
 from runtime.drafting.drafter import Drafter, Offer
-from runtime.drafting.ngrams import Ngrams
 from runtime.drafting.sizing import AdaptiveSizes, BatchMenu, FixedSizes, Menu
 from runtime.drafting.source import Context
+from runtime.drafting.text_drafts import TextDrafts
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.scheduling.job import Job
 from runtime.scheduling.scheduler import Limits, Scheduler
@@ -124,7 +124,7 @@ def test_where_plain_decoding_is_best_no_speculative_work_is_done() -> None:
     menus = [batch_menu(2, 5.0), batch_menu(4, 5.0)]
     scheduler = Scheduler(engine, Limits(prompt_chunk=8), batch_menus=menus, checked=True)
     watched = [Watched() for _ in range(4)]
-    ngrams = [Ngrams() for _ in range(4)]
+    ngrams = [TextDrafts() for _ in range(4)]
     states = [
         DecodingState(
             [1, 2, index],

@@ -1,6 +1,6 @@
 """Measure structured answers: tokens per step and tokens/s by schema, and how long schemas take to compile.
 
-    python scripts/structured.py engine.onnx --out structured.json [--count 8] [--repeats 2] [--tokens 96]
+    python docs/measuring/structured.py engine.onnx --out structured.json [--count 8] [--repeats 2] [--tokens 96]
 
 Each prompt is asked in all ways in turn: plain and speculative within the grammar, without and with what it forces as
 drafts, and freely. Texts within the grammar must be the same in all ways.
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from runtime import GenerationResult, Generator, Grammar, RequestOptions, Sampling
 from tests.runtime.grammar.schemas import SCHEMAS

@@ -1,6 +1,6 @@
 """Measure the CPU time that the server takes outside of the engine's passes, while it streams answers.
 
-python3 scripts/measure_serving.py engine.onnx --streams 16 --seconds 60      in an environment with [serve,cpu]
+python3 docs/measuring/measure_serving.py engine.onnx --streams 16 --seconds 60      in an environment with [serve,cpu]
 
 The server runs in this process and its clients in another. Counted are the thread of the event loop, the threads in
 which prompts are rendered and encoded, and the engine's thread without `engine.run` and `engine.commit`.

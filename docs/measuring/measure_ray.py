@@ -1,7 +1,7 @@
 """Measure `runtime.serving.ray` on this machine, without a Ray cluster: routing by prefix beside Ray's own routing, a
 replica that is killed under load, and replicas that come and go with the load.
 
-python3 scripts/measure_ray.py engine.onnx --part routing --json ray.json     in an environment with [ray,cpu] and httpx
+python3 docs/measuring/measure_ray.py engine.onnx --part routing --json ray.json     in an environment with [ray,cpu] and httpx
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="add the results to this file")
     options = parser.parse_args(arguments)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     ray.init(
         num_cpus=4,
         include_dashboard=False,
