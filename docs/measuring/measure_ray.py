@@ -1,7 +1,7 @@
 """Measure `runtime.serving.ray` on this machine, without a Ray cluster: routing by prefix beside Ray's own routing, a
 replica that is killed under load, and replicas that come and go with the load.
 
-python3 docs/measuring/measure_ray.py engine.onnx --part routing --json ray.json     in an environment with [ray,cpu] and httpx
+python3 docs/measuring/measure_ray.py engine.onnx --part routing --json ray.json     with [ray,cpu] and httpx
 """
 
 from __future__ import annotations

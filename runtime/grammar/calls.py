@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import InputError, shown
+from runtime.grammar.given import MOST_TEXT
 from runtime.grammar.schema import prepared
 from runtime.tools.formats import ToolFormat
 
@@ -76,8 +77,16 @@ class _Rules:
         self._markers = markers
         self._parallel = parallel
         self.lines: list[str] = []
+        length = 0
         for index, function in enumerate(functions):
             self.lines.append(f"args_{index}: %json {_schema(function)}")
+            length += len(self.lines[-1])
+            # Before the others are read: whoever asks may wait for it.
+            if length > MOST_TEXT:
+                raise InputError(
+                    f"the parameters of the first {index + 1} tools have {length} characters, and a grammar may have "
+                    f"{MOST_TEXT}; give fewer tools, or smaller schemas"
+                )
 
     def tagged(self, opener: str, required: bool) -> str:
         """Add the rules of calls that begin with a marker, and return what an answer is."""

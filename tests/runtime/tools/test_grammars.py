@@ -10,9 +10,11 @@ pytest.importorskip("llguidance", reason="llguidance is not installed")
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from runtime.grammar import Grammar
+from runtime.errors import InputError
+from runtime.grammar import Grammar, calls
 from runtime.grammar.calls import NONE, Function, grammar_of_calls
 from runtime.grammar.compiler import Compiler, Vocabulary
+from runtime.grammar.schema import prepared
 from runtime.token_bytes import TokenBytes
 from runtime.tools import FORMATS
 from runtime.tools.formats import special_markers
@@ -124,3 +126,18 @@ def test_a_special_token_that_is_forced_is_told_of_and_may_follow() -> None:
         assert matcher.allowed().nonzero()[0].tolist() == [token]
         matcher.accept(token)
     assert matcher.complete
+
+
+def test_large_schemas_are_refused_before_all_of_them_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = {"type": "object", "properties": {f"p{n}": {"const": "x" * 1000} for n in range(100)}}
+    functions = [Function(f"f{n}", large) for n in range(128)]
+    read: list[str] = []
+
+    def noted(text: str) -> str:
+        read.append(text)
+        return prepared(text)
+
+    monkeypatch.setattr(calls, "prepared", noted)
+    with pytest.raises(InputError, match=r"the parameters of the first 3 tools have .* give fewer tools"):
+        grammar_of_calls(FORMATS["hermes"], functions, {}, required=True, parallel=False)
+    assert len(read) == 3
