@@ -11,7 +11,8 @@ pytest.importorskip("llguidance", reason="llguidance is not installed")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from runtime.errors import InputError
-from runtime.grammar import Grammar, calls
+from runtime.grammar import Grammar
+from runtime.grammar import calls as calls_module
 from runtime.grammar.calls import NONE, Function, grammar_of_calls
 from runtime.grammar.compiler import Compiler, Vocabulary
 from runtime.grammar.schema import prepared
@@ -137,7 +138,7 @@ def test_large_schemas_are_refused_before_all_of_them_are_read(monkeypatch: pyte
         read.append(text)
         return prepared(text)
 
-    monkeypatch.setattr(calls, "prepared", noted)
+    monkeypatch.setattr(calls_module, "prepared", noted)
     with pytest.raises(InputError, match=r"the parameters of the first 3 tools have .* give fewer tools"):
         grammar_of_calls(FORMATS["hermes"], functions, {}, required=True, parallel=False)
     assert len(read) == 3
