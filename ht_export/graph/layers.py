@@ -218,7 +218,8 @@ def _position_embeddings(model: HiddenTransferModel) -> list[tuple[Tensor, Tenso
 
 
 def _traced(model: HiddenTransferModel, layer: nn.Module, embedding: tuple[Tensor, Tensor], trace: Trace) -> Kind:
-    config, dtype = model.base.config, embedding[0].dtype
+    # Cosines and sines may have another type than what they rotate.
+    config, dtype = model.base.config, model.base.dtype
     cache = torch.zeros(BATCH, config.num_key_value_heads, CAPACITY, head_dim(config), dtype=dtype)
     inputs = (
         torch.zeros(BATCH, ROWS, config.hidden_size, dtype=dtype),

@@ -12,6 +12,7 @@ from ht_export.graph import layers, trace
 from ht_export.graph.layers import described
 from ht_export.model.reference import HiddenTransferModel
 from tests.conftest import random_transfer, tiny_llama
+from tests.families import tiny_model
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -93,3 +94,10 @@ def test_what_computes_otherwise_is_of_another_kind() -> None:
     assert described(one) == described(other)
     other.mlp.act_fn = torch.nn.GELU()
     assert described(one) != described(other)
+
+
+def test_cosines_may_have_another_type_than_states() -> None:
+    model = HiddenTransferModel(tiny_model("olmo2").eval(), random_transfer((1, 1)))
+    graph = trace.build_graph(model, torch.float16).graph
+    states = {value.dtype for value in (*graph.inputs, *graph.outputs) if value.name and "_cache_" in value.name}
+    assert states == {ir.DataType.FLOAT16}
