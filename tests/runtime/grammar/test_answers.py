@@ -115,7 +115,7 @@ def test_a_trace_names_the_grammar_for_what_it_forces_beside_others_that_propose
     found = generator.generate("Go", sampling=sampling, prediction='{"a_long_property_name":true}', trace=True)
     names = {node.sources for one in found.passes or () for node in one.nodes[1:]}
     assert all(names)
-    assert {"grammar", "prediction"} in map(set, names)
+    assert {"grammar", "text"} in map(set, names)
 
 
 def test_each_of_several_answers_has_its_own_place_in_the_grammar(generator: Generator) -> None:
