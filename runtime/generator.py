@@ -327,12 +327,17 @@ class Generator:
 
     def _usual_ways(self, count: int) -> list[RequestOptions]:
         some = WARM_TOKENS
-        ways: list[RequestOptions] = [{"speculate": way, "max_new_tokens": some} for way in (False, True)]
+        # Without drafts from the text: what repeats itself, as here, would end too soon.
+        ways: list[RequestOptions] = [
+            {"speculate": way, "max_new_tokens": some, "ngrams": False} for way in (False, True)
+        ]
         if self.engine.gpu_name is not None and self.tuning is not None:
             menu = self.tuning.menu
             if count > 1:
                 menu = next((one.menu for one in self.tuning.batches if one.requests >= count), menu)
-            ways += [{"tree": sizes, "max_new_tokens": some} for sizes in menu.sizes if sizes.tree_rows > 1]
+            ways += [
+                {"tree": sizes, "max_new_tokens": some, "ngrams": False} for sizes in menu.sizes if sizes.tree_rows > 1
+            ]
         return ways
 
     def drain(self, timeout: float | None = None) -> bool:
