@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from runtime.bundle.engine_file import ENGINE, EngineFile
-from runtime.bundle.places import engine_file_path, placing_folder
+from runtime.bundle.places import ENGINE_SUFFIXES, engine_file_path, placing_folder
 from runtime.bundle.placing import CPU_SUFFIX, SUFFIXES, check_replaceable, complete, place
 from runtime.errors import InputError
 from runtime.files import RANDOM, check_name, check_readable, check_writable, unwritable
@@ -27,7 +27,7 @@ def check_out(out: Path) -> None:
     longest = max(*SUFFIXES.get(out.suffix, ("",)), f".{out.suffix}{STAGING}{'-' * RANDOM}", key=len)
     check_name(out, longest)
     check_readable(out)
-    if out.suffix not in (".onnx", ".plan"):
+    if out.suffix not in ENGINE_SUFFIXES:
         raise InputError(
             f"{out}: the engine's name must end in .onnx (ONNX Runtime) or .plan (TensorRT), for example "
             f"{out.with_suffix('.plan')}"

@@ -82,7 +82,7 @@ class Answer:
     """The part of a request's answer that has come: call `step` after each step that made tokens certain.
 
     `ends` is for `DecodingState.ends`: text decides where an answer ends, by its `stop` strings as well as by
-    `stop_tokens`. Special tokens that are `shown` are in the text.
+    `stop_tokens`. Special tokens that are `shown` are in the text. `text_drafts` know how much of a prediction it has.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Answer:
         stop: Sequence[str],
         stop_tokens: Iterable[int],
         sampler: Sampler,
-        predicted: TextDrafts | None = None,
+        text_drafts: TextDrafts | None = None,
         shown: Collection[int] = (),
     ) -> None:
         from runtime.text import TextStream
@@ -99,7 +99,7 @@ class Answer:
         self._text = TextStream(tokenizer, stop, shown)
         self._stop_tokens = frozenset(stop_tokens)
         self._sampler = sampler
-        self._predicted = predicted
+        self._text_drafts = text_drafts
         self._released: list[str] = []
         self._count = 0
         self._stopped = False
@@ -158,8 +158,8 @@ class Answer:
     def _result(self, state: DecodingState, cached: int) -> GenerationResult:
         tokens, steps, decoding = state.tokens, self._steps, self._last - self._first
         limited = len(tokens) >= state.max_new_tokens
-        predicted = self._predicted
-        if predicted is not None and predicted.prediction_tokens:
+        drafts = self._text_drafts
+        if drafts is not None and drafts.prediction_tokens:
             # While it rested it was told nothing.
             state.drafter.catch_up()
         return GenerationResult(
@@ -178,7 +178,7 @@ class Answer:
             prompt_log_probabilities=None if state.scores is None else state.scores.found,
             candidates=state.candidates,
             accepted_candidates=state.accepted,
-            prediction_tokens=predicted.prediction_tokens if predicted else 0,
-            found_prediction_tokens=predicted.found if predicted else 0,
+            prediction_tokens=drafts.prediction_tokens if drafts else 0,
+            found_prediction_tokens=drafts.found if drafts else 0,
             passes=None if state.trace is None else self._passes,
         )

@@ -26,20 +26,14 @@ from runtime.errors import BusyError, EngineError, InputError
 from runtime.files import check_readable
 from runtime.grammar import Grammar
 from runtime.memory import default_cache_bytes
-from runtime.preparation import (
-    MOST_ANSWERS,
-    Preparation,
-    RequestOptions,
-    predictions_of,
-    prompts_of,
-    sampling_of_answers,
-)
+from runtime.preparation import Preparation, RequestOptions
 from runtime.prompts import Prompt, Prompts, Tokens
 from runtime.request import Request
 from runtime.sampling.noise import Noise
 from runtime.scheduling.pool import Footprint
 from runtime.scheduling.scheduler import Limits, Scheduler
 from runtime.service import Service
+from runtime.several import MOST_ANSWERS, predictions_of, prompts_of, sampling_of_answers
 from runtime.token_bytes import TokenBytes
 from runtime.tools import ToolFormat
 from runtime.tuning import device_name, load_or_measure

@@ -82,6 +82,18 @@ class Tree:
         return ends
 
 
+def tree_of(
+    tokens: Sequence[int], parents: Sequence[int], depths: Sequence[int], probabilities: Sequence[float]
+) -> Tree:
+    """Return the tree of these nodes, the root first and parents before children."""
+    return Tree(
+        np.array(tokens, dtype=np.int64),
+        np.array(parents, dtype=np.int64),
+        np.array(depths, dtype=np.int64),
+        np.array(probabilities, dtype=np.float64),
+    )
+
+
 # Those of every tree that is its root alone, as in plain decoding.
 _ROOT_PARENTS, _ROOT_DEPTHS = np.array([-1], dtype=np.int64), np.array([0], dtype=np.int64)
 _ROOT_PROBABILITIES = np.array([1.0])

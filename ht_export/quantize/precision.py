@@ -17,6 +17,11 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 CHOICES = tuple(dict.fromkeys([*PRECISIONS, *STORED, *STORED_IN_PLANS]))
 
 
+def name_of(precision: str) -> str:
+    """Return what `engine.json` calls a precision as users write it."""
+    return str(PRECISIONS[precision]).removeprefix("torch.") if precision in PRECISIONS else precision
+
+
 def storage_of(precision: str, is_plan: bool) -> tuple[torch.dtype, Storage | None]:
     """Return what a graph of this precision is traced and checked in, and computes in; and how its weights are stored
     if they are quantised.

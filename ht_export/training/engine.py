@@ -9,14 +9,11 @@ from ht_export.model.checkpoint import load_base_model
 from ht_export.model.known import KNOWN_MODELS
 from ht_export.model.shipped import UNTRAINED
 from ht_export.progress import Stage
+from ht_export.quantize.precision import name_of
 from ht_export.settings import ExportSettings
 from runtime.bundle.engine_file import read_engine_file
-from runtime.bundle.places import engine_file_path
+from runtime.bundle.places import ENGINE_SUFFIXES, engine_file_path
 from runtime.errors import InputError
-
-ENGINES = (".onnx", ".plan")
-# Names of precisions on the command line and in engine.json.
-PRECISIONS = {"fp32": "float32", "int8": "int8"}
 
 
 def data_engine(model: str, folder: Path, precision: str | None, transfer: Path | None, stage: Stage) -> Path:
@@ -26,7 +23,7 @@ def data_engine(model: str, folder: Path, precision: str | None, transfer: Path 
     ones: with them, text that repeats itself is all that is drafted. Raises `InputError`.
     """
     given = Path(model)
-    if given.suffix in ENGINES:
+    if given.suffix in ENGINE_SUFFIXES:
         for name, value in (("precision", precision), ("transfer", transfer)):
             if value is not None:
                 raise InputError(f"--{name} is for models that are exported; {model} is an engine")
@@ -36,7 +33,7 @@ def data_engine(model: str, folder: Path, precision: str | None, transfer: Path 
     if engine_file_path(engine).is_file():
         base = load_base_model(model)
         about = read_engine_file(engine)
-        if about.base_model == base.identity() and about.precision == PRECISIONS[precision]:
+        if about.base_model == base.identity() and about.precision == name_of(precision):
             return engine
         raise InputError(f"{engine} is an engine of another model; choose a new folder, or delete that one")
     engine.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ import math
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -174,6 +173,15 @@ def encode(generator: Generator, turns: Sequence[str], answers: Sequence[str]) -
     return generator.encode([{"role": roles[place % 2], "content": text} for place, text in enumerate(said)])
 
 
+@dataclass(frozen=True)
+class _UnderWay:
+    """A shard whose answers are being made: its `number`, the conversations and their prompts, and the requests."""
+
+    number: int
+    prompts: list[tuple[int, list[int]]]
+    requests: list[Request]
+
+
 def _answer_turn(
     generator: Generator,
     conversations: dict[int, Conversation],
@@ -188,40 +196,45 @@ def _answer_turn(
     size = settings.shard_size
     shards = [(number, ordered[at : at + size]) for number, at in enumerate(range(0, len(ordered), size))]
     bar = progress.add_task(f"turn {turn + 1}", total=len(ordered))
-    under_way: deque[tuple[int, list[tuple[int, list[int]]], list[Request]]] = deque()
+    under_way: deque[_UnderWay] = deque()
     begun, tokens = perf_counter(), 0
-    with ExitStack() as unfinished:
+
+    def begin(number: int, shard: list[tuple[int, list[int]]]) -> _UnderWay:
+        most = settings.max_new_tokens
+        asked = [
+            generator.submit(Tokens(ids), max_new_tokens=most, sampling=settings.sampling(turn, i)) for i, ids in shard
+        ]
+        return _UnderWay(number, shard, asked)
+
+    def finished(shard: _UnderWay) -> Iterator[tuple[int, AnsweredPrompt]]:
+        nonlocal tokens
+        sequences = []
+        for (i, ids), request in zip(shard.prompts, shard.requests, strict=True):
+            answer = request.result().tokens
+            of = conversations[i]
+            sequences.append(AnsweredPrompt(f"{of.id}/{turn + 1}", of.task, ids, answer))
+            tokens += len(answer)
+            speed = tokens / (perf_counter() - begun)
+            progress.update(bar, description=f"turn {turn + 1}, {speed:,.0f} tokens/s")
+            progress.advance(bar)
+        out.write_shard(turn, shard.number, sequences)
+        yield from zip((i for i, _ in shard.prompts), sequences, strict=True)
+
+    try:
         # The longest first: too little memory shows at once, and the remaining time is never guessed too short.
-        waiting = deque(reversed(shards))
-        while waiting or under_way:
-            while waiting and len(under_way) <= AHEAD:
-                number, shard = waiting.popleft()
-                written = out.shard(turn, number, [ids for _, ids in shard])
-                if written is not None:
-                    progress.advance(bar, len(shard))
-                    yield from zip((i for i, _ in shard), written, strict=True)
-                    continue
-                requests = [
-                    generator.submit(
-                        Tokens(ids), max_new_tokens=settings.max_new_tokens, sampling=settings.sampling(turn, i)
-                    )
-                    for i, ids in shard
-                ]
-                for request in requests:
-                    unfinished.callback(request.cancel)
-                under_way.append((number, shard, requests))
-            if not under_way:
-                break
-            number, shard, requests = under_way.popleft()
-            sequences = []
-            for (i, ids), request in zip(shard, requests, strict=True):
-                answer = request.result().tokens
-                sequences.append(
-                    AnsweredPrompt(f"{conversations[i].id}/{turn + 1}", conversations[i].task, ids, answer)
-                )
-                tokens += len(answer)
-                speed = tokens / (perf_counter() - begun)
-                progress.update(bar, description=f"turn {turn + 1}, {speed:,.0f} tokens/s")
-                progress.advance(bar)
-            out.write_shard(turn, number, sequences)
-            yield from zip((i for i, _ in shard), sequences, strict=True)
+        for number, shard in reversed(shards):
+            written = out.shard(turn, number, [ids for _, ids in shard])
+            if written is not None:
+                progress.advance(bar, len(shard))
+                yield from zip((i for i, _ in shard), written, strict=True)
+                continue
+            under_way.append(begin(number, shard))
+            if len(under_way) > AHEAD:
+                yield from finished(under_way[0])
+                under_way.popleft()
+        while under_way:
+            yield from finished(under_way[0])
+            under_way.popleft()
+    finally:
+        for request in (request for shard in under_way for request in shard.requests):
+            request.cancel()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# How the names of engines end: of ONNX graphs, and of TensorRT plans.
+ENGINE_SUFFIXES = (".onnx", ".plan")
+
 
 def engine_file_path(engine: Path) -> Path:
     """Return where the description of `engine` is: `engine.onnx` has `engine.json` beside it."""

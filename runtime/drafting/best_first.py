@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.arrays import IntArray
 from runtime.drafting.drafts import Drafts
-from runtime.tree import Tree, root_alone
+from runtime.tree import Tree, root_alone, tree_of
 
 NOBODY: IntArray = np.empty(0, dtype=np.int64)
 
@@ -44,12 +44,7 @@ def best_first_tree(root: int, drafts: Drafts, max_rows: int, least: float = 0.0
         if len(tokens) < max_rows:
             consider(parent, rank + 1)
             consider(len(tokens) - 1, 0)
-    return Tree(
-        np.array(tokens, dtype=np.int64),
-        np.array(parents, dtype=np.int64),
-        np.array(depths, dtype=np.int64),
-        np.array(probabilities, dtype=np.float64),
-    )
+    return tree_of(tokens, parents, depths, probabilities)
 
 
 def merge(root: int, proposals: Iterable[Tree], max_rows: int) -> Tree:
@@ -101,16 +96,26 @@ def _joined(tree: Tree, other: Tree) -> Tree:
     paths = [1.0]
     for child in range(1, len(parents)):
         paths.append(paths[parents[child]] * given[child])
+    return by_falling_probability(tokens, parents, depths, paths)[0]
+
+
+def by_falling_probability(
+    tokens: Sequence[int], parents: Sequence[int], depths: Sequence[int], paths: Sequence[float]
+) -> tuple[Tree, dict[int, int]]:
+    """Return the tree of these nodes, whose path probabilities are `paths`, the most probable first, and the new place
+    of each.
+    """
     # A node is never more probable than its parent, and among equals the nearer one comes first: parents before
     # children.
     order = sorted(range(len(paths)), key=lambda node: (-paths[node], depths[node]))
     new = {node: index for index, node in enumerate(order)}
-    return Tree(
-        np.array([tokens[node] for node in order], dtype=np.int64),
-        np.array([-1, *(new[parents[node]] for node in order[1:])], dtype=np.int64),
-        np.array([depths[node] for node in order], dtype=np.int64),
-        np.array([paths[node] for node in order], dtype=np.float64),
+    tree = tree_of(
+        [tokens[node] for node in order],
+        [-1, *(new[parents[node]] for node in order[1:])],
+        [depths[node] for node in order],
+        [paths[node] for node in order],
     )
+    return tree, new
 
 
 def _given(tree: Tree) -> list[float]:

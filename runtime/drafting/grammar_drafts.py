@@ -12,8 +12,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
+from runtime.drafting.best_first import by_falling_probability
 from runtime.grammar.matcher import Matcher
 from runtime.tree import Tree
 
@@ -131,7 +130,9 @@ class _Shaping:
                 self._expand(node, found.place, found.rest, paths, lost, guesses)
         self._matcher.pop(len(self._at))
         forced = [child for (parent, token), child in children.items() if guesses.get(parent, (-1,))[0] == token]
-        return _sorted(tokens, parents, depths, paths, forced)
+        # They come by falling probabilities, but for rounding and for odds that rose.
+        tree, new = by_falling_probability(tokens, parents, depths, paths)
+        return tree, frozenset(new[node] for node in forced)
 
     def _expand(
         self,
@@ -189,18 +190,3 @@ class _Shaping:
         for one in way[shared:]:
             self._matcher.push(tokens[one])
             self._at.append(one)
-
-
-def _sorted(
-    tokens: list[int], parents: list[int], depths: list[int], paths: list[float], forced: list[int]
-) -> tuple[Tree, frozenset[int]]:
-    # They come by falling probabilities, but for rounding and for odds that rose.
-    order = sorted(range(len(paths)), key=lambda node: (-paths[node], depths[node]))
-    new = {node: index for index, node in enumerate(order)}
-    tree = Tree(
-        np.array([tokens[node] for node in order], dtype=np.int64),
-        np.array([-1, *(new[parents[node]] for node in order[1:])], dtype=np.int64),
-        np.array([depths[node] for node in order], dtype=np.int64),
-        np.array([paths[node] for node in order], dtype=np.float64),
-    )
-    return tree, frozenset(new[node] for node in forced)

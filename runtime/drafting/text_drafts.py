@@ -17,10 +17,8 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
-import numpy as np
-
 from runtime.drafting.source import Context
-from runtime.tree import Tree, root_alone
+from runtime.tree import Tree, root_alone, tree_of
 
 # Places looked at, the latest; and around where the answer is thought to be.
 LATEST, BEFORE, AFTER = 8, 4, 8
@@ -156,12 +154,7 @@ class TextDrafts:
             probabilities.append(-path)
             matches.append(self._advanced(matches[parent], token, paths[parent]))
             paths.append((*paths[parent], token))
-        return Tree(
-            np.array(tokens, dtype=np.int64),
-            np.array(parents, dtype=np.int64),
-            np.array(depths, dtype=np.int64),
-            np.array(probabilities, dtype=np.float64),
-        )
+        return tree_of(tokens, parents, depths, probabilities)
 
     def trust(self, where: Where, matched: int) -> float:
         """Return how probable it is that what follows matches of so many tokens there follows again."""

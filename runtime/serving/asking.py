@@ -12,12 +12,13 @@ import anyio.to_thread
 
 from runtime.answer import GenerationChunk, GenerationResult
 from runtime.generator import Generator
-from runtime.preparation import RequestOptions, sampling_of_answers
+from runtime.preparation import RequestOptions
 from runtime.prompts import Prompt
 from runtime.request import Request
 from runtime.serving.exchange import Exchange
 from runtime.serving.replies import CompletionDetails, Finish, PromptDetails, Usage
 from runtime.serving.state import Server
+from runtime.several import sampling_of_answers
 
 T = TypeVar("T")
 

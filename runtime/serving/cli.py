@@ -232,11 +232,11 @@ def _serve(options: argparse.Namespace) -> int:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """Return the settings that the options of `ht-serve` ask for. Raises `InputError` where they do not fit."""
-    from runtime.serving.exporting import ENGINES
+    from runtime.bundle.places import ENGINE_SUFFIXES
     from runtime.serving.settings import Settings
 
     # A model that was asked for by name is known by that.
-    own = () if Path(options.engine).suffix in ENGINES or Path(options.engine).exists() else (options.engine,)
+    own = () if Path(options.engine).suffix in ENGINE_SUFFIXES or Path(options.engine).exists() else (options.engine,)
     return Settings(
         models=options.served_model_name or own,
         api_keys=_keys(options.api_key_file),

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from runtime.bundle.places import ENGINE_SUFFIXES
 from runtime.errors import InputError
 
 CACHE_VARIABLE = "HT_CACHE"
 # Names, and no paths: ht-export knows which there are.
 KNOWN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
-ENGINES = (".onnx", ".plan")
 
 
 class UnknownModelError(InputError):
@@ -26,7 +26,7 @@ def engine_of(given: str, precision: str | None = None) -> Path:
     before, in another process. Raises `InputError`, and `UnknownModelError` for a name that nothing has.
     """
     path = Path(given)
-    if path.suffix in ENGINES or path.exists() or not KNOWN.fullmatch(given):
+    if path.suffix in ENGINE_SUFFIXES or path.exists() or not KNOWN.fullmatch(given):
         if precision is not None:
             raise InputError(f"--precision is for models that are exported; {given} is an engine")
         return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -91,7 +92,7 @@ class ParsedAnswer:
                     last.arguments += event.text
 
 
-class CallParser:
+class CallParser(ABC):
     """Finds calls in one answer: give it the text as it comes, with `push`, and say when it has ended, with `finish`.
 
     It is what a format extends: `opener` begins a call anywhere, and `candidate` reads what follows it. `names` are the
@@ -130,11 +131,11 @@ class CallParser:
 
     # For formats.
 
+    @abstractmethod
     def candidate(self) -> Reading[None]:
         """Read what follows an opener: `call` is for objects, `begin` and `arguments` are for other ways, and `end` for
         the end of each. Where no call has begun by then, the opener is content.
         """
-        raise NotImplementedError
 
     def outset(self) -> Reading[None]:
         """Read what may be at an answer's beginning without an opener."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from runtime import InputError, Sampling
-from runtime.preparation import sampling_of_answers
+from runtime.several import sampling_of_answers
 
 
 def identity(tokens: Any, logits: Any) -> Any:
