@@ -247,7 +247,8 @@ class Preparation:
         grammar: GrammarDrafts | None = None,
     ) -> Drafter:
         bundle = self._bundle
-        sources: list[DraftSource] = [TransferDrafts(bundle.correction, bundle.reliability, temperature, noise)]
+        layers = TransferDrafts(bundle.correction, bundle.reliability, temperature, noise, bundle.foresight)
+        sources: list[DraftSource] = [layers]
         if text is not None:
             sources.append(text)
         return Drafter(sizing, sources, bundle.draft_tokens, grammar)

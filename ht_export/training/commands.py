@@ -24,10 +24,10 @@ from ht_export.model.transfer import TransferFile, default_layers, load_transfer
 from ht_export.progress import progress_bar, stage_display
 from ht_export.prompts import read_conversations
 from ht_export.settings import ExportSettings
+from ht_export.training.acceptance import measure_acceptance
 from ht_export.training.data import MANIFEST, AnsweredPrompt, read_data
 from ht_export.training.draft_tokens import choose_draft_tokens, described
 from ht_export.training.engine import data_engine
-from ht_export.training.evaluate import evaluate
 from ht_export.training.fit import FitSettings, MetricLog, fit
 from ht_export.training.generate import DataSettings, Part, generate_data
 from ht_export.training.merging import merge
@@ -129,7 +129,7 @@ def run_fit(options: argparse.Namespace) -> None:
         sizes = ExportSettings().tree(len(layers))
         acceptance: dict[str, Any] = {}
         if held_out:
-            acceptance = {"dtype": options.dtype, **evaluate(base, transfer, held_out, sizes, progress=progress)}
+            acceptance = measure_acceptance(base, transfer, held_out, sizes, progress)
     recipe = {
         **asdict(settings),
         "data": {"sequences": len(data), "answer_tokens": sum(len(sequence.answer) for sequence in data)},
@@ -170,7 +170,7 @@ def run_draft_head(options: argparse.Namespace) -> None:
     if held_out:
         sizes = ExportSettings().tree(transfer.num_steps)
         with progress_bar() as progress:
-            acceptance = {"dtype": options.dtype, **evaluate(base, transfer, held_out, sizes, progress=progress)}
+            acceptance = measure_acceptance(base, transfer, held_out, sizes, progress)
     recipe = {**about.recipe, "draft_head": found}
     save_transfer_layers(options.out, transfer, TransferFile(about.base_model, recipe, acceptance))
     print(
@@ -194,7 +194,7 @@ def run_eval(options: argparse.Namespace) -> None:
     data = read_data(options.data, base, transfer.num_steps + 1)
     transfer.to(base.model.device)
     with progress_bar() as progress:
-        found = {"dtype": options.dtype, **evaluate(base, transfer, data, sizes, progress=progress)}
+        found = measure_acceptance(base, transfer, data, sizes, progress)
     if options.out:
         write_json(options.out / "eval.json", found)
         plot_acceptance(found, options.out)

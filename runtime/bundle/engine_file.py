@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from runtime.bindings import GraphDims
 from runtime.bundle.places import candidates, engine_file_path
+from runtime.drafting.foresight import Foresight
 from runtime.drafting.reliability import Reliability
 from runtime.errors import EngineFileError
 from runtime.files import sha256_file, write_json
@@ -210,7 +211,9 @@ class EngineFile:
                 raise ValueError(f"tree_rows {self.tree.tree_rows}, and the plan was built for max_rows {most}")
         for part in (self.base_model, self.transfer, self.parity, self.plan and self.plan.build):
             check_levels(part)
-        Reliability.of(self.transfer.get("acceptance", {}))
+        acceptance = self.transfer.get("acceptance", {})
+        Reliability.of(acceptance)
+        Foresight.of(acceptance)
 
     @property
     def computed_in(self) -> str:

@@ -13,6 +13,7 @@ from runtime.chat import ChatTemplate
 from runtime.chat.process import TemplateProcess
 from runtime.drafting.correction import TABLES, TokenCorrection
 from runtime.drafting.draft_tokens import DRAFT_TOKENS, read_draft_tokens
+from runtime.drafting.foresight import Foresight
 from runtime.drafting.reliability import Reliability
 from runtime.errors import EngineFileError
 from runtime.formats import Format
@@ -66,6 +67,7 @@ class Bundle:
     chat: ChatTemplate | None
     correction: TokenCorrection | None
     reliability: Reliability | None
+    foresight: Foresight
     draft_tokens: IntArray | None
 
 
@@ -108,12 +110,13 @@ def _read(path: Path, about: EngineFile, verify_weights: bool) -> Bundle:
     if about.correction:
         where, content = about.correction.read(path, TABLES)
         correction = TokenCorrection.of(content, where, about.dims.vocab_size, about.dims.num_steps)
-    reliability = Reliability.of(about.transfer.get("acceptance", {}))
+    acceptance = about.transfer.get("acceptance", {})
+    reliability, foresight = Reliability.of(acceptance), Foresight.of(acceptance)
     draft_tokens = None
     if about.draft_tokens:
         where, content = about.draft_tokens.read(path, DRAFT_TOKENS)
         draft_tokens = read_draft_tokens(content, where, about.dims.draft_width, about.dims.vocab_size)
-    return Bundle(about, files, tokenizer, chat, correction, reliability, draft_tokens)
+    return Bundle(about, files, tokenizer, chat, correction, reliability, foresight, draft_tokens)
 
 
 def _open(path: Path, about: EngineFile, verify_weights: bool) -> EngineFiles:

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from runtime.arrays import FloatArray
 from runtime.drafting.best_first import best_first_tree
 from runtime.drafting.correction import SHORTLIST, TokenCorrection, corrected
 from runtime.drafting.drafts import AdjustedDrafts, DraftStep
+from runtime.drafting.foresight import Foresight, foreseen
 from runtime.drafting.reliability import Reliability
 from runtime.drafting.source import Context
 from runtime.sampling.noise import Noise
 from runtime.tree import Tree
-
-# Trust in waits, by draft step (see `foreseen`): the values tried that had the most tokens per step in
-# development texts.
-TRUST = (0.6, 0.5, 0.4)
-# The median of an exponentially distributed wait: log 2.
-MEDIAN_WAIT = 0.6931
 
 
 class TransferDrafts:
     """Drafts of the transfer layers, reordered by a token correction if there is one.
 
     Their probabilities are turned into those of acceptance: for greedy decoding by `reliability`; for sampling at a
-    `temperature` above 0 by that temperature, and by the `noise` of its draws.
+    `temperature` above 0 by that temperature, and with the `noise` of its draws by `foresight`.
     """
 
     name = "transfer layers"
@@ -37,11 +29,13 @@ class TransferDrafts:
         reliability: Reliability | None = None,
         temperature: float = 0.0,
         noise: Noise | None = None,
+        foresight: Foresight | None = None,
     ) -> None:
         self._correction = correction
         self._reliability = reliability
         self._temperature = temperature
         self._noise = noise
+        self._foresight = (foresight or Foresight()).at(temperature)
 
     def shortlist(self, max_rows: int) -> int:
         """See `DraftSource.shortlist`."""
@@ -71,7 +65,7 @@ class TransferDrafts:
                 return found
             # The certain token is at the position of the context's length.
             waits = self._noise.waits(context.length + 1 + step, found.tokens)
-            return foreseen(found, waits, TRUST[min(step, len(TRUST) - 1)], context.max_rows)
+            return foreseen(found, waits, self._foresight[min(step, len(self._foresight) - 1)], context.max_rows)
         if self._reliability is None:
             return candidates
         # Shares observed of candidates one by one may add up to more than 1, and at most one of them is right.
@@ -90,16 +84,3 @@ def tempered(step: DraftStep, temperature: float) -> DraftStep:
     rest = max(0.0, 1.0 - float(step.probabilities.sum()))
     total = float(weights.sum()) + (rest * float(weights[-1]) / last if last > 0.0 else 0.0)
     return DraftStep(step.tokens, weights / total)
-
-
-def foreseen(step: DraftStep, waits: FloatArray, trust: float, count: int) -> DraftStep:
-    """Return the `count` candidates that most probably win the race of the base model's draw, with how probably.
-
-    The step's probabilities are at the temperature of sampling; `waits` [N] are the candidates' own (see
-    `runtime.sampling.noise`). Were the probabilities the base model's, the least wait / probability would win for sure.
-    As they are off, short waits count as far as `trust`, 0 to 1, says: probability * wait ** -trust.
-    """
-    weights = step.probabilities * waits**-trust
-    rest = max(0.0, 1.0 - float(step.probabilities.sum())) * MEDIAN_WAIT**-trust
-    order = (-weights).argsort(kind="stable")[:count]
-    return DraftStep(step.tokens[order], weights[order] / max(float(weights.sum()) + rest, np.finfo(float).tiny))

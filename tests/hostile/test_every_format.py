@@ -40,6 +40,7 @@ ALLOWED = {
     Reading("runtime/tokenizer.py", "parse_tokenizer", "from_buffer"): "the content of its format",
     Reading("runtime/drafting/correction.py", "TokenCorrection.of", "frombuffer"): "the content of its format",
     Reading("runtime/drafting/draft_tokens.py", "read_draft_tokens", "frombuffer"): "the content of its format",
+    Reading("runtime/drafting/foresight.py", "Foresight.of", "msgspec.convert"): PART,
     Reading("runtime/drafting/reliability.py", "Reliability.of", "msgspec.convert"): PART,
     Reading("plugins/binaries.py", "KernelBinaries.from_bytes", "msgspec.json.decode"): PART,
     Reading("runtime/engines/external_weights.py", "external_weights", "FromString"): "the content of a graph",

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from runtime.drafting.best_first import best_first_tree
 from runtime.drafting.correction import CorrectedDrafts, TokenCorrection, corrected
 from runtime.drafting.drafts import AdjustedDrafts, DraftStep, IndependentDrafts, most_probable
-from runtime.drafting.transfer_drafts import foreseen, tempered
-from runtime.sampling.noise import Noise
+from runtime.drafting.transfer_drafts import tempered
 from tests.strategies import draft_steps
 
 VOCAB = 20
@@ -131,32 +130,3 @@ def test_tempered_drafts_are_falling_probabilities_at_any_temperature(
     assert np.isfinite(found.probabilities).all()
     assert (np.diff(found.probabilities) <= 0).all()
     assert 0 < found.probabilities.sum() <= 1 + 1e-9
-
-
-@given(st.integers(0, 1000), st.floats(0.0, 1.0), st.integers(1, VOCAB))
-def test_foreseen_candidates_are_the_best_by_probability_and_wait(seed: int, trust: float, count: int) -> None:
-    step = most_probable(some_logits(seed), VOCAB)
-    waits = np.random.default_rng(seed).exponential(size=VOCAB)
-    found = foreseen(step, waits, trust, count)
-    assert len(set(found.tokens.tolist())) == len(found.tokens) == count
-    assert (np.diff(found.probabilities) <= 0).all()
-    assert found.probabilities.sum() <= 1 + 1e-9
-    worth = dict(zip(step.tokens.tolist(), step.probabilities * waits**-trust, strict=True))
-    kept = [worth[token] for token in found.tokens.tolist()]
-    assert min(kept) >= max((worth[token] for token in worth if token not in found.tokens), default=0.0)
-
-
-@given(st.integers(0, 1000), st.integers(1, VOCAB))
-def test_without_trust_in_the_race_candidates_are_as_probable_as_before(seed: int, count: int) -> None:
-    step = most_probable(some_logits(seed), count)
-    found = foreseen(step, np.random.default_rng(seed).exponential(size=count), 0.0, count)
-    assert found.tokens.tolist() == step.tokens.tolist()
-    np.testing.assert_allclose(found.probabilities, step.probabilities, rtol=1e-6)
-
-
-@given(st.integers(0, 1000), st.integers(0, 10**6))
-def test_right_drafts_foresee_the_draw(seed: int, position: int) -> None:
-    step = most_probable(some_logits(seed), VOCAB)
-    noise = Noise(seed, position)
-    found = foreseen(step, noise.waits(position, step.tokens), 1.0, 1)
-    assert found.tokens[0] == step.tokens[noise.first(position, step.tokens, step.probabilities)]
