@@ -12,8 +12,9 @@ from runtime.tree import Tree, root_alone
 
 # Places looked at anew after each token, the latest; and places followed at once, those that match longest.
 LATEST, FOLLOWED = 8, 16
-# The trust to begin with, by the tokens that match: other answers are further from this one than its own text is.
-PRIOR = ((0.02, 0.1, 0.25, 0.4, 0.5, 0.62, 0.7, 0.8, 0.88, 0.93),)
+# The trust to begin with, by `STEPS`, is about the share of tokens after such a match that were right in 150 answers of
+# SmolLM2-135M beside a pool of 2,038 others. Shorter matches than two tokens there are none.
+PRIOR = ((0.0, 0.0, 0.35, 0.37, 0.46, 0.58, 0.7, 0.78, 0.85, 0.9),)
 
 Match = tuple[int, int]
 

@@ -33,9 +33,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(
-    tiny_checkpoint: Path, tiny_engine: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def whole(tiny_checkpoint: Path, tiny_engine: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The transfer layers of a run that nothing interrupted, with its work folder beside them."""
     out = tmp_path_factory.mktemp("whole") / "transfer.safetensors"
     # As if it had been killed when it had exported its engine, which takes long.
