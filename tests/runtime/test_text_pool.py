@@ -87,6 +87,18 @@ def test_the_pool_is_never_larger_than_it_may_be(generator: Generator) -> None:
     assert held(generator) == 500
 
 
+def test_a_trace_says_what_came_from_the_pool(generator: Generator) -> None:
+    asked: dict[str, Any] = {"max_new_tokens": NEW, "tree": WIDE, "ngrams": False, "trace": True}
+
+    def sources(**options: Any) -> set[str]:
+        passes = generator.generate("Hello", **asked, **options).passes or ()
+        return {source for one in passes for node in one.nodes for source in node.sources}
+
+    assert "pool" not in sources()
+    assert "pool" in sources()
+    assert "pool" not in sources(text_pool=False)
+
+
 def test_many_threads_share_a_pool(generator: Generator, tiny_engine: Path) -> None:
     with Generator(tiny_engine, threads=1) as without:
         expected = {prompt: without.generate(prompt, max_new_tokens=NEW).tokens for prompt in PROMPTS}

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 
+from ht_export.model.checkpoint import BaseModel
 from ht_export.model.transfer import load_transfer_layers
 from ht_export.training import cli
-from ht_export.training.data import MANIFESTS
+from ht_export.training.data import MANIFESTS, AnsweredPrompt
+from ht_export.training.fit import FitSettings
+from ht_export.training.recipe import pace
 from ht_export.training.recipe import run as recipe
-from ht_export.training.recipe.record import RECORDS
+from ht_export.training.recipe.record import RECORDS, Pace
+from tests.ht_export.training.conftest import QUIET
 from tests.ht_export.training.test_fit import assert_equal
 
 SMALL = ["--steps", "6", "--max-new-tokens", "16", "--layers", "2,3", "--sequences", "2", "--anchors", "8"]
@@ -213,6 +217,32 @@ def test_the_commands_that_are_printed_are_the_stages(
     by_hand[by_hand.index("--log") + 1] = str(tmp_path / "log")
     assert cli.main(by_hand) == 0
     assert_equal(load_transfer_layers(whole)[0], load_transfer_layers(tmp_path / "by-hand.safetensors")[0])
+
+
+def test_a_slow_machine_is_not_timed_for_long(
+    base: BaseModel, sequences: list[AnsweredPrompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "LONGEST_TIMING", 0.0)
+    settings = FitSettings(layers=(2, 3), sequences=2, anchors=8, correction_rank=4, draft_size=40)
+    ended: list[int] = []
+    seconds = pace._Clock.seconds
+
+    def told(clock: pace._Clock) -> float:
+        ended.extend(clock.ends)
+        return seconds(clock)
+
+    monkeypatch.setattr(pace._Clock, "seconds", told)
+    step, measurement = pace.seconds_per_step(base, sequences, sequences[:2], settings, QUIET)
+    assert ended == [1, 2]
+    assert step > 0 and measurement > 0
+
+
+def test_steps_fill_the_time_within_bounds() -> None:
+    assert pace.pace_for(1000, 1.0, 10.0, texts=10**6, texts_of_a_step=8) == Pace(890, 89, 50, 1.0)
+    # No more than 30 passes over the texts, and no fewer steps than learn anything.
+    assert pace.pace_for(1000, 1.0, 0.0, texts=80, texts_of_a_step=8).steps == 300
+    slow = pace.pace_for(10, 60.0, 5.0, texts=10**6, texts_of_a_step=8)
+    assert (slow.steps, slow.evaluate_every, slow.checkpoint_every) == (20, 2, 2)
 
 
 @pytest.mark.parametrize(
