@@ -19,6 +19,7 @@ from runtime.chat.tools import Tool
 from runtime.checks import check_threads, number, whole
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.sizing import LONG_PATHS, Sizing
+from runtime.drafting.text_pool import MOST_TOKENS, TextPool
 from runtime.engines.device_engine import DeviceEngine
 from runtime.engines.opening import open_engine, runs_on_cpu
 from runtime.engines.protocol import Engine
@@ -67,7 +68,9 @@ class Generator:
     `gpu_memory_bytes` of the GPU's (None for a share of what is free once the weights are loaded: three quarters for a
     plan, half for an ONNX engine, as ONNX Runtime needs some itself). Prompts that have ended may keep
     `prefix_cache_bytes` of it (None for a quarter), for prompts that begin alike; 0 turns that off. A prompt is run in
-    parts so small that requests under way wait for no more than `max_stall_ms`.
+    parts so small that requests under way wait for no more than `max_stall_ms`. Finished answers are kept in a pool of
+    `text_pool_tokens` tokens, the oldest out, from which other requests are drafted; no text changes by it, but how
+    fast it comes may tell that another request had the same, so that it is off (0) unless all may know that.
 
     As a context manager it is closed at the end. Copies made by a fork refuse to work.
     """
@@ -88,6 +91,7 @@ class Generator:
         cache_bytes: int | None = None,
         prefix_cache_bytes: int | None = None,
         gpu_memory_bytes: int | None = None,
+        text_pool_tokens: int = 0,
     ) -> None:
         path = Path(engine)
         check_readable(path)
@@ -104,6 +108,7 @@ class Generator:
         for name, given in sizes.items():
             if given is not None:
                 whole(name, given)
+        pool = TextPool(text_pool_tokens) if whole("text_pool_tokens", text_pool_tokens, 0, MOST_TOKENS) else None
         bundle = read_bundle(path, verify_weights=verify_weights)
         self._bundle = bundle
         self._token_bytes = TokenBytes(bundle.tokenizer)
@@ -118,6 +123,7 @@ class Generator:
             memory.option,
             escape_special_tokens=escape_special_tokens,
             tool_format=tool_format,
+            text_pool=pool,
         )
         if adapt:
             name = device_name(self.engine, threads)
@@ -323,14 +329,16 @@ class Generator:
         some = WARM_TOKENS
         # Without drafts from the text: what repeats itself, as here, would end too soon.
         ways: list[RequestOptions] = [
-            {"speculate": way, "max_new_tokens": some, "ngrams": False} for way in (False, True)
+            {"speculate": way, "max_new_tokens": some, "ngrams": False, "text_pool": False} for way in (False, True)
         ]
         if self.engine.gpu_name is not None and self.tuning is not None:
             menu = self.tuning.menu
             if count > 1:
                 menu = next((one.menu for one in self.tuning.batches if one.requests >= count), menu)
             ways += [
-                {"tree": sizes, "max_new_tokens": some, "ngrams": False} for sizes in menu.sizes if sizes.tree_rows > 1
+                {"tree": sizes, "max_new_tokens": some, "ngrams": False, "text_pool": False}
+                for sizes in menu.sizes
+                if sizes.tree_rows > 1
             ]
         return ways
 

@@ -14,9 +14,11 @@ from runtime.checks import number, whole
 from runtime.decode import DecodingState
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.grammar_drafts import GrammarDrafts
+from runtime.drafting.pool_drafts import PoolDrafts
 from runtime.drafting.sizing import AdaptiveSizes, FixedSizes, Sizing
 from runtime.drafting.source import DraftSource
 from runtime.drafting.text_drafts import TextDrafts
+from runtime.drafting.text_pool import TextPool
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.errors import InputError, PromptTooLongError, shown
 from runtime.grammar import Grammar
@@ -52,6 +54,8 @@ class RequestOptions(TypedDict, total=False):
     - `sampling`: how tokens are chosen, None greedily.
     - `speculate=False` decodes plainly, one token a pass, to the same text, given the same seed.
     - `tree` fixes the row counts of every step, which otherwise adapt to the device, the text and what else runs.
+    - `text_pool=False` drafts nothing from the generator's pool of other answers, where it has one, and leaves this one
+      out of it.
     - `ngrams=False` drafts nothing from the text itself, and `forced_drafts=False` not what a grammar forces.
     - `prediction`: a text, or `Tokens`, that the answer is expected to be mostly like, such as a file to be edited: it
       is drafted from, and changes no token. At most as long as the context limit. Several prompts may have a list of
@@ -76,6 +80,7 @@ class RequestOptions(TypedDict, total=False):
     raw: bool
     tree: TreeSizes | None
     ngrams: bool
+    text_pool: bool
     prediction: Prediction | Sequence[Prediction | None] | None
     forced_drafts: bool
     sampling: Sampling | None
@@ -102,8 +107,10 @@ class Preparation:
         *,
         escape_special_tokens: bool,
         tool_format: str | None = None,
+        text_pool: TextPool | None = None,
     ) -> None:
         self._bundle = bundle
+        self._text_pool = text_pool
         self.about = bundle.about
         self.tuning = tuning
         self._cache_rows = cache_rows
@@ -156,6 +163,7 @@ class Preparation:
         raw: bool = False,
         tree: TreeSizes | None = None,
         ngrams: bool = True,
+        text_pool: bool = True,
         prediction: Prediction | Sequence[Prediction | None] | None = None,
         forced_drafts: bool = True,
         sampling: Sampling | None = None,
@@ -206,12 +214,14 @@ class Preparation:
         # Where the cache has room for none, it is told below.
         wanted = max(1, self._cache_rows - beside) if max_new_tokens is None else max_new_tokens
         most = min(wanted, room)
-        if text is not None and isinstance(sizing, AdaptiveSizes):
+        pool = self._text_pool if text_pool else None
+        others = PoolDrafts(pool) if pool is not None and speculate else None
+        if (text is not None or others is not None) and isinstance(sizing, AdaptiveSizes):
             # Long paths take none of an answer's room.
             spare = self._cache_rows - len(ids) - most
             longest = self.longest_path if predicted else min(self.longest_path, MOST_COPIED)
             sizing = sizing.with_longer_paths(min(longest, spare // (1 + dims.num_steps)))
-        drafter = self._drafter(sizing, sampling.temperature, sampler.noise, text, shaped)
+        drafter = self._drafter(sizing, sampling.temperature, sampler.noise, text, shaped, others)
         state = DecodingState(
             ids, drafter, self.about.prompt_chunk, dims.join_order, sampler, most, answer.ends, scores=scores
         )
@@ -222,7 +232,7 @@ class Preparation:
                 f"the prompt's {len(ids)} tokens and up to {most} new ones need {rows} rows of the cache, and "
                 f"{self._option} allows {self._cache_rows}; raise it, or lower max_new_tokens"
             )
-        delivery = Delivery(answer)
+        delivery = Delivery(answer, None if pool is None else pool.add)
         return Job(state, rows, priority, deadline, delivery), delivery
 
     def new_drafter(
@@ -245,12 +255,15 @@ class Preparation:
         noise: Noise | None,
         text: TextDrafts | None,
         grammar: GrammarDrafts | None = None,
+        others: PoolDrafts | None = None,
     ) -> Drafter:
         bundle = self._bundle
         layers = TransferDrafts(bundle.correction, bundle.reliability, temperature, noise, bundle.foresight)
         sources: list[DraftSource] = [layers]
         if text is not None:
             sources.append(text)
+        if others is not None:
+            sources.append(others)
         return Drafter(sizing, sources, bundle.draft_tokens, grammar)
 
     def _matcher(self, sampling: Sampling, *, ignore_stop_tokens: bool) -> Matcher | None:

@@ -7,7 +7,7 @@ import contextlib
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from runtime.answer import Answer, GenerationChunk, GenerationResult
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 class Delivery:
     """What an engine's thread hands over to those who wait for an answer: its chunks, and how it ended.
 
-    It knows nothing of the `Request`: with that dropped, the answer ends.
+    It knows nothing of the `Request`: with that dropped, the answer ends. `keep` is given the tokens of an answer that
+    has come to its own end, in the engine's thread, before anybody is told of it.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, keep: Callable[[Sequence[int]], None] | None = None) -> None:
         self._answer = answer
+        self._keep = keep
         self._changed = threading.Condition()
         self._chunks: deque[GenerationChunk] = deque()
         self._result: GenerationResult | None = None
@@ -36,6 +38,8 @@ class Delivery:
     def stepped(self, job: Job) -> None:
         """See `runtime.scheduling.job.Listener`."""
         chunk = self._answer.step(job.state, job.cached)
+        if self._keep is not None and chunk.result is not None and chunk.result.finish_reason != "deadline":
+            self._keep(chunk.result.tokens)
         with self._changed:
             self._chunks.append(chunk)
             self._result = chunk.result

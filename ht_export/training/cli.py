@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ht_export.training.recipe.options import add_all, add_report
 from runtime.errors import InputError
 from runtime.program import add_model, integers, pathname, run
 
@@ -22,16 +23,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ht-train",
         description=__doc__,
-        epilog="example: ht-train data smollm2-135m --prompts prompts.jsonl --out data/ && "
-        "ht-train fit smollm2-135m --data data/ --out transfer.safetensors; docs/training.md walks through it",
+        epilog="example: ht-train all smollm2-135m --prompts prompts.jsonl --out transfer.safetensors; "
+        "docs/training.md walks through it, and through its stages one by one",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_all(commands)
     _add_data(commands)
     _add_merge(commands)
     _add_fit(commands)
     _add_draft_head(commands)
     _add_eval(commands)
     _add_sweep(commands)
+    add_report(commands)
     return parser
 
 
@@ -42,21 +45,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> None:
         nonlocal interrupted
         options = build_parser().parse_args(arguments)
-        if options.command not in ("eval", "draft-head", "merge"):
+        if options.command not in ("eval", "draft-head", "merge", "report"):
             interrupted = "interrupted; run the same command again to continue"
         # Imports torch and transformers, which --help and a mistyped option should not wait for.
         import torch
 
-        from ht_export.training import commands
-
         try:
-            getattr(commands, f"run_{options.command.replace('-', '_')}")(options)
+            _run(options)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"the GPU's memory is used up ({error}); lower --sequences or --anchors, or use --device cpu"
             ) from error
 
     return run("ht-train", work, interrupted=lambda: interrupted)
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Run one command."""
+    from ht_export.training import commands
+    from ht_export.training.recipe import report
+    from ht_export.training.recipe import run as recipe
+
+    if options.command == "all":
+        # Its stages are commands too.
+        recipe.run_all(options, lambda words: _run(build_parser().parse_args(words)))
+    elif options.command == "report":
+        report.run_report(options)
+    else:
+        getattr(commands, f"run_{options.command.replace('-', '_')}")(options)
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
@@ -124,12 +140,14 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit.add_argument(
         "--held-out", type=pathname, help="another such folder, to measure acceptance on; never trained on"
     )
+    fit.add_argument("--max-texts", type=int, help="train on this many of the texts, spread evenly (default: all)")
     fit.add_argument("--out", type=pathname, required=True, help="transfer-layers file to write (.safetensors)")
     fit.add_argument("--layers", type=integers, help=PLACEMENT_HELP)
     beginning = fit.add_mutually_exclusive_group()
     _add_init(beginning)
     beginning.add_argument("--start", type=pathname, help="begin with these transfer layers, to train them further; "
-                           "their layers and correction rank are the default then")  # fmt: skip
+                           "their layers and correction rank are the default then; --layers may name more behind "
+                           "theirs, to train more draft steps")  # fmt: skip
     fit.add_argument("--steps", type=int, default=500, help="optimizer steps (default: 500)")
     _add_batches(fit)
     _add_loss(fit)

@@ -30,6 +30,7 @@ from ht_export.training.draft_tokens import choose_draft_tokens, described
 from ht_export.training.engine import data_engine
 from ht_export.training.fit import FitSettings, MetricLog, fit
 from ht_export.training.generate import DataSettings, Part, generate_data
+from ht_export.training.machine import fit_device
 from ht_export.training.merging import merge
 from ht_export.training.plots import plot_acceptance, plot_sweep
 from ht_export.training.sweep import SweepSettings, default_placements, recommendation, sweep, table
@@ -89,7 +90,7 @@ def run_fit(options: argparse.Namespace) -> None:
     # A launcher's processes share the work, each on its own device; one of them speaks.
     # They wait for one of them to fill a feature cache, far longer than collectives do by default.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    accelerator = Accelerator(cpu=_device(options) == "cpu", kwargs_handlers=[patient])
+    accelerator = Accelerator(cpu=fit_device(options.device) == "cpu", kwargs_handlers=[patient])
     main = accelerator.is_main_process
     base = _load(options, accelerator.device)
     num_layers = base.model.config.num_hidden_layers
@@ -104,6 +105,8 @@ def run_fit(options: argparse.Namespace) -> None:
         chosen["init"] = "file"
     settings = FitSettings(layers=layers, steps=options.steps, patience=options.patience, **chosen)
     data = _read_all(options.data, base, len(layers) + 1)
+    if options.max_texts is not None:
+        data = spread(data, options.max_texts)
     held_out = read_data(options.held_out, base, len(layers) + 1) if options.held_out else []
     _check_apart(data, held_out, options)
     texts = _encoded(options.draft_prompts, base)
@@ -115,7 +118,7 @@ def run_fit(options: argparse.Namespace) -> None:
             checkpoint,
             progress,
             start=start,
-            held_out=_spread(held_out, options.evaluate_texts),
+            held_out=spread(held_out, options.evaluate_texts),
             evaluate_every=options.evaluate_every,
             checkpoint_every=options.checkpoint_every,
             draft_texts=texts,
@@ -152,7 +155,7 @@ def run_fit(options: argparse.Namespace) -> None:
 def run_draft_head(options: argparse.Namespace) -> None:
     """Give transfer layers a draft head over the tokens that the data has most of."""
     check_writable(options.out)
-    _check_out(options.out)
+    check_out(options.out)
     base = _load(options)
     transfer, about = load_transfer_layers(options.transfer, base.identity())
     data = _read_all(options.data, base, 1)
@@ -215,7 +218,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     settings = SweepSettings(placements, options.steps, options.rungs, options.row_cost)
     fit_settings = FitSettings(layers=placements[0], **_batches_and_loss(options))
     data = _read_all(options.data, base, most_steps + 1)
-    held_out = _spread(read_data(options.held_out, base, most_steps + 1), options.evaluate_texts)
+    held_out = spread(read_data(options.held_out, base, most_steps + 1), options.evaluate_texts)
     _check_apart(data, held_out, options)
     with progress_bar() as progress:
         rows = sweep(
@@ -242,10 +245,10 @@ def _check_outputs(out: Path, checkpoint: Path) -> None:
     """
     if checkpoint.resolve() == out.resolve():
         raise InputError(f"--checkpoint {checkpoint} is --out too; choose another name for one of them")
-    _check_out(out)
+    check_out(out)
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     """Raise `InputError` for a file in the place of transfer layers that is none of ours."""
     if out.exists():
         try:
@@ -254,17 +257,9 @@ def _check_out(out: Path) -> None:
             raise InputError(f"--out is there and would be replaced, and {error}; choose another name") from error
 
 
-def _device(options: argparse.Namespace) -> str:
-    if options.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch finds no CUDA GPU here; use --device cpu, or install torch for CUDA")
-    return options.device
-
-
 def _load(options: argparse.Namespace, device: torch.device | str | None = None) -> BaseModel:
     base = load_base_model(options.model, getattr(torch, options.dtype))
-    base.model.to(device or _device(options))
+    base.model.to(device or fit_device(options.device))
     return base
 
 
@@ -316,10 +311,10 @@ def _reporter(progress: Progress) -> Callable[[str], None]:
     return lambda text: progress.console.print(text, markup=False, highlight=False)
 
 
-def _spread(sequences: list[AnsweredPrompt], count: int) -> list[AnsweredPrompt]:
-    """Return at most `count` of the sequences, evenly from first to last."""
+def spread(sequences: list[AnsweredPrompt], count: int) -> list[AnsweredPrompt]:
+    """Return at most `count` of the sequences, evenly from first to last. Raises `InputError` for less than one."""
     if count < 1:
-        raise InputError(f"the number of held-out texts must be at least 1, not {count}")
+        raise InputError(f"the number of texts must be at least 1, not {count}")
     return sequences[:: max(1, math.ceil(len(sequences) / count))]
 
 

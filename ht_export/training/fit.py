@@ -21,7 +21,7 @@ from ht_export.model.checkpoint import BaseModel
 from ht_export.model.families import decoder_parts
 from ht_export.model.reference import draft_head
 from ht_export.model.transfer import TransferLayers
-from ht_export.training.batches import AnchorBatch, BatchSampler, make_batch
+from ht_export.training.batches import AnchorBatch, BatchSampler
 from ht_export.training.checkpoints import FitState, load_checkpoint, save_checkpoint
 from ht_export.training.data import AnsweredPrompt, fingerprint
 from ht_export.training.draft_tokens import choose_draft_tokens, covered
@@ -30,14 +30,12 @@ from ht_export.training.evaluate import evaluate, headline
 from ht_export.training.features import FeatureCache
 from ht_export.training.losses import Objective, draft_losses
 from ht_export.training.memory import estimate, peak_memory
-from ht_export.training.ridge import RidgeRegression
+from ht_export.training.start import copy_start, regress
 from runtime.checks import MOST_REPEATS
 from runtime.errors import InputError
 
 INITIALISATIONS = ("ridge", "identity", "file")
 SCHEDULES = ("cosine", "constant")
-# Texts of the initial regression; more do not change its outcome noticeably.
-RIDGE_TEXTS = 512
 # More is a mistyped number: a step would not end, float32 overflow, or no memory hold it.
 MOST = {"accumulate": MOST_REPEATS, "learning_rate": 1000, "correction_rank": 2**16}
 
@@ -47,7 +45,8 @@ class FitSettings:
     """Options of a fit of transfer layers. Runs with equal ones, data and precision give equal weights on a CPU.
 
     A step takes `accumulate` batches of `sequences` texts with `anchors` anchors each, whatever the number of
-    processes. `init` "file" begins with transfer layers trained before. `patience` is how many held-out measurements
+    processes. `init` "file" begins with transfer layers trained before; steps that those lack begin by ridge
+    regression. `patience` is how many held-out measurements
     in a row may bring nothing before the fit stops; 0 never stops it. With a `draft_size` drafts are chosen from so
     many tokens, those that the data has most of; None takes those of the start, or the whole vocabulary.
     """
@@ -172,7 +171,7 @@ def fit(
     transfer = TransferLayers(settings.layers, base.model.config.hidden_size, settings.correction_rank, draft_tokens)
     transfer.check_layers(base.model.config.num_hidden_layers)
     if settings.init == "file":
-        _copy_start(transfer, start)
+        copy_start(transfer, start)
     needed = estimate(base, transfer, settings.sequences, settings.anchors, max(map(len, data)))
     needed.check(base.model.device)
     transfer.to(base.model.device)
@@ -189,7 +188,7 @@ def fit(
         load_checkpoint(checkpoint, state, run)
         report(f"continuing at step {state.step} from {checkpoint}")
     else:
-        trainer.initialise(progress)
+        trainer.initialise(start.num_steps if start and settings.init == "file" else 0, progress)
     trainer.agree()
     bar = progress.add_task("fitting", total=settings.steps, completed=state.step)
     shown = ""
@@ -294,21 +293,19 @@ class _Trainer:
                     normalisers=bool(state.transfer.draft_size) and settings.objective.is_plain,
                 )
 
-    def initialise(self, progress: Progress) -> None:
-        """Set the weights to begin with. Every process computes the same."""
-        if self.settings.init != "ridge":
+    def initialise(self, known_steps: int, progress: Progress) -> None:
+        """Set the weights to begin with that no file gives. Every process computes the same."""
+        if self.settings.init == "identity":
             return
-        texts = self.data[:: math.ceil(len(self.data) / RIDGE_TEXTS)]
-        regression = RidgeRegression(self.state.transfer)
-        starts = range(0, len(texts), self.settings.sequences)
-        bar = progress.add_task("regression", total=len(starts))
-        ordered = sorted(texts, key=len)
-        for start in starts:
-            chosen = ordered[start : start + self.settings.sequences]
-            batch = make_batch(chosen, self.state.transfer.num_steps, None, None)
-            regression.add(self._context(batch.to(self.base.model.device)), map(len, chosen))
-            progress.advance(bar)
-        regression.solve()
+        device = self.base.model.device
+        regress(
+            self.state.transfer,
+            known_steps,
+            self.data,
+            self.settings.sequences,
+            lambda batch: self._context(batch.to(device)),
+            progress,
+        )
 
     def agree(self) -> None:
         """Give every process the main one's weights: devices may round the regression differently."""
@@ -362,22 +359,6 @@ class _Trainer:
         if self.cache is not None:
             return self.cache.context(batch)
         return run_context(self.base.model, self.state.transfer.layers, batch.input_ids)
-
-
-def _copy_start(transfer: TransferLayers, start: TransferLayers | None) -> None:
-    """Make `transfer` begin as `start`."""
-    if start is None:
-        raise InputError('init "file" needs transfer layers to start from')
-    own, given = (
-        (layers.layers, layers.hidden_size, layers.correction.rank if layers.correction else 0)
-        for layers in (transfer, start)
-    )
-    if own != given:
-        raise InputError(
-            f"the transfer layers to start from have layers, width and correction rank {given}, and {own} are asked "
-            "for; leave those options out to take theirs"
-        )
-    transfer.load_state_dict(start.state_dict())
 
 
 def _optimizer(transfer: TransferLayers, settings: FitSettings) -> torch.optim.Optimizer:

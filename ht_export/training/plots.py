@@ -41,6 +41,42 @@ def plot_sweep(rows: Sequence[SweepRow], path: Path) -> Path:
     return _save(figure, path)
 
 
+def plot_loss(loss: dict[str, list[tuple[int, float]]], path: Path) -> Path:
+    """Draw the training loss of each draft step over optimizer steps, smoothed over a fiftieth of them."""
+    figure, axes = _axes("optimizer step", "loss (KL, nats)")
+    for name, points in loss.items():
+        steps, values = zip(*points, strict=True)
+        width = max(1, len(values) // 50)
+        smooth = [sum(values[max(0, at - width) : at + 1]) / min(at + 1, width + 1) for at in range(len(values))]
+        axes.plot(steps, smooth, label=name)
+    axes.legend()
+    return _save(figure, path)
+
+
+def plot_top_over_steps(top: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> Path:
+    """Draw held-out top-n over optimizer steps: a line for each draft step and n, by name, then by n."""
+    figure, axes = _axes("optimizer step", "share of held-out positions")
+    for number, (name, by_n) in enumerate(top.items()):
+        for depth, points in enumerate(by_n.values()):
+            steps, values = zip(*points, strict=True)
+            label = f"{name}, top {'/'.join(by_n)}" if not depth else None
+            axes.plot(steps, values, "o-", color=f"C{number}", alpha=1 - 0.2 * depth, markersize=3, label=label)
+    axes.set_ylim(0, 1)
+    axes.legend()
+    return _save(figure, path)
+
+
+def plot_texts(points: Sequence[tuple[int, float, float, float]], measured: int, path: Path) -> Path:
+    """Draw tokens per step over the number of texts, with intervals: `measured` points, then extrapolated ones."""
+    figure, axes = _axes("texts trained on", "tokens per step, 32 rows")
+    for chosen, style in ((points[:measured], "o-"), (points[measured - 1 :], "o:")):
+        counts, values, low, high = zip(*chosen, strict=True)
+        axes.plot(counts, values, style, color="tab:blue")
+        axes.fill_between(counts, low, high, color="tab:blue", alpha=0.15)
+    axes.set_xscale("log")
+    return _save(figure, path)
+
+
 def _plot_top(found: dict[str, Any], path: Path) -> Path:
     figure, axes = _axes("draft step", "share of positions")
     num_steps = len(found["kl"])

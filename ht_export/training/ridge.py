@@ -22,13 +22,17 @@ SKIPPED_TOKENS = 4
 
 
 class RidgeRegression:
-    """The normal equations of every step, summed over texts; memory does not grow with their number."""
+    """The normal equations of the steps from `first_step` (0-based) on, summed over texts; memory does not grow with
+    their number.
+    """
 
-    def __init__(self, transfer: TransferLayers) -> None:
+    def __init__(self, transfer: TransferLayers, first_step: int = 0) -> None:
         self.transfer = transfer
+        self.steps = range(first_step, transfer.num_steps)
         inputs = transfer.hidden_size + 1
-        self.products = {layer: torch.zeros(inputs, inputs, dtype=torch.float64) for layer in set(transfer.layers)}
-        self.targets = [torch.zeros(inputs, transfer.hidden_size, dtype=torch.float64) for _ in transfer.layers]
+        layers = set(transfer.layers[first_step:])
+        self.products = {layer: torch.zeros(inputs, inputs, dtype=torch.float64) for layer in layers}
+        self.targets = {k: torch.zeros(inputs, transfer.hidden_size, dtype=torch.float64) for k in self.steps}
         self.count = 0
 
     def add(self, context: Context, lengths: Iterable[int]) -> None:
@@ -43,7 +47,7 @@ class RidgeRegression:
                 states = context.hidden[layer][row, SKIPPED_TOKENS:length].float()
                 features = _with_constant(states[:used])
                 product += (features.T @ features).double().cpu()
-                for k, target in enumerate(self.targets):
+                for k, target in self.targets.items():
                     if self.transfer.layers[k] == layer:
                         target += (features.T @ states[k + 1 : k + 1 + used]).double().cpu()
 
@@ -51,12 +55,13 @@ class RidgeRegression:
         """Set the transfer layers. Raises `InputError` when the texts were too few or too short."""
         inputs = len(next(iter(self.products.values())))
         if self.count < inputs:
+            otherwise = "" if self.steps.start else ", or start from the identity (--init identity)"
             raise InputError(
-                f"the data has {self.count} positions for the initial regression of {inputs} unknowns; "
-                "make more data, or start from the identity (--init identity)"
+                f"the data has {self.count} positions for the initial regression of {inputs} unknowns; make more "
+                f"data{otherwise}"
             )
-        for k, layer in enumerate(self.transfer.layers):
-            product = self.products[layer]
+        for k in self.steps:
+            product = self.products[self.transfer.layers[k]]
             damping = DAMPING * product.diagonal()[:-1].mean()
             solution = torch.linalg.solve(product + damping * torch.eye(inputs, dtype=torch.float64), self.targets[k])
             self.transfer.set_affine(k, solution[:-1].T.float(), solution[-1].float())

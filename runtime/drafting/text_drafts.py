@@ -3,22 +3,22 @@ in a prediction of it.
 
 Text that quotes, edits or repeats itself, or a text known beforehand, can be drafted so without any pass, at every
 depth. All earlier places of the last token are looked up, up to a bound; each goes on for as long as the text says the
-same, and is trusted the more the more tokens it had in common (as suffix trees do, SuffixDecoding 2411.04975). Where
-places differ, what follows them are branches. Where the answer parts from what it was copying, words were put in, left
+same, and is trusted the more the more tokens it had in common (`continuations.py`). Where places differ, what follows
+them are branches. Where the answer parts from what it was copying, words were put in, left
 out or replaced: places near to where it was are trusted more than others. How far a place is trusted begins at what is
 usual and is learned in each answer.
 """
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
+from runtime.drafting.continuations import STEPS, Level, Trust, grow
 from runtime.drafting.source import Context
-from runtime.tree import Tree, root_alone, tree_of
+from runtime.tree import Tree, root_alone
 
 # Places looked at, the latest; and around where the answer is thought to be.
 LATEST, BEFORE, AFTER = 8, 4, 8
@@ -31,12 +31,6 @@ BACK, AHEAD = 16, 64
 BEGINNING = 2
 # The least tokens that are the same for the answer to be where they are, by `Where`.
 FOUND = (2, 4, 8)
-# An earlier time counts for so much less than the next one.
-FADES = 0.7
-# Paths less probable than this cost more than they bring.
-LEAST = 0.02
-# Transfer layers have read the same text, so what both say counts for less than what two strangers say.
-SHARED = 0.85
 # Stands for the end of a prediction; and where the answer is before anything tells.
 END = -1
 NOWHERE = -(1 << 40)
@@ -50,9 +44,8 @@ class Where(IntEnum):
     FAR = 2
 
 
-# A match of so many tokens or more has a trust of its own. The trust to begin with, by `Where`, is about the share of
-# tokens after such a match that were right in development texts, and where words of files were changed.
-STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)
+# The trust to begin with, by `Where` and `STEPS`, is about the share of tokens after such a match that were right in
+# development texts, and where words of files were changed.
 PRIOR = (
     (0.12, 0.35, 0.68, 0.72, 0.8, 0.8, 0.88, 0.92, 0.95, 0.98),
     (0.02, 0.27, 0.5, 0.6, 0.7, 0.75, 0.83, 0.89, 0.94, 0.98),
@@ -60,8 +53,6 @@ PRIOR = (
 )
 # That of expected places where there is a prediction.
 PREDICTED_PRIOR = (0.3, 0.65, 0.82, 0.83, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98)
-PRIOR_WEIGHT = 12.0
-_STEP_OF = tuple(sum(step <= matched for step in STEPS) - 1 for matched in range(STEPS[-1] + 1))
 
 
 class Match(NamedTuple):
@@ -70,14 +61,6 @@ class Match(NamedTuple):
     place: int
     matched: int
     where: Where
-
-
-class Level(NamedTuple):
-    """Tokens that may follow, each with its probability, and the trust in all of them: its `Where` and step."""
-
-    where: Where
-    step: int
-    tokens: dict[int, float]
 
 
 class TextDrafts:
@@ -98,8 +81,7 @@ class TextDrafts:
         for token in (*prediction, END) if prediction else ():
             self._add(token)
         prior = (PREDICTED_PRIOR, *PRIOR[1:]) if prediction else PRIOR
-        self._right = [[share * PRIOR_WEIGHT for share in row] for row in prior]
-        self._tried = [[PRIOR_WEIGHT] * len(STEPS) for _ in PRIOR]
+        self._trust = Trust(prior)
         # Where the answer is, as far as is known, and its tokens since.
         self._place, self._since = NOWHERE, MOST_REPLACED
         self._matches: list[Match] = []
@@ -121,45 +103,23 @@ class TextDrafts:
             self._begin(tokens[:-1])
             tokens = tokens[-1:]
         for token in tokens:
-            self._learn(token)
+            self._trust.learn(self._levels_now(), token)
             self._follow(token)
 
     def propose(self, context: Context) -> Tree:
         """See `DraftSource.propose`: the text ends with the certain token."""
-        if context.max_rows == 1 or not self._matches:
+        if not self._matches:
             return root_alone(context.token)
-        tokens, parents, depths, probabilities = [context.token], [-1], [0], [1.0]
-        # The tokens that lead to each node, which places at the text's end go on with, and where they may follow.
-        paths: list[tuple[int, ...]] = [()]
-        matches = [self._matches]
-        # What may follow each node: less its path probability, a number that tells equals apart, the node, the token.
-        heap: list[tuple[float, int, int, int]] = []
-        least = max(LEAST, context.least)
-        order = node = 0
-        while True:
-            above = probabilities[node] * (SHARED if context.drafted and not node else 1.0)
-            for level in self._levels(matches[node], paths[node]) if node else self._levels_now():
-                for token, probability in level.tokens.items():
-                    path = above * probability
-                    if path >= least:
-                        order += 1
-                        heapq.heappush(heap, (-path, order, node, token))
-            if not heap or len(tokens) == context.max_rows:
-                break
-            path, _, parent, token = heapq.heappop(heap)
-            node = len(tokens)
-            tokens.append(token)
-            parents.append(parent)
-            depths.append(depths[parent] + 1)
-            probabilities.append(-path)
-            matches.append(self._advanced(matches[parent], token, paths[parent]))
-            paths.append((*paths[parent], token))
-        return tree_of(tokens, parents, depths, probabilities)
+        return grow(
+            context,
+            self._matches,
+            lambda matches, path: self._levels(matches, path) if path else self._levels_now(),
+            self._advanced,
+        )
 
     def trust(self, where: Where, matched: int) -> float:
         """Return how probable it is that what follows matches of so many tokens there follows again."""
-        step = _STEP_OF[min(matched, STEPS[-1])]
-        return self._right[where][step] / self._tried[where][step]
+        return self._trust.of(where, matched)
 
     def _add(self, token: int) -> None:
         self.tokens.append(token)
@@ -244,7 +204,7 @@ class TextDrafts:
     def _levels(self, matches: Sequence[Match], path: tuple[int, ...] = ()) -> list[Level]:
         """Return what may follow `matches` after `path`, the surest first; each token once."""
         text, end = self.tokens, len(self.tokens)
-        weights: dict[tuple[Where, int], dict[int, float]] = {}
+        following: list[tuple[Where, int, tuple[int, ...]]] = []
         for place, matched, where in matches:
             if place < end:
                 token = text[place]
@@ -252,37 +212,8 @@ class TextDrafts:
                 token = path[place - end]
             else:
                 continue
-            step = _STEP_OF[matched] if matched < STEPS[-1] else len(STEPS) - 1
-            found = weights.setdefault((where, step), {})
-            weight = FADES ** len(found)
-            for one in (token,) if token != END else self._ends:
-                found[one] = found.get(one, 0.0) + weight
-        right, tried = self._right, self._tried
-        trusted = sorted(
-            ((right[where][step] / tried[where][step], where, step) for where, step in weights), reverse=True
-        )
-        levels = []
-        known: set[int] = set()
-        left = 1.0
-        for trust, where, step in trusted:
-            new = {token: weight for token, weight in weights[where, step].items() if token not in known}
-            if not new:
-                continue
-            share = left * trust / sum(new.values())
-            levels.append(Level(where, step, {token: share * weight for token, weight in new.items()}))
-            known.update(new)
-            left -= left * trust
-            if left < LEAST:
-                break
-        return levels
-
-    def _learn(self, token: int) -> None:
-        """Take note of how what may have followed fared, where the text goes on with `token`."""
-        for where, step, tokens in self._levels_now():
-            self._tried[where][step] += 1
-            if token in tokens:
-                self._right[where][step] += 1
-                return
+            following.append((where, matched, (token,) if token != END else self._ends))
+        return self._trust.levels(following)
 
     def _levels_now(self) -> list[Level]:
         if self._next is None:

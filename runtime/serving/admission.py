@@ -138,6 +138,7 @@ def options_of(request: Request, most: int | None, settings: Settings) -> Reques
         "max_new_tokens": _within(most, settings),
         "stop": [stop] if isinstance(stop, str) else stop or [],
         "speculate": request.speculate is not False,
+        "text_pool": request.text_pool is not False,
         "prediction": None if request.prediction is None else text_of(request.prediction.content),
         "priority": request.priority or 0,
         "deadline_s": request.deadline,

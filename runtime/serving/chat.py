@@ -64,6 +64,8 @@ class Chat:
         options["escape_special_tokens"] = server.settings.escape != "none"
         self._options = request.stream_options or StreamOptions()
         options["trace"] = bool(self._options.include_passes)
+        # Passes show what was drafted, which of a pool is what others were answered.
+        options["text_pool"] = options["text_pool"] and not options["trace"]
         self._asked = asked_for([admission.messages_of_chat(request)], self.answers, options)
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._model = request.model

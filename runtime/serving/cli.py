@@ -115,6 +115,14 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--gpu-memory-bytes", type=int, metavar="N", help="the same on a GPU, in place of --cache-bytes")
     group.add_argument(
+        "--text-pool",
+        type=int,
+        default=0,
+        metavar="N",
+        help="keep up to N tokens of finished answers, to draft those of others from; how fast a text comes may tell "
+        "that somebody had it before (default: 0, none)",
+    )
+    group.add_argument(
         "--no-adapt", action="store_true", help="keep the engine's own tree sizes, and measure nothing at first load"
     )
     group.add_argument(
@@ -296,6 +304,7 @@ def _generator(engine: Path, options: argparse.Namespace) -> Generator:
         cache_bytes=options.cache_bytes,
         prefix_cache_bytes=options.prefix_cache_bytes,
         gpu_memory_bytes=options.gpu_memory_bytes,
+        text_pool_tokens=options.text_pool,
     )
 
 

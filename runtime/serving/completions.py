@@ -66,6 +66,8 @@ class TextCompletion:
         prompts: list[Prompt] = [one if isinstance(one, str) else Tokens(one) for one in self._prompts]
         self._options = request.stream_options or StreamOptions()
         options["trace"] = bool(self._options.include_passes)
+        # Passes show what was drafted, which of a pool is what others were answered.
+        options["text_pool"] = options["text_pool"] and not options["trace"]
         self._asked = asked_for(prompts, self._each, options)
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._model = request.model

@@ -22,6 +22,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from runtime.drafting.text_pool import MOST_TOKENS
 from runtime.errors import EngineError, InputError
 from runtime.generator import Generator
 from runtime.serving.app import create_app
@@ -72,6 +73,7 @@ class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     cache_bytes: Size | None = None
     prefix_cache_bytes: Size | None = None
     gpu_memory_bytes: Size | None = None
+    text_pool_tokens: Annotated[int, Meta(ge=0, le=MOST_TOKENS)] = 0
     route_by_prefix: bool = True
     playground: bool = True
 
@@ -126,6 +128,7 @@ class Replica:
             cache_bytes=options.cache_bytes,
             prefix_cache_bytes=options.prefix_cache_bytes,
             gpu_memory_bytes=options.gpu_memory_bytes,
+            text_pool_tokens=options.text_pool_tokens,
         )
         # It is asked when it is made, and not before.
         self._generator.warm_up()

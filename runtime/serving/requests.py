@@ -109,6 +109,10 @@ class Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_def
         Pattern | None, Meta(description="What all of the answer must match, in Rust's syntax. An extension.")
     ] = None
     speculate: Annotated[bool | None, Meta(description="false decodes plainly, to the same text. An extension.")] = None
+    text_pool: Annotated[
+        bool | None,
+        Meta(description="false drafts nothing from a pool of other answers, nor puts this one in. An extension."),
+    ] = None
     prediction: Annotated[
         PredictedContent | None,
         Meta(description="What the answer is expected to be mostly like: it comes sooner then, and is the same."),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache, partial
@@ -31,6 +33,9 @@ from ht_export.training.batches import make_batch
 from ht_export.training.data import MANIFEST, MANIFEST_VERSION, AnsweredPrompt, read_data
 from ht_export.training.features import FeatureCache
 from ht_export.training.fit import FitSettings, fit
+from ht_export.training.recipe import run as recipe
+from ht_export.training.recipe.choices import Choices
+from ht_export.training.recipe.record import RECORD, Pace, WorkFolder
 from ht_export.training.sweep import SweepSettings, recommendation, sweep, table
 from runtime import InputError, Sampling
 from tests.conftest import CHAT_TEMPLATE, byte_tokenizer, random_transfer, save_checkpoint, tiny_llama
@@ -312,6 +317,27 @@ def _fits(folder: Path) -> Kind:
     use(Case(), steps=2)
     content = damaged_safetensors(path.read_bytes(), "fit")
     cases = st.builds(lambda content: Case({path.name: content}), content)
+    return Kind(folder, cases, use)
+
+
+@KINDS.add("records of whole runs", "record of ht-train all")
+def _records(folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    asked = {"model": "tiny", "--hours": 2.0, "--layers": [2, 3]}
+    made = WorkFolder(folder, asked)
+    made.choose(Choices((2, 3), 40, "fp32", "float32", 2, 8, 4))
+    made.set_pace(Pace(20, 2, 5, 0.5))
+    made.finish("data", "0" * 64)
+    options = argparse.Namespace(model="tiny", prompts=Path("p"), out=Path("o"), device="cpu", threads=1, seed=0)
+
+    def use(case: Case) -> None:
+        record = WorkFolder(folder, asked).record
+        if record.choices is not None and record.pace is not None:
+            for stage in recipe._fit_stages(options, folder, record.choices, record.pace, ()):
+                shlex.join(stage.words)
+                record.done.get(stage.name)
+
+    cases = st.builds(lambda content: Case({RECORD: content}), damaged_json(load_json(folder / RECORD)))
     return Kind(folder, cases, use)
 
 

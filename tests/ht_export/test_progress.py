@@ -5,7 +5,7 @@ import re
 import pytest
 
 from ht_export import progress
-from ht_export.progress import progress_bar, stage_display
+from ht_export.progress import one_display, progress_bar, stage_display
 
 
 def test_a_log_has_a_line_for_each_stage_when_it_is_done(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,3 +46,31 @@ def test_a_log_has_a_line_of_counted_work_now_and_then(
     with progress_bar(disable=True) as bar:
         bar.advance(bar.add_task("training", total=9))
     assert not capsys.readouterr().err
+
+
+def test_bars_and_stages_of_a_whole_share_one_display(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with one_display("everything", 2) as whole:
+        whole.begin("first: [not markup] " + "long " * 60)
+        with progress_bar() as bar:
+            first = bar.add_task("training", total=9)
+            bar.advance(first)
+        whole.begin("second")
+        with stage_display() as stage, stage("building"), progress_bar() as other:
+            assert other is bar
+            assert [task.description for task in other.tasks] == ["everything", "building"]
+            assert other.tasks[0].completed == 1
+        assert len(bar.tasks) == 1
+    assert bar.tasks[0].completed == 2
+    assert "first: [not markup] " + "long " * 60 in capsys.readouterr().err
+    with progress_bar() as alone:
+        assert alone is not bar
+
+
+def test_a_whole_that_fails_leaves_no_display_behind() -> None:
+    with pytest.raises(ValueError), one_display("everything", 1):
+        raise ValueError
+    with progress_bar() as bar:
+        assert not bar.tasks

@@ -33,6 +33,7 @@ GREEDY: Any = {"temperature": 0, "max_tokens": 24}
         ({"logit_bias": {"70": 40, "71": -3.5}}, Sampling(logit_bias={70: 40.0, 71: -3.5}), {}),
         ({"min_tokens": 20}, Sampling(min_new_tokens=20), {}),
         ({"speculate": False}, Sampling(), {"speculate": False}),
+        ({"text_pool": False}, Sampling(), {"text_pool": False}),
         ({"prediction": {"type": "content", "content": "Hello there"}}, Sampling(), {"prediction": "Hello there"}),
         ({"prediction": {"type": "content", "content": ""}, "logprobs": True}, Sampling(), {}),
         ({"stop": "e"}, Sampling(), {"stop": ["e"]}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,6 +54,16 @@ def test_a_stream_tells_what_the_generators_trace_has(live: Live, generator: Gen
         )
         assert [token["text"] for token in told["tokens"]] == [known.of(token).text for token in one.tokens]
     assert "".join(token["adds"] for one in found for token in one["tokens"]) == expected.text
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_passes_show_no_drafts_from_what_others_were_answered(serve: Callable[..., Live], path: str) -> None:
+    live = serve({"text_pool_tokens": 1000})
+    asked: Any = {"messages": HELLO} if path == CHAT else {"prompt": "Hello"}
+    for _ in range(3):
+        events = live.events(path, **asked, **GREEDY, **PASSES)
+        assert not any("pool" in node["sources"] for one in passes(events) for node in one.get("nodes", []))
+        live.events(path, **asked, **GREEDY)
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
