@@ -126,6 +126,8 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     )
     fit.add_argument("--out", type=pathname, required=True, help="transfer-layers file to write (.safetensors)")
     fit.add_argument("--layers", type=integers, help=PLACEMENT_HELP)
+    fit.add_argument("--drafter", choices=("transfer", "medusa"), help="what is trained: transfer layers, or "
+                     "heads of Medusa-1, to compare them with (default: transfer, or what --start has)")  # fmt: skip
     beginning = fit.add_mutually_exclusive_group()
     _add_init(beginning)
     beginning.add_argument("--start", type=pathname, help="begin with these transfer layers, to train them further; "
@@ -213,7 +215,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_init(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--init", choices=("ridge", "identity"), default="ridge",
+    parser.add_argument("--init", choices=("ridge", "identity"),
                         help="start from ridge regression on the base model's states, or from the identity "
                         "(default: ridge)")  # fmt: skip
 

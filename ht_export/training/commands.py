@@ -20,7 +20,13 @@ from accelerate.utils import InitProcessGroupKwargs
 from rich.progress import Progress
 
 from ht_export.model.checkpoint import BaseModel, load_base_model
-from ht_export.model.transfer import TransferFile, default_layers, load_transfer_layers, save_transfer_layers
+from ht_export.model.transfer import (
+    DRAFTERS,
+    TransferFile,
+    default_layers,
+    load_transfer_layers,
+    save_transfer_layers,
+)
 from ht_export.progress import progress_bar, stage_display
 from ht_export.prompts import read_conversations
 from ht_export.settings import ExportSettings
@@ -28,7 +34,7 @@ from ht_export.training.data import MANIFEST, AnsweredPrompt, read_data
 from ht_export.training.draft_tokens import choose_draft_tokens, described
 from ht_export.training.engine import data_engine
 from ht_export.training.evaluate import evaluate
-from ht_export.training.fit import FitSettings, MetricLog, fit
+from ht_export.training.fit import INITIALISATIONS, FitSettings, MetricLog, fit
 from ht_export.training.generate import DataSettings, Part, generate_data
 from ht_export.training.merging import merge
 from ht_export.training.plots import plot_acceptance, plot_sweep
@@ -94,15 +100,19 @@ def run_fit(options: argparse.Namespace) -> None:
     base = _load(options, accelerator.device)
     num_layers = base.model.config.num_hidden_layers
     chosen = _batches_and_loss(options)
-    layers = options.layers or default_layers(num_layers)
     start, start_about = None, None
+    drafter = options.drafter or DRAFTERS[0]
     if options.start:
         start, start_about = load_transfer_layers(options.start, base.identity())
-        layers = options.layers or start.layers
+        drafter = options.drafter or start.drafter
         if options.correction_rank is None:
             chosen["correction_rank"] = start.correction.rank if start.correction else 0
         chosen["init"] = "file"
-    settings = FitSettings(layers=layers, steps=options.steps, patience=options.patience, **chosen)
+    elif drafter == "medusa":
+        chosen["init"] = options.init or "identity"
+        chosen["correction_rank"] = options.correction_rank or 0
+    layers = options.layers or (start.layers if start else default_layers(num_layers, drafter=drafter))
+    settings = FitSettings(layers=layers, steps=options.steps, patience=options.patience, drafter=drafter, **chosen)
     data = _read_all(options.data, base, len(layers) + 1)
     held_out = read_data(options.held_out, base, len(layers) + 1) if options.held_out else []
     _check_apart(data, held_out, options)
@@ -274,7 +284,7 @@ def _batches_and_loss(options: argparse.Namespace) -> dict[str, Any]:
         "anchors": options.anchors,
         "accumulate": options.accumulate,
         "learning_rate": options.learning_rate,
-        "init": options.init,
+        "init": options.init or INITIALISATIONS[0],
         "correction_rank": DEFAULT_CORRECTION_RANK if options.correction_rank is None else options.correction_rank,
         "step_weights": options.step_weights,
         "loss_temperature": options.loss_temperature,

@@ -20,7 +20,7 @@ from torch import Tensor
 from ht_export.model.checkpoint import BaseModel
 from ht_export.model.families import decoder_parts
 from ht_export.model.reference import draft_head
-from ht_export.model.transfer import TransferLayers
+from ht_export.model.transfer import DRAFTERS, Drafter, TransferLayers, new_drafter
 from ht_export.training.batches import AnchorBatch, BatchSampler, make_batch
 from ht_export.training.checkpoints import FitState, load_checkpoint, save_checkpoint
 from ht_export.training.data import AnsweredPrompt, fingerprint
@@ -49,7 +49,8 @@ class FitSettings:
     A step takes `accumulate` batches of `sequences` texts with `anchors` anchors each, whatever the number of
     processes. `init` "file" begins with transfer layers trained before. `patience` is how many held-out measurements
     in a row may bring nothing before the fit stops; 0 never stops it. With a `draft_size` drafts are chosen from so
-    many tokens, those that the data has most of; None takes those of the start, or the whole vocabulary.
+    many tokens, those that the data has most of; None takes those of the start, or the whole vocabulary. `drafter`
+    "medusa" trains Medusa heads by the same loss; they begin as the identity and have no token correction.
     """
 
     layers: tuple[int, ...]
@@ -70,6 +71,7 @@ class FitSettings:
     patience: int = 0
     seed: int = 0
     draft_size: int | None = None
+    drafter: Drafter = "transfer"
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequences", "anchors", "accumulate", "learning_rate", "max_gradient_norm"):
@@ -81,9 +83,11 @@ class FitSettings:
         for name in ("correction_rank", "patience", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise InputError(f"{name} must be at least 0, not {getattr(self, name)}")
-        for name, allowed in (("init", INITIALISATIONS), ("schedule", SCHEDULES)):
+        for name, allowed in (("init", INITIALISATIONS), ("schedule", SCHEDULES), ("drafter", DRAFTERS)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)}")
+        if self.drafter == "medusa" and self.init == "ridge":
+            raise InputError("Medusa heads are no regression: they begin as the identity; leave --init ridge out")
         if self.step_weights is not None and len(self.step_weights) != len(self.layers):
             raise InputError(
                 f"step_weights has {len(self.step_weights)} numbers for {len(self.layers)} draft steps; give one each"
@@ -169,7 +173,8 @@ def fit(
     if draft_tokens is not None:
         share = covered(draft_tokens, data)
         report(f"drafts are chosen from {len(draft_tokens)} tokens, {share:.2%} of those of the answers")
-    transfer = TransferLayers(settings.layers, base.model.config.hidden_size, settings.correction_rank, draft_tokens)
+    hidden_size = base.model.config.hidden_size
+    transfer = new_drafter(settings.drafter, settings.layers, hidden_size, settings.correction_rank, draft_tokens)
     transfer.check_layers(base.model.config.num_hidden_layers)
     if settings.init == "file":
         _copy_start(transfer, start)
@@ -252,7 +257,7 @@ def anchor_losses(
     states = context.hidden[len(parts.layers)].flatten(0, 1)
     read_by = draft_head(base.model, transfer)
     normalisers = None if context.normalisers is None else context.normalisers.flatten()
-    losses = draft_losses(parts, drafts, states, targets, objective, shifts, read_by, normalisers)
+    losses = draft_losses(parts, drafts, states, targets, objective, shifts, read_by, normalisers, transfer.behind_norm)
     if share is None:
         return losses.by_step
     roots, gradients = [drafts], [losses.gradient * share]
@@ -369,13 +374,13 @@ def _copy_start(transfer: TransferLayers, start: TransferLayers | None) -> None:
     if start is None:
         raise InputError('init "file" needs transfer layers to start from')
     own, given = (
-        (layers.layers, layers.hidden_size, layers.correction.rank if layers.correction else 0)
-        for layers in (transfer, start)
+        (one.layers, one.hidden_size, one.correction.rank if one.correction else 0, one.drafter)
+        for one in (transfer, start)
     )
     if own != given:
         raise InputError(
-            f"the transfer layers to start from have layers, width and correction rank {given}, and {own} are asked "
-            "for; leave those options out to take theirs"
+            f"the transfer layers to start from have layers, width, correction rank and drafter {given}, and {own} are "
+            "asked for; leave those options out to take theirs"
         )
     transfer.load_state_dict(start.state_dict())
 
@@ -391,6 +396,9 @@ def _run_identity(settings: FitSettings, base: BaseModel, data: Sequence[Answere
     del run["patience"]
     if settings.schedule == "constant":
         del run["steps"]
+    if settings.drafter == "transfer":
+        # Checkpoints of earlier releases, which had no other, do not say it.
+        del run["drafter"]
     run["dtype"] = str(base.model.dtype)
     return run
 

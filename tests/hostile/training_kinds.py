@@ -199,6 +199,8 @@ def _transfer_layers(folder: Path) -> Kind:
         transfer.digest()
 
     content = damaged_safetensors(path.read_bytes(), "hidden_transfer")
+    save_transfer_layers(path, random_transfer((4, 4), drafter="medusa"), about)
+    content |= damaged_safetensors(path.read_bytes(), "hidden_transfer")
     cases = st.builds(lambda content: Case({path.name: content}), content)
     return Kind(folder, cases, use)
 
