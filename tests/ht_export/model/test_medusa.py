@@ -31,7 +31,8 @@ from ht_export.verify.passes import LoweredEngine, ReferenceEngine, check, recor
 from runtime import Generator, Sampling
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import InputError
-from tests.conftest import DRAFT_TOKENS, random_transfer, tiny_llama, tiny_model
+from tests.conftest import DRAFT_TOKENS, random_transfer, tiny_llama
+from tests.families import tiny_model
 
 IDS = torch.randint(3, 264, (1, 6), generator=torch.Generator().manual_seed(0))
 
@@ -158,9 +159,9 @@ def test_heads_elsewhere_or_with_a_correction_are_refused() -> None:
 def test_an_engine_with_medusa_heads_writes_the_text_of_plain_decoding(medusa_engine: Path, sampling: Sampling) -> None:
     with Generator(medusa_engine, threads=1, adapt=False) as generator:
         for prompt in ("Hello", "Tea, please."):
-            options = {"max_new_tokens": 40, "sampling": sampling}
-            plain = generator.generate(prompt, speculate=False, **options)
-            assert generator.generate(prompt, **options).tokens == plain.tokens
+            plain = generator.generate(prompt, max_new_tokens=40, sampling=sampling, speculate=False)
+            found = generator.generate(prompt, max_new_tokens=40, sampling=sampling)
+            assert found.tokens == plain.tokens
 
 
 def test_parity_holds_at_every_stage(tiny_checkpoint: Path, medusa_transfer: Path, medusa_engine: Path) -> None:
