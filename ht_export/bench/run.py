@@ -86,6 +86,10 @@ def _measure(
     jobs = results.left
     check_jobs(jobs, generator, others, settings)
     ways = engine_ways(generator, others, settings)
+    if settings.self_speculative is not None:
+        from ht_export.bench.self_speculative.way import self_speculative_way
+
+        ways.append(self_speculative_way(settings, generator))
     if settings.model is not None:
         from ht_export.bench.reference import reference_ways
 
@@ -153,6 +157,9 @@ def _settings(options: argparse.Namespace) -> BenchSettings:
         tree=None if options.tree_rows is None else TreeSizes(options.tree_rows, options.pseudo_rows),
         prompt_lookup=options.prompt_lookup,
         without_ngrams=options.without_ngrams,
+        text_drafts=options.text_drafts,
+        self_speculative=options.self_speculative,
+        early_exit=options.early_exit,
     )
 
 
@@ -184,6 +191,15 @@ def _add_ways(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--without-ngrams", action="store_true", help="also measure trees without n-gram branches")
     group.add_argument(
+        "--text-drafts", action="store_true", help="also measure drafts from the text alone, as prompt lookup has them"
+    )
+    group.add_argument(
+        "--self-speculative",
+        type=pathname,
+        metavar="FILE",
+        help="also measure drafts of the model without the blocks that FILE names; made by ht-train skip-blocks",
+    )
+    group.add_argument(
         "--compare",
         type=_name_and_path,
         action="append",
@@ -200,6 +216,12 @@ def _add_ways(group: argparse._ArgumentGroup) -> None:
     )
     model.add_argument("--no-transformers", action="store_true", help="leave transformers out; needs the runtime only")
     group.add_argument("--prompt-lookup", action="store_true", help="also measure transformers with prompt lookup")
+    group.add_argument(
+        "--early-exit",
+        type=int,
+        metavar="LAYERS",
+        help="also measure transformers with drafts of the model's first layers, so many (assistant_early_exit)",
+    )
 
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:

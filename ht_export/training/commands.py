@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from rich.progress import Progress
 
+from ht_export.model.blocks import MOST_DRAFTED, SKIPPED_BLOCKS, SkippedBlocks, write_skipped_blocks
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.transfer import (
     DRAFTERS,
@@ -38,10 +39,11 @@ from ht_export.training.fit import INITIALISATIONS, FitSettings, MetricLog, fit
 from ht_export.training.generate import DataSettings, Part, generate_data
 from ht_export.training.merging import merge
 from ht_export.training.plots import plot_acceptance, plot_sweep
+from ht_export.training.skip_search import Found, SearchSettings, search
 from ht_export.training.sweep import SweepSettings, default_placements, recommendation, sweep, table
 from runtime import Generator
 from runtime.bundle.engine_file import MOST_BATCH
-from runtime.checks import whole
+from runtime.checks import number, whole
 from runtime.drafting.correction import SHORTLIST
 from runtime.errors import InputError
 from runtime.files import atomic_path, check_readable, check_writable, unwritable, write_json
@@ -244,6 +246,47 @@ def run_sweep(options: argparse.Namespace) -> None:
         temporary.write_text(text, encoding="utf-8")
     plot_sweep(rows, options.out / "sweep.png")
     print(text)
+
+
+def run_skip_blocks(options: argparse.Namespace) -> None:
+    """Search blocks to draft without, and write them with what they are worth."""
+    check_writable(options.out)
+    if options.out.exists():
+        SKIPPED_BLOCKS.read(options.out)
+    settings = SearchSettings(options.budget, options.row_cost, options.seed)
+    if options.draft_tokens is not None:
+        whole("--draft-tokens", options.draft_tokens, 1, MOST_DRAFTED)
+    if options.confidence is not None:
+        number("--confidence", options.confidence, 0, 1)
+    base = _load(options)
+    data = _spread(_read_all(options.data, base, 2), options.texts)
+    with progress_bar() as progress:
+        bar = progress.add_task("searching", total=settings.budget)
+
+        def tell(count: int, best: Found) -> None:
+            described = f"searching  {best.speedup:.2f} times plain, {best.tokens_per_step:.2f} tokens per step"
+            progress.update(bar, completed=count, description=described)
+
+        found, evaluated = search(base, data, settings, tell)
+    about = {
+        **found.described(),
+        "evaluated": evaluated,
+        **asdict(settings),
+        "texts": len(data),
+        "answer_tokens": sum(len(sequence.answer) for sequence in data),
+        "dtype": options.dtype,
+    }
+    draft_tokens = found.draft_tokens if options.draft_tokens is None else options.draft_tokens
+    confidence = found.confidence if options.confidence is None else options.confidence
+    written = SkippedBlocks.of(found.blocks, base.identity(), draft_tokens, confidence, about)
+    write_skipped_blocks(options.out, written)
+    print(
+        f"wrote {options.out}: drafts without {len(written.attention)} attention and {len(written.mlp)} MLP blocks, up "
+        f"to {written.draft_tokens} tokens in a row until one has less than {written.confidence:g}; estimated "
+        f"{found.speedup:.2f} times plain decoding, {found.tokens_per_step:.2f} tokens per step "
+        f"({evaluated} sets evaluated)",
+        file=sys.stderr,
+    )
 
 
 def _check_outputs(out: Path, checkpoint: Path) -> None:
