@@ -145,8 +145,15 @@ def _engine(path: Path, generator: Generator, tree: TreeSizes | None) -> dict[st
         "description_sha256": sha256_file(engine_file_path(path)),
         "precision": about.precision,
         "transfer_layers": list(about.dims.transfer_layers),
+        **_drafter(about.transfer),
         "tree": _tree(generator, tree),
     }
+
+
+def _drafter(transfer: dict[str, Any]) -> dict[str, str]:
+    """Return what drafts, where that is not transfer layers: files of earlier releases do not say it."""
+    recipe = transfer.get("recipe")
+    return {"drafter": "medusa"} if isinstance(recipe, dict) and recipe.get("drafter") == "medusa" else {}
 
 
 def _tree(generator: Generator, fixed: TreeSizes | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -12,13 +13,14 @@ from ht_export.graph.lower_cpu import can_be_lowered, lower_for_cpu
 from ht_export.graph.skip_blocks import skip_blocks
 from ht_export.model.blocks import Blocks
 from runtime import bindings
-from runtime.bundle.engine_file import EngineFile
+from runtime.bundle.reading import read_bundle
 from runtime.engines.external_weights import GraphFiles
 from runtime.engines.onnxruntime import open_session, running
 from runtime.engines.onnxruntime_cpu import BoundPass, OnnxRuntimeCpuEngine
 from runtime.engines.packing import pack
 from runtime.engines.protocol import Engine
-from runtime.errors import InputError
+from runtime.errors import EngineFileError, InputError
+from runtime.foreign import failures
 from runtime.rows import lay_out
 from runtime.tree import chain
 
@@ -31,24 +33,25 @@ class DraftModel:
     is as the paper has it. Raises `InputError` for engines that it cannot be made of.
     """
 
-    def __init__(
-        self, path: Path, about: EngineFile, engine: Engine, blocks: Blocks, threads: int | None = None
-    ) -> None:
-        if not isinstance(engine, OnnxRuntimeCpuEngine) or not can_be_lowered(about.dims):
+    def __init__(self, path: Path, engine: Engine, blocks: Blocks, threads: int | None = None) -> None:
+        if not isinstance(engine, OnnxRuntimeCpuEngine) or not can_be_lowered(engine.dims):
             raise InputError(
                 f"--self-speculative: {path} does not run from a graph for the CPU, whose cache the draft could share; "
                 "compare engines on the CPU, in fp32, int8 or int4, or leave it out"
             )
         self._engine = engine
         self._path = path
-        model = ir.load(path)
-        self.dims = skip_blocks(model, about.dims, blocks)
-        lower_for_cpu(model, self.dims)
-        graph = ir.serde.serialize_model(model).SerializeToString()
-        with path.with_name(f"{path.name}.data").open("rb") as weights:
-            files = GraphFiles(path, graph, weights)
-            self._session = open_session(files, ["CPUExecutionProvider"], threads, exact_sums=True)
-        self._layers = blocks.kept_attention(about.dims.num_layers)
+        with read_bundle(path).files as files:
+            with failures(
+                lambda cause: EngineFileError(f"blocks cannot be left out of {path} ({cause}); export it again")
+            ):
+                model = ir.serde.deserialize_model(onnx.ModelProto.FromString(files.graph))
+                self.dims = skip_blocks(model, engine.dims, blocks)
+                lower_for_cpu(model, self.dims)
+                graph = ir.serde.serialize_model(model).SerializeToString()
+            left = GraphFiles(path, graph, files.weights)
+            self._session = open_session(left, ["CPUExecutionProvider"], threads, exact_sums=True)
+        self._layers = blocks.kept_attention(engine.dims.num_layers)
         self._names = {binding.name for binding in self.dims.lowered_inputs()}
         self._logits = np.empty((1, self.dims.vocab_size), dtype=np.float32)
         self._no_drafts = np.empty((0, self.dims.draft_width), dtype=np.float32)

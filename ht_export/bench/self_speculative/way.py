@@ -29,6 +29,6 @@ def self_speculating(settings: BenchSettings, skipped: SkippedBlocks) -> Generat
     generator = Generator(
         settings.engine, device=settings.device, threads=settings.threads, prefix_cache_bytes=0, adapt=False
     )
-    model = DraftModel(settings.engine, generator.about, generator.engine, skipped.blocks, settings.threads)
+    model = DraftModel(settings.engine, generator.engine, skipped.blocks, settings.threads)
     generator.add_draft_source(lambda: SelfDrafts(model, skipped.draft_tokens, skipped.confidence))
     return generator
