@@ -373,14 +373,19 @@ def _copy_start(transfer: TransferLayers, start: TransferLayers | None) -> None:
     """Make `transfer` begin as `start`."""
     if start is None:
         raise InputError('init "file" needs transfer layers to start from')
+    if start.drafter != transfer.drafter:
+        raise InputError(
+            f"--start has drafter {start.drafter!r}, and {transfer.drafter!r} is asked for; leave --drafter out to "
+            "take that of the file"
+        )
     own, given = (
-        (one.layers, one.hidden_size, one.correction.rank if one.correction else 0, one.drafter)
-        for one in (transfer, start)
+        (layers.layers, layers.hidden_size, layers.correction.rank if layers.correction else 0)
+        for layers in (transfer, start)
     )
     if own != given:
         raise InputError(
-            f"the transfer layers to start from have layers, width, correction rank and drafter {given}, and {own} are "
-            "asked for; leave those options out to take theirs"
+            f"the transfer layers to start from have layers, width and correction rank {given}, and {own} are asked "
+            "for; leave those options out to take theirs"
         )
     transfer.load_state_dict(start.state_dict())
 

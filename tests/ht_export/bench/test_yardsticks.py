@@ -46,7 +46,7 @@ def test_ways_of_transformers_are_measured_by_their_own_plain_decoding_too() -> 
     assert found["early_exit"] == {"speed": 2.5, "speedup": pytest.approx(1.25)}
     assert found["plain"] == {"speed": 1.5, "speedup": 1.5}
     text = "\n".join(lines(one))
-    assert "| 1.25; 2.50 (2.00)" in text
+    assert " 1.25; 2.50 (2.00) |" in text
     assert "`transformers` early exit" in text
 
 

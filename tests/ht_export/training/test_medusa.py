@@ -81,7 +81,7 @@ def test_settings_that_cannot_be(base: BaseModel, sequences: list[AnsweredPrompt
         run(base, sequences, tmp_path / "c", replace(MEDUSA, correction_rank=4))
     with pytest.raises(InputError, match="come after the last layer, 4, not at 2"):
         run(base, sequences, tmp_path / "c", replace(MEDUSA, layers=(2, 4)))
-    with pytest.raises(InputError, match=r"correction rank and drafter .*'transfer'.*'medusa'"):
+    with pytest.raises(InputError, match="has drafter 'transfer', and 'medusa' is asked for"):
         run(base, sequences, tmp_path / "c", replace(MEDUSA, init="file"), start=random_transfer((4, 4)))
 
 
@@ -104,7 +104,7 @@ def test_the_command_needs_the_drafters_name_alone(
     assert cli.main([*fit, str(further), "--start", str(out)]) == 0
     assert load_transfer_layers(further)[0].drafter == "medusa"
     for options, message in (
-        (["--drafter", "transfer", "--start", str(out)], "'transfer'"),
+        (["--drafter", "transfer", "--start", str(out)], "has drafter 'medusa', and 'transfer' is asked for"),
         (["--drafter", "medusa", "--correction-rank", "8"], "no token correction, of rank 8"),
         (["--drafter", "medusa", "--init", "ridge"], "leave --init ridge out"),
         (["--drafter", "medusa", "--layers", "2,2"], "come after the last layer, 4, not at 2"),
