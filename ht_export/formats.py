@@ -56,20 +56,22 @@ class PythonJsonFormat(JsonFormat[T]):
 
 @dataclass(frozen=True, kw_only=True)
 class VersionedFormat(PythonJsonFormat[T]):
-    """A format that states its `version`: files of another one are refused as such, and `again` says how to make one
-    of this version.
+    """A format that states its `version`: files of another one, but for `earlier` ones that are read too, are refused
+    as such, and `again` says how to make one of this version.
     """
 
     version: int
     again: str
+    earlier: tuple[int, ...] = ()
 
     def parse(self, content: bytes | str, where: object) -> Any:
         """Return the values of `content`, found at `where`, whatever they are. Raises `error`, also for a version."""
         value = super().parse(content, where)
         stated = value.get("version") if isinstance(value, dict) else None
-        if isinstance(stated, int) and stated != self.version:
+        if isinstance(stated, int) and stated not in (self.version, *self.earlier):
+            read = " and ".join(map(str, (*self.earlier, self.version)))
             raise self.error(
-                f"{where} is of version {stated!s:.20}; this release reads version {self.version}: "
+                f"{where} is of version {stated!s:.20}; this release reads version{'s' * bool(self.earlier)} {read}: "
                 f"update hidden-transfer, or {self.again}"
             )
         return value

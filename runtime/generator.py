@@ -20,6 +20,7 @@ from runtime.checks import check_threads, number, whole
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.sizing import LONG_PATHS, Sizing
 from runtime.drafting.text_pool import MOST_TOKENS, TextPool
+from runtime.drafting.source import DraftSource
 from runtime.engines.device_engine import DeviceEngine
 from runtime.engines.opening import open_engine, runs_on_cpu
 from runtime.engines.protocol import Engine
@@ -302,6 +303,12 @@ class Generator:
         `noise`; `ngrams=False` leaves out continuations from the text itself.
         """
         return self._preparation.new_drafter(sizing, temperature, noise, ngrams=ngrams)
+
+    def add_draft_source(self, make: Callable[[], DraftSource]) -> None:
+        """Let one more source draft each text that is asked for from now on: `make` returns a new one for each, which
+        the engine's thread calls between passes. It changes no text; see `runtime.drafting.source`.
+        """
+        self._preparation.more_sources.append(make)
 
     def metrics(self) -> dict[str, Any]:
         """Return counts and distributions since the beginning, and what runs and waits now, as plain data."""

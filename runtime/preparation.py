@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict, cast
 
 from runtime.answer import Answer
@@ -117,6 +117,8 @@ class Preparation:
         self._option = option
         # Rows that a tree may have for a long path of text, if these are more than on the menu.
         self.longest_path = 0
+        # What makes the sources that somebody has added; see `Generator.add_draft_source`.
+        self.more_sources: list[Callable[[], DraftSource]] = []
         template = bundle.chat.source if bundle.chat else ""
         self.tool_format = format_of(template, bundle.tokenizer) if tool_format is None else named_format(tool_format)
         self.tool_markers = special_markers(self.tool_format, bundle.tokenizer)
@@ -264,6 +266,7 @@ class Preparation:
             sources.append(text)
         if others is not None:
             sources.append(others)
+        sources += [make() for make in self.more_sources]
         return Drafter(sizing, sources, bundle.draft_tokens, grammar)
 
     def _matcher(self, sampling: Sampling, *, ignore_stop_tokens: bool) -> Matcher | None:

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ht_export.export import ExportSettings, export
 from ht_export.model.checkpoint import load_base_model
-from ht_export.model.transfer import TransferFile, TransferLayers, save_transfer_layers
+from ht_export.model.transfer import Drafter, TransferFile, TransferLayers, new_drafter, save_transfer_layers
 from tests.families import tiny_model
 
 TINY = {
@@ -164,11 +164,12 @@ def random_transfer(
     seed: int = 1,
     correction_rank: int = 0,
     draft_tokens: Sequence[int] | None = None,
+    drafter: Drafter = "transfer",
 ) -> TransferLayers:
-    """Return transfer layers away from the identity, so that a swapped step or a lost bias shows."""
+    """Return transfer layers, or Medusa heads, away from the identity, so that a swapped step or a lost bias shows."""
     generator = torch.Generator().manual_seed(seed)
     tokens = None if draft_tokens is None else torch.tensor(draft_tokens)
-    transfer = TransferLayers(layers, hidden_size, correction_rank, tokens).requires_grad_(False)
+    transfer = new_drafter(drafter, layers, hidden_size, correction_rank, tokens).requires_grad_(False)
     if transfer.correction is not None:
         for parameter in transfer.correction.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
@@ -235,6 +236,23 @@ def tiny_transfer(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Pat
 def tiny_engine(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_transfer: Path) -> Path:
     """The tiny Llama as an engine."""
     return export_tiny(tmp_path_factory, tiny_checkpoint, tiny_transfer, "fp32")
+
+
+@pytest.fixture(scope="session")
+def medusa_transfer(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """A file with three Medusa heads for the tiny Llama."""
+
+    def build(folder: Path) -> None:
+        about = TransferFile(load_base_model(str(tiny_checkpoint)).identity())
+        save_transfer_layers(folder / "tiny.safetensors", random_transfer((4, 4, 4), drafter="medusa"), about)
+
+    return shared(tmp_path_factory, "medusa-transfer", build) / "tiny.safetensors"
+
+
+@pytest.fixture(scope="session")
+def medusa_engine(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, medusa_transfer: Path) -> Path:
+    """The tiny Llama as an engine with Medusa heads."""
+    return export_tiny(tmp_path_factory, tiny_checkpoint, medusa_transfer, "fp32", "medusa")
 
 
 @pytest.fixture(scope="session")

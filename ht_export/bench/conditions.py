@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ht_export.bench.settings import BenchSettings
+from ht_export.model.blocks import SKIPPED_BLOCKS
 from runtime.bundle.places import engine_file_path
 from runtime.engines.opening import runs_on_cpu
 from runtime.errors import one_line, shown
@@ -63,8 +64,28 @@ def conditions_of(
         "transformers": settings.model and without_folders(settings.model),
         "transformers_precision": settings.model and "float32",
         "prompt_lookup": settings.prompt_lookup,
+        **_further(settings),
         "versions": _versions(libraries),
     }
+
+
+def _further(settings: BenchSettings) -> dict[str, Any]:
+    """Return what further ways are measured; nothing where there are none, as files of earlier releases have it."""
+    found: dict[str, Any] = {}
+    if settings.text_drafts:
+        found["text_drafts"] = True
+    if settings.early_exit is not None:
+        found["early_exit"] = settings.early_exit
+    if settings.self_speculative is not None:
+        about = SKIPPED_BLOCKS.read(settings.self_speculative)
+        found["self_speculative"] = {
+            "file": settings.self_speculative.name,
+            "attention": about.attention,
+            "mlp": about.mlp,
+            "draft_tokens": about.draft_tokens,
+            "confidence": about.confidence,
+        }
+    return found
 
 
 def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
@@ -124,8 +145,15 @@ def _engine(path: Path, generator: Generator, tree: TreeSizes | None) -> dict[st
         "description_sha256": sha256_file(engine_file_path(path)),
         "precision": about.precision,
         "transfer_layers": list(about.dims.transfer_layers),
+        **_drafter(about.transfer),
         "tree": _tree(generator, tree),
     }
+
+
+def _drafter(transfer: dict[str, Any]) -> dict[str, str]:
+    """Return what drafts, where that is not transfer layers: files of earlier releases do not say it."""
+    recipe = transfer.get("recipe")
+    return {"drafter": "medusa"} if isinstance(recipe, dict) and recipe.get("drafter") == "medusa" else {}
 
 
 def _tree(generator: Generator, fixed: TreeSizes | None) -> dict[str, Any]:

@@ -1,18 +1,20 @@
-"""`transformers.generate`, with and without prompt lookup, as a way of answering prompts."""
+"""`transformers.generate`, plain, with prompt lookup and with early exit, as ways of answering prompts."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from ht_export.bench.settings import PROMPT_LOOKUP, TRANSFORMERS, BenchSettings, Job
+from ht_export.bench.settings import EARLY_EXIT, PROMPT_LOOKUP, TRANSFORMERS, BenchSettings, Job
 from ht_export.bench.ways import Answer, Way
 from ht_export.model.checkpoint import BaseModel, load_base_model
+from runtime.checks import whole
 from runtime.errors import InputError
 from runtime.generator import Generator
 
@@ -46,6 +48,10 @@ def reference_ways(generator: Generator, settings: BenchSettings, on_gpu: bool) 
     ways = [Way(TRANSFORMERS, reference.answer, gap, exact)]
     if settings.prompt_lookup:
         ways.append(Way(PROMPT_LOOKUP, reference.answer_by_prompt_lookup, gap))
+    if settings.early_exit is not None:
+        layers = base.model.config.num_hidden_layers
+        whole("--early-exit", settings.early_exit, 1, layers - 1)
+        ways.append(Way(EARLY_EXIT, partial(reference.answer_by_early_exit, settings.early_exit), gap))
     return ways
 
 
@@ -64,6 +70,10 @@ class Reference:
     def answer_by_prompt_lookup(self, job: Job) -> Answer:
         """Answer by `generate` with drafts looked up in the text so far."""
         return self._answer(job, prompt_lookup_num_tokens=PROMPT_LOOKUP_TOKENS)
+
+    def answer_by_early_exit(self, layers: int, job: Job) -> Answer:
+        """Answer by `generate` with drafts of the model's first `layers` layers."""
+        return self._answer(job, assistant_early_exit=layers)
 
     @torch.inference_mode()
     def gap(self, job: Job, plain: Sequence[int], own: Sequence[int], position: int) -> float:

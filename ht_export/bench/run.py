@@ -37,6 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(work=run, interrupted="interrupted; with --json, run the same command again to continue")
     parser.add_argument("engine", type=pathname, help="engine file made by ht-export (.onnx or .plan)")
     parser.add_argument("--json", type=pathname, metavar="FILE", help="write results here, after each prompt")
+    parser.add_argument("--table", type=pathname, metavar="FILE", help="write here, as Markdown, how many times as "
+                        "fast as each other way ours is, by task")  # fmt: skip
     parser.add_argument("--plots", type=pathname, metavar="DIR", help="folder for plots as PNG files (default: none)")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     _add_prompts(parser.add_argument_group("prompts"))
@@ -57,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     from ht_export.bench.ways import load_engines
 
     settings = _settings(options)
-    _check_outputs(settings.model is not None, options.json, options.plots)
+    _check_outputs(settings.model is not None, options.json, options.table, options.plots)
     prompts = choose_prompts(settings)
     generator, others = load_engines(settings)
     conditions = conditions_of(settings, generator, others, len(prompts), options.arguments)
@@ -66,6 +68,10 @@ def run(options: argparse.Namespace) -> int:
         _measure(results, generator, others, settings, options.quiet)
     found = results.to_dict()
     say(to_markdown(found))
+    if options.table:
+        from ht_export.bench.yardsticks import write_yardsticks
+
+        write_yardsticks(found, options.table)
     if options.plots:
         from ht_export.bench.plots import plot_results
 
@@ -86,6 +92,10 @@ def _measure(
     jobs = results.left
     check_jobs(jobs, generator, others, settings)
     ways = engine_ways(generator, others, settings)
+    if settings.self_speculative is not None:
+        from ht_export.bench.self_speculative.way import self_speculative_way
+
+        ways.append(self_speculative_way(settings, generator))
     if settings.model is not None:
         from ht_export.bench.reference import reference_ways
 
@@ -103,7 +113,7 @@ def _measure(
             results.add(counted)
 
 
-def _check_outputs(with_transformers: bool, json: Path | None, plots: Path | None) -> None:
+def _check_outputs(with_transformers: bool, json: Path | None, table: Path | None, plots: Path | None) -> None:
     """Raise `InputError` for what would be missed only after a long time: libraries, and places for files."""
     missing = [name for name in ("torch", "transformers") if with_transformers and not importlib.util.find_spec(name)]
     if missing:
@@ -111,8 +121,10 @@ def _check_outputs(with_transformers: bool, json: Path | None, plots: Path | Non
             f"comparing with transformers needs {' and '.join(missing)}; install hidden-transfer[bench], or use "
             "--no-transformers"
         )
-    if json is not None:
-        check_writable(json)
+    for path in filter(None, (json, table)):
+        check_writable(path)
+    if json is not None and table is not None and json.resolve() == table.resolve():
+        raise InputError(f"--table {table} is --json too; choose another name for one of them")
     if plots is not None:
         if not importlib.util.find_spec("matplotlib"):
             raise InputError("--plots needs matplotlib; install hidden-transfer[bench], or leave it out")
@@ -153,6 +165,9 @@ def _settings(options: argparse.Namespace) -> BenchSettings:
         tree=None if options.tree_rows is None else TreeSizes(options.tree_rows, options.pseudo_rows),
         prompt_lookup=options.prompt_lookup,
         without_ngrams=options.without_ngrams,
+        text_drafts=options.text_drafts,
+        self_speculative=options.self_speculative,
+        early_exit=options.early_exit,
     )
 
 
@@ -184,6 +199,15 @@ def _add_ways(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--without-ngrams", action="store_true", help="also measure trees without n-gram branches")
     group.add_argument(
+        "--text-drafts", action="store_true", help="also measure drafts from the text alone, as prompt lookup has them"
+    )
+    group.add_argument(
+        "--self-speculative",
+        type=pathname,
+        metavar="FILE",
+        help="also measure drafts of the model without the blocks that FILE names; made by ht-train skip-blocks",
+    )
+    group.add_argument(
         "--compare",
         type=_name_and_path,
         action="append",
@@ -200,6 +224,12 @@ def _add_ways(group: argparse._ArgumentGroup) -> None:
     )
     model.add_argument("--no-transformers", action="store_true", help="leave transformers out; needs the runtime only")
     group.add_argument("--prompt-lookup", action="store_true", help="also measure transformers with prompt lookup")
+    group.add_argument(
+        "--early-exit",
+        type=int,
+        metavar="LAYERS",
+        help="also measure transformers with drafts of the model's first layers, so many (assistant_early_exit)",
+    )
 
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ht_export.prompts import Conversation, evenly, read_conversations
+from runtime.bindings import MOST_LAYERS
 from runtime.checks import LARGEST, MOST_REPEATS, MOST_THREADS, whole
 from runtime.errors import InputError, one_line, shown
 from runtime.sampling import Sampling
@@ -19,7 +20,12 @@ SPECULATIVE = "speculative"
 WITHOUT_NGRAMS = "without_ngrams"
 TRANSFORMERS = "transformers"
 PROMPT_LOOKUP = "prompt_lookup"
-NAMES = (PLAIN, SPECULATIVE, WITHOUT_NGRAMS, TRANSFORMERS, PROMPT_LOOKUP)
+EARLY_EXIT = "early_exit"
+SELF_SPECULATIVE = "self_speculative"
+TEXT_DRAFTS = "text_drafts"
+# Those that are computed by transformers.
+OF_TRANSFORMERS = (TRANSFORMERS, PROMPT_LOOKUP, EARLY_EXIT)
+NAMES = (PLAIN, SPECULATIVE, WITHOUT_NGRAMS, TEXT_DRAFTS, SELF_SPECULATIVE, *OF_TRANSFORMERS)
 
 DEFAULT_SEEDS = 3
 
@@ -30,6 +36,8 @@ class BenchSettings:
 
     `sampling` is without a seed; `seeds` has those that each prompt is run with, (None,) for greedy decoding. `tree`
     None leaves it to the engine. `threads` None takes all physical cores. `device` is as for `Generator`.
+    `self_speculative` is the file of the blocks that its draft leaves out, `early_exit` how many layers the drafts of
+    transformers pass; None leaves either out.
     """
 
     engine: Path
@@ -48,6 +56,9 @@ class BenchSettings:
     tree: TreeSizes | None = None
     prompt_lookup: bool = False
     without_ngrams: bool = False
+    text_drafts: bool = False
+    self_speculative: Path | None = None
+    early_exit: int | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -56,12 +67,14 @@ class BenchSettings:
             ("repeats", 1, MOST_REPEATS),
             ("warm_up", 0, MOST_REPEATS),
             ("threads", 1, MOST_THREADS),
+            ("early_exit", 1, MOST_LAYERS),
         ):
             number = getattr(self, name)
             if number is not None:
                 whole(f"--{name.replace('_', '-')}", number, least, most)
-        if self.prompt_lookup and self.model is None:
-            raise InputError("--prompt-lookup is that of transformers; leave it or --no-transformers out")
+        for option, asked in (("--prompt-lookup", self.prompt_lookup), ("--early-exit", self.early_exit is not None)):
+            if asked and self.model is None:
+                raise InputError(f"{option} is that of transformers; leave it or --no-transformers out")
         names = [name for name, _ in self.compare]
         for name in names:
             if not re.fullmatch(r"[\w.-]+", name) or name in NAMES or names.count(name) > 1:

@@ -8,7 +8,7 @@ from itertools import pairwise, zip_longest
 from typing import Any
 
 from ht_export.bench.measure import Row, Runs
-from ht_export.bench.settings import PLAIN, SPECULATIVE, TRANSFORMERS, WITHOUT_NGRAMS
+from ht_export.bench.settings import OF_TRANSFORMERS, PLAIN, SPECULATIVE, TRANSFORMERS, WITHOUT_NGRAMS
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
@@ -26,7 +26,8 @@ def group_summary(rows: Sequence[Row]) -> dict[str, Any]:
 
     A row's figure is the median over its repeats. A speed is the mean over rows, and a speed-up the ratio of two such
     means: prompt processing included, or, `decode_speedup`, without the prompt and the first token. `speedup_range`
-    has the least and the largest speed-up over all rows of one repeat, `slowest` is the row with the least of its own.
+    has the least and the largest speed-up over all rows of one repeat, `slowest` is the row with the least of its own,
+    and `ratios` tell how many times as fast as each other way speculative decoding is.
     """
     ways = {name: _way_summary(rows, name) for name in rows[0].ways}
     fast, plain = ways[SPECULATIVE], ways[PLAIN]
@@ -47,8 +48,27 @@ def group_summary(rows: Sequence[Row]) -> dict[str, Any]:
         "time_to_first_token_s": fast["time_to_first_token_s"],
         "plain_time_to_first_token_s": plain["time_to_first_token_s"],
         "slowest": slowest(rows),
+        "ratios": ratios(ways),
         "ways": ways,
     }
+
+
+def ratios(ways: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return for each way that is compared, by its name, `speed`: our tokens/s over its own, and `speedup`: our
+    speed-up over plain decoding over its own. These differ for ways of transformers alone, whose plain decoding is
+    another.
+    """
+    ours = ways[SPECULATIVE]["tokens_per_second"]
+    our_speedup = ours / ways[PLAIN]["tokens_per_second"]
+    found = {}
+    for name, way in ways.items():
+        if name in (SPECULATIVE, WITHOUT_NGRAMS):
+            continue
+        # A file may have been measured without them.
+        plain = ways.get(TRANSFORMERS if name in OF_TRANSFORMERS else PLAIN, ways[PLAIN])
+        speedup = our_speedup / (way["tokens_per_second"] / plain["tokens_per_second"])
+        found[name] = {"speed": ours / way["tokens_per_second"], "speedup": speedup}
+    return found
 
 
 def acceptance(accepted: Sequence[int]) -> list[float]:

@@ -5,13 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ht_export.bench.settings import PLAIN, PROMPT_LOOKUP, SPECULATIVE, TRANSFORMERS, WITHOUT_NGRAMS
+from ht_export.bench.markdown import number, table
+from ht_export.bench.settings import (
+    EARLY_EXIT,
+    PLAIN,
+    PROMPT_LOOKUP,
+    SELF_SPECULATIVE,
+    SPECULATIVE,
+    TEXT_DRAFTS,
+    TRANSFORMERS,
+    WITHOUT_NGRAMS,
+)
 
 TITLES = {
     SPECULATIVE: "speculative",
     WITHOUT_NGRAMS: "without n-grams",
+    TEXT_DRAFTS: "drafts from the text",
+    SELF_SPECULATIVE: "self-speculative",
     TRANSFORMERS: "`transformers`",
     PROMPT_LOOKUP: "`transformers` prompt lookup",
+    EARLY_EXIT: "`transformers` early exit",
 }
 DIFFERENCES_SHOWN = 5
 
@@ -76,26 +89,26 @@ def _sampling(sampling: dict[str, Any]) -> str:
 def _main_table(groups: dict[str, dict[str, Any]]) -> str:
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("prompts", lambda one: str(one["prompts"])),
-        ("speed-up over plain", lambda one: _number(one["speedup"])),
-        ("decode only", lambda one: _number(one["decode_speedup"])),
-        ("tokens per step", lambda one: _number(one["tokens_per_step"])),
-        ("tokens/s", lambda one: _number(one["tokens_per_second"], 1)),
-        ("plain tokens/s", lambda one: _number(one["plain_tokens_per_second"], 1)),
-        ("first token, ms", lambda one: _number(1000 * one["time_to_first_token_s"], 0)),
-        ("plain, ms", lambda one: _number(1000 * one["plain_time_to_first_token_s"], 0)),
+        ("speed-up over plain", lambda one: number(one["speedup"])),
+        ("decode only", lambda one: number(one["decode_speedup"])),
+        ("tokens per step", lambda one: number(one["tokens_per_step"])),
+        ("tokens/s", lambda one: number(one["tokens_per_second"], 1)),
+        ("plain tokens/s", lambda one: number(one["plain_tokens_per_second"], 1)),
+        ("first token, ms", lambda one: number(1000 * one["time_to_first_token_s"], 0)),
+        ("plain, ms", lambda one: number(1000 * one["plain_time_to_first_token_s"], 0)),
     ]
     if next(iter(groups.values()))["transformers_tokens_per_second"]:
         columns += [
-            ("`transformers` float32 tokens/s", lambda one: _number(one["transformers_tokens_per_second"], 1)),
-            ("plain / `transformers`", lambda one: _number(one["plain_over_transformers"])),
+            ("`transformers` float32 tokens/s", lambda one: number(one["transformers_tokens_per_second"], 1)),
+            ("plain / `transformers`", lambda one: number(one["plain_over_transformers"])),
         ]
     rows = [[task, *(cell(one) for _, cell in columns)] for task, one in groups.items()]
-    return _table(["task", *(title for title, _ in columns)], rows)
+    return table(["task", *(title for title, _ in columns)], rows)
 
 
 def _way_table(groups: dict[str, dict[str, Any]], ways: Sequence[str], figure: str) -> str:
-    rows = [[task, *(_number(one["ways"][way][figure]) for way in ways)] for task, one in groups.items()]
-    return _table(["task", *(TITLES.get(way, way) for way in ways)], rows)
+    rows = [[task, *(number(one["ways"][way][figure]) for way in ways)] for task, one in groups.items()]
+    return table(["task", *(TITLES.get(way, way) for way in ways)], rows)
 
 
 def _acceptance_table(groups: dict[str, dict[str, Any]], ways: Sequence[str]) -> str:
@@ -109,10 +122,10 @@ def _acceptance_table(groups: dict[str, dict[str, Any]], ways: Sequence[str]) ->
     if not depths:
         return "No drafted token was accepted."
     rows = [
-        [name, *(_number(shares[depth]) if depth < len(shares) else "-" for depth in range(depths))]
+        [name, *(number(shares[depth]) if depth < len(shares) else "-" for depth in range(depths))]
         for name, shares in found
     ]
-    return "Steps that accepted so many drafted tokens, of those that accepted one less:\n\n" + _table(
+    return "Steps that accepted so many drafted tokens, of those that accepted one less:\n\n" + table(
         ["task", *(str(depth) for depth in range(1, depths + 1))], rows
     )
 
@@ -144,22 +157,3 @@ def _check_lines(checks: dict[str, Any]) -> list[str]:
             line += f"\n  - and {more} more"
         lines.append(line)
     return lines
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table with columns of even width, the first one to the left."""
-    cells = [[text.replace("|", "\\|") for text in row] for row in [titles, *rows]]
-    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(titles))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = []
-    for row in [cells[0], rule, *cells[1:]]:
-        padded = [
-            row[0].ljust(widths[0]),
-            *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        lines.append("| " + " | ".join(padded) + " |")
-    return "\n".join(lines)

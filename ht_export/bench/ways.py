@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ht_export.bench.settings import PLAIN, SPECULATIVE, WITHOUT_NGRAMS, BenchSettings, Job
+from ht_export.bench.settings import PLAIN, SPECULATIVE, TEXT_DRAFTS, WITHOUT_NGRAMS, BenchSettings, Job
 from runtime.bundle.engine_file import read_engine_file
 from runtime.engines.opening import runs_on_cpu
 from runtime.errors import InputError, PromptTooLongError
@@ -20,6 +20,7 @@ from runtime.generator import Generator
 from runtime.sampling import Sampling
 from runtime.sampling.candidates import candidates
 from runtime.sampling.noise import Noise
+from runtime.tree import TreeSizes
 
 # A token whose logit, with its noise when sampling, is this near to the largest one may be chosen instead of it where
 # arithmetic is done in another order.
@@ -41,6 +42,9 @@ class Answer:
     steps: int
     accepted: tuple[int, ...] = ()
 
+
+# Rows of trees of drafts from the text alone: as many tokens as transformers looks up, and the certain one.
+TEXT_ROWS = 11
 
 # Properties that engines must share to have the same answer to a prompt.
 ALIKE = ("base model", "tokenizer", "chat template", "stop tokens", "context limit")
@@ -117,23 +121,34 @@ def engine_ways(generator: Generator, others: dict[str, Generator], settings: Be
 
     A text is required to be that of plain decoding where both are computed in float32.
     """
-    exact = generator.about.precision == "float32"
+    exact = is_exact(generator)
 
-    def gap(job: Job, plain: Sequence[int], own: Sequence[int], position: int) -> float:
-        return plain_gap(generator, job, own, position)
-
+    gap = gap_of(generator)
     tree = {"tree": settings.tree} if settings.tree else {}
     own: list[tuple[str, dict[str, Any]]] = [(PLAIN, {"speculate": False}), (SPECULATIVE, tree)]
     if settings.without_ngrams:
         own.append((WITHOUT_NGRAMS, {**tree, "ngrams": False}))
-    ways = [Way(name, _decoder(generator, settings, **options), gap, exact) for name, options in own]
+    if settings.text_drafts:
+        own.append((TEXT_DRAFTS, {"tree": TreeSizes(TEXT_ROWS, (0,) * generator.about.dims.num_steps)}))
+    ways = [Way(name, decoder(generator, settings, **options), gap, exact) for name, options in own]
     for name, other in others.items():
-        required = exact and other.about.precision == "float32"
-        ways.append(Way(name, _decoder(other, settings), gap, required))
+        ways.append(Way(name, decoder(other, settings), gap, exact and is_exact(other)))
     return ways
 
 
-def _decoder(generator: Generator, settings: BenchSettings, **options: Any) -> Callable[[Job], Answer]:
+def is_exact(generator: Generator) -> bool:
+    """Return whether the texts of an engine are required to be those of plain decoding, whatever drafts."""
+    return generator.about.precision == "float32"
+
+
+def gap_of(generator: Generator) -> Gap:
+    """Return the gaps of plain decoding in an engine."""
+    return lambda job, plain, own, position: plain_gap(generator, job, own, position)
+
+
+def decoder(generator: Generator, settings: BenchSettings, **options: Any) -> Callable[[Job], Answer]:
+    """Return what answers a job by an engine with these `options` of a request."""
+
     def answer(job: Job) -> Answer:
         start = time.perf_counter()
         result = generator.generate(job.text, max_new_tokens=settings.max_new_tokens, sampling=job.sampling, **options)

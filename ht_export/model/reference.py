@@ -143,20 +143,37 @@ class HiddenTransferModel(nn.Module):
         hidden = self._join(hidden, len(parts.layers), pseudo_parents)
         wanted, pseudo = gather_rows(hidden, logit_rows), hidden[:, tree_size:]
         if self.draft_head is not None:
-            logits, draft_logits = parts.head(parts.norm(wanted)), self.draft_head(parts.norm(pseudo))
+            normed = normed_drafts(self.base, self.transfer, pseudo)
+            logits, draft_logits = parts.head(parts.norm(wanted)), self.draft_head(normed)
         else:
-            both = parts.head(parts.norm(torch.cat([wanted, pseudo], dim=1)))
+            if self.transfer.behind_norm:
+                both = parts.head(torch.cat([parts.norm(wanted), pseudo], dim=1))
+            else:
+                both = parts.head(parts.norm(torch.cat([wanted, pseudo], dim=1)))
             logits, draft_logits = both[:, : wanted.shape[1]], both[:, wanted.shape[1] :]
         return ForwardOutput(parts.capped(logits), draft_logits, rows.key_new, rows.value_new)
 
     def _join(self, hidden: Tensor, layer: int, pseudo_parents: Sequence[Tensor]) -> Tensor:
-        joining = [self.transfer(k, gather_rows(hidden, pseudo_parents[k])) for k in self.transfer.joining(layer)]
+        joining = [
+            self.transfer(k, read_states(self.base, self.transfer, gather_rows(hidden, pseudo_parents[k])))
+            for k in self.transfer.joining(layer)
+        ]
         return torch.cat([hidden, *joining], dim=1) if joining else hidden
 
 
 def draft_head(base: PreTrainedModel, transfer: TransferLayers) -> HeadRows | None:
     """Return the head that drafts are read by, None where that is the base model's."""
     return None if transfer.draft_tokens is None else decoder_parts(base).head_of(transfer.draft_tokens)
+
+
+def read_states(base: PreTrainedModel, transfer: TransferLayers, states: Tensor) -> Tensor:
+    """Return what drafts are made of for states [..., d], inputs of a transfer layer or the last layer's output."""
+    return decoder_parts(base).norm(states) if transfer.behind_norm else states
+
+
+def normed_drafts(base: PreTrainedModel, transfer: TransferLayers, drafts: Tensor) -> Tensor:
+    """Return what a head reads of `drafts` [..., d], pseudo rows as they are after the last layer."""
+    return drafts if transfer.behind_norm else decoder_parts(base).norm(drafts)
 
 
 def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:

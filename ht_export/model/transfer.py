@@ -3,7 +3,8 @@
 The file is safetensors: `step{k}.weight` [d, d] and `step{k}.bias` [d] for k = 1..K, and one metadata entry
 `hidden_transfer` that holds JSON: the format version, the transfer layers, the base model's identity, the training
 recipe and the acceptance measured on held-out text. With a token correction there are its tensors, `correction.*`, too;
-with a draft head, `draft_tokens` [V_d], the tokens that drafts are chosen from.
+with a draft head, `draft_tokens` [V_d], the tokens that drafts are chosen from. Medusa heads are kept in the same file,
+which says so, and is of a later version: earlier releases would take them for what they are not.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Required, TypedDict
+from typing import Annotated, Any, Literal, Required, TypedDict
 
 import torch
 from msgspec import Meta
@@ -28,6 +29,8 @@ from runtime.errors import InputError, one_line, shown
 from runtime.formats import Format
 
 FORMAT_VERSION = 2
+# That of files with Medusa heads.
+MEDUSA_VERSION = 3
 METADATA_KEY = "hidden_transfer"
 DRAFT_TOKENS = "draft_tokens"
 # Types that a file may have them in.
@@ -37,6 +40,10 @@ CHOOSE_AGAIN = "choose them again with ht-train draft-head"
 LARGEST_SIZE = 1 << 16
 MOST_STEPS = 64
 DEFAULT_STEPS = 3
+
+# What drafts: transfer layers, or heads to compare them with.
+Drafter = Literal["transfer", "medusa"]
+DRAFTERS: tuple[Drafter, ...] = ("transfer", "medusa")
 
 Size = Annotated[int, Meta(ge=1, le=LARGEST_SIZE)]
 Count = Annotated[int, Meta(ge=0, le=LARGEST_SIZE)]
@@ -61,6 +68,11 @@ class _Metadata:
     base_model: _TrainedFor
     recipe: dict[str, Any]
     acceptance: dict[str, Any]
+    drafter: Drafter = "transfer"
+
+    def __post_init__(self) -> None:
+        if (self.version == MEDUSA_VERSION) != (self.drafter == "medusa"):
+            raise ValueError(f"its version is {self.version}, which is not that of drafter {self.drafter!r}")
 
 
 METADATA = VersionedFormat(
@@ -68,7 +80,8 @@ METADATA = VersionedFormat(
     most_bytes=1 << 24,
     remedy="train it again",
     kind=_Metadata,
-    version=FORMAT_VERSION,
+    version=MEDUSA_VERSION,
+    earlier=(FORMAT_VERSION,),
     again="train the file again",
 )
 TRANSFER_LAYERS = Format("safetensors file of transfer layers", 1 << 24, "fetch or train it again")
@@ -82,6 +95,10 @@ class TransferLayers(nn.Module):
     `draft_tokens` [V_d], ascending, are the tokens that drafts are chosen from, read by their rows of the base model's
     head; None for the whole vocabulary.
     """
+
+    drafter: Drafter = "transfer"
+    # Whether drafts are made of normed states, behind the last norm, and read by the head as they are.
+    behind_norm = False
 
     def __init__(
         self,
@@ -99,14 +116,18 @@ class TransferLayers(nn.Module):
         self.linears = [nn.Linear(hidden_size, hidden_size) for _ in layers]
         self.maps = nn.ModuleList(self.linears)
         for linear in self.linears:
-            nn.init.eye_(linear.weight)
-            nn.init.zeros_(linear.bias)
+            self._begin(linear)
         self.correction: CorrectionNetwork | None = None
         if correction_rank:
             self.correction = CorrectionNetwork(len(layers), hidden_size, correction_rank)
         # A buffer, to be where the weights are; not among what is trained.
         self.draft_tokens: Tensor | None
         self.register_buffer("draft_tokens", draft_tokens, persistent=False)
+
+    @staticmethod
+    def _begin(linear: nn.Linear) -> None:
+        nn.init.eye_(linear.weight)
+        nn.init.zeros_(linear.bias)
 
     @property
     def num_steps(self) -> int:
@@ -156,9 +177,57 @@ class TransferLayers(nn.Module):
         return self.linears[step](hidden)
 
 
-def default_layers(num_layers: int, steps: int = DEFAULT_STEPS) -> tuple[int, ...]:
-    """Return where the draft steps of a model join by default: all at two thirds of its depth."""
-    return (round(num_layers * 2 / 3),) * steps
+class MedusaHeads(TransferLayers):
+    """K heads of Medusa-1 (arXiv 2401.10774), a yardstick: n + SiLU(W_k n + b_k) of a token's state n behind the last
+    norm, where the code of its authors takes it, read by the base model's head.
+
+    No layer of the base model runs for them, and they see neither each other nor the tokens in between. Each begins as
+    the identity. Medusa's heads go on with a copy of the base model's head each, [V, d], trained too: of a small model
+    those three copies are more than half of its weights, and here all steps share the frozen one.
+    """
+
+    drafter: Drafter = "medusa"
+    behind_norm = True
+
+    def __init__(self, layers: Sequence[int], hidden_size: int, draft_tokens: Tensor | None = None) -> None:
+        super().__init__(layers, hidden_size, 0, draft_tokens)
+
+    @staticmethod
+    def _begin(linear: nn.Linear) -> None:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise `InputError` unless every head is behind the last of `num_layers` layers."""
+        if wrong := [layer for layer in self.layers if layer != num_layers]:
+            raise InputError(
+                f"Medusa heads come after the last layer, {num_layers}, not at {wrong[0]}; leave --layers out, or give "
+                f"{num_layers} for each draft step"
+            )
+
+    def forward(self, step: int, hidden: Tensor) -> Tensor:
+        """Return what the head reads of `step` (0-based) for normed states [..., d]."""
+        return hidden + nn.functional.silu(self.linears[step](hidden))
+
+
+def new_drafter(
+    drafter: Drafter,
+    layers: Sequence[int],
+    hidden_size: int,
+    correction_rank: int = 0,
+    draft_tokens: Tensor | None = None,
+) -> TransferLayers:
+    """Return an untrained `drafter`; the rest is as for `TransferLayers`. Raises `InputError`."""
+    if drafter == "transfer":
+        return TransferLayers(layers, hidden_size, correction_rank, draft_tokens)
+    if correction_rank:
+        raise InputError(f"Medusa heads have no token correction, of rank {correction_rank} or any; set it to 0")
+    return MedusaHeads(layers, hidden_size, draft_tokens)
+
+
+def default_layers(num_layers: int, steps: int = DEFAULT_STEPS, drafter: Drafter = "transfer") -> tuple[int, ...]:
+    """Return where the draft steps of a model join by default: all at two thirds of its depth, or behind all of it."""
+    return (round(num_layers * 2 / 3) if drafter == "transfer" else num_layers,) * steps
 
 
 @dataclass(frozen=True)
@@ -172,8 +241,10 @@ class TransferFile:
 
 def save_transfer_layers(path: Path, transfer: TransferLayers, about: TransferFile) -> None:
     """Write `transfer` and what is known about it, atomically."""
+    medusa = transfer.drafter == "medusa"
     metadata = {
-        "version": FORMAT_VERSION,
+        "version": MEDUSA_VERSION if medusa else FORMAT_VERSION,
+        **({"drafter": transfer.drafter} if medusa else {}),
         "layers": list(transfer.layers),
         "correction_rank": transfer.correction.rank if transfer.correction else 0,
         "base_model": about.base_model,
@@ -205,7 +276,7 @@ def load_transfer_layers(path: Path, base_model: dict[str, Any] | None = None) -
         layers, hidden_size = metadata.layers, metadata.base_model["hidden_size"]
         # Before there is memory for them: what is stated must be what is there.
         with torch.device("meta"):
-            stated = TransferLayers(layers, hidden_size, metadata.correction_rank)
+            stated = new_drafter(metadata.drafter, layers, hidden_size, metadata.correction_rank)
         stated.check_layers(metadata.base_model["num_layers"])
         found = shapes(file)
         for name, parameter in _named_in_file(stated):
@@ -215,7 +286,7 @@ def load_transfer_layers(path: Path, base_model: dict[str, Any] | None = None) -
         draft_tokens = None
         if DRAFT_TOKENS in found:
             draft_tokens = _read_draft_tokens(path, file, found[DRAFT_TOKENS], metadata.base_model.get("vocab_size"))
-        transfer = TransferLayers(layers, hidden_size, metadata.correction_rank, draft_tokens)
+        transfer = new_drafter(metadata.drafter, layers, hidden_size, metadata.correction_rank, draft_tokens)
         for name, parameter in _named_in_file(transfer):
             parameter.data = file.get_tensor(name).to(torch.float32)
             if not torch.isfinite(parameter).all():

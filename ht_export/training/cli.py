@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_sweep(commands)
     add_report(commands)
+    _add_skip_blocks(commands)
     return parser
 
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> None:
         nonlocal interrupted
         options = build_parser().parse_args(arguments)
-        if options.command not in ("eval", "draft-head", "merge", "report"):
+        if options.command not in ("eval", "draft-head", "merge", "report", "skip-blocks"):
             interrupted = "interrupted; run the same command again to continue"
         # Imports torch and transformers, which --help and a mistyped option should not wait for.
         import torch
@@ -143,6 +144,8 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit.add_argument("--max-texts", type=int, help="train on this many of the texts, spread evenly (default: all)")
     fit.add_argument("--out", type=pathname, required=True, help="transfer-layers file to write (.safetensors)")
     fit.add_argument("--layers", type=integers, help=PLACEMENT_HELP)
+    fit.add_argument("--drafter", choices=("transfer", "medusa"), help="what is trained: transfer layers, or "
+                     "heads of Medusa-1, to compare them with (default: transfer, or what --start has)")  # fmt: skip
     beginning = fit.add_mutually_exclusive_group()
     _add_init(beginning)
     beginning.add_argument("--start", type=pathname, help="begin with these transfer layers, to train them further; "
@@ -230,8 +233,30 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     _add_machine(sweep, "bfloat16")
 
 
+def _add_skip_blocks(commands: argparse._SubParsersAction) -> None:
+    skip = commands.add_parser(
+        "skip-blocks",
+        help="find the blocks that self-speculative decoding drafts best without, to compare with it",
+        description="Search the attention and MLP blocks that the model drafts best without (self-speculative "
+        "decoding, arXiv 2309.08168) on its own greedy text: each alone, sets that grow, then random changes of the "
+        "best. Writes the file that ht-bench run --self-speculative takes.",
+    )
+    add_model(skip)
+    skip.add_argument("--data", type=pathname, nargs="+", required=True, help=DATA_HELP)
+    skip.add_argument("--out", type=pathname, required=True, help="file to write (.json)")
+    skip.add_argument("--texts", type=int, default=8, help="answers to evaluate each set on, evenly from the data "
+                      "(default: 8)")  # fmt: skip
+    skip.add_argument("--budget", type=int, default=240, help="sets to evaluate (default: 240)")
+    skip.add_argument("--row-cost", type=float, default=0.05, help="cost of one more row in a pass, in plain passes "
+                      "(default: 0.05, a CPU with few cores)")  # fmt: skip
+    skip.add_argument("--draft-tokens", type=int, help="tokens drafted in a row (default: what is best)")
+    skip.add_argument("--confidence", type=float, help="a token less sure ends a draft (default: what is best)")
+    skip.add_argument("--seed", type=int, default=0, help="draws the changes (default: 0)")
+    _add_machine(skip, "float32")
+
+
 def _add_init(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--init", choices=("ridge", "identity"), default="ridge",
+    parser.add_argument("--init", choices=("ridge", "identity"),
                         help="start from ridge regression on the base model's states, or from the identity "
                         "(default: ridge)")  # fmt: skip
 

@@ -19,8 +19,15 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from rich.progress import Progress
 
+from ht_export.model.blocks import MOST_DRAFTED, SKIPPED_BLOCKS, SkippedBlocks, write_skipped_blocks
 from ht_export.model.checkpoint import BaseModel, load_base_model
-from ht_export.model.transfer import TransferFile, default_layers, load_transfer_layers, save_transfer_layers
+from ht_export.model.transfer import (
+    DRAFTERS,
+    TransferFile,
+    default_layers,
+    load_transfer_layers,
+    save_transfer_layers,
+)
 from ht_export.progress import progress_bar, stage_display
 from ht_export.prompts import read_conversations
 from ht_export.settings import ExportSettings
@@ -28,15 +35,16 @@ from ht_export.training.acceptance import measure_acceptance
 from ht_export.training.data import MANIFEST, AnsweredPrompt, read_data
 from ht_export.training.draft_tokens import choose_draft_tokens, described
 from ht_export.training.engine import data_engine
-from ht_export.training.fit import FitSettings, MetricLog, fit
+from ht_export.training.fit import INITIALISATIONS, FitSettings, MetricLog, fit
 from ht_export.training.generate import DataSettings, Part, generate_data
 from ht_export.training.machine import fit_device
 from ht_export.training.merging import merge
 from ht_export.training.plots import plot_acceptance, plot_sweep
+from ht_export.training.skip_search import Found, SearchSettings, search
 from ht_export.training.sweep import SweepSettings, default_placements, recommendation, sweep, table
 from runtime import Generator
 from runtime.bundle.engine_file import MOST_BATCH
-from runtime.checks import whole
+from runtime.checks import number, whole
 from runtime.drafting.correction import SHORTLIST
 from runtime.errors import InputError
 from runtime.files import atomic_path, check_readable, check_writable, unwritable, write_json
@@ -95,15 +103,19 @@ def run_fit(options: argparse.Namespace) -> None:
     base = _load(options, accelerator.device)
     num_layers = base.model.config.num_hidden_layers
     chosen = _batches_and_loss(options)
-    layers = options.layers or default_layers(num_layers)
     start, start_about = None, None
+    drafter = options.drafter or DRAFTERS[0]
     if options.start:
         start, start_about = load_transfer_layers(options.start, base.identity())
-        layers = options.layers or start.layers
+        drafter = options.drafter or start.drafter
         if options.correction_rank is None:
             chosen["correction_rank"] = start.correction.rank if start.correction else 0
         chosen["init"] = "file"
-    settings = FitSettings(layers=layers, steps=options.steps, patience=options.patience, **chosen)
+    elif drafter == "medusa":
+        chosen["init"] = options.init or "identity"
+        chosen["correction_rank"] = options.correction_rank or 0
+    layers = options.layers or (start.layers if start else default_layers(num_layers, drafter=drafter))
+    settings = FitSettings(layers=layers, steps=options.steps, patience=options.patience, drafter=drafter, **chosen)
     data = _read_all(options.data, base, len(layers) + 1)
     if options.max_texts is not None:
         data = spread(data, options.max_texts)
@@ -239,6 +251,47 @@ def run_sweep(options: argparse.Namespace) -> None:
     print(text)
 
 
+def run_skip_blocks(options: argparse.Namespace) -> None:
+    """Search blocks to draft without, and write them with what they are worth."""
+    check_writable(options.out)
+    if options.out.exists():
+        SKIPPED_BLOCKS.read(options.out)
+    settings = SearchSettings(options.budget, options.row_cost, options.seed)
+    if options.draft_tokens is not None:
+        whole("--draft-tokens", options.draft_tokens, 1, MOST_DRAFTED)
+    if options.confidence is not None:
+        number("--confidence", options.confidence, 0, 1)
+    base = _load(options)
+    data = _spread(_read_all(options.data, base, 2), options.texts)
+    with progress_bar() as progress:
+        bar = progress.add_task("searching", total=settings.budget)
+
+        def tell(count: int, best: Found) -> None:
+            described = f"searching  {best.speedup:.2f} times plain, {best.tokens_per_step:.2f} tokens per step"
+            progress.update(bar, completed=count, description=described)
+
+        found, evaluated = search(base, data, settings, tell)
+    about = {
+        **found.described(),
+        "evaluated": evaluated,
+        **asdict(settings),
+        "texts": len(data),
+        "answer_tokens": sum(len(sequence.answer) for sequence in data),
+        "dtype": options.dtype,
+    }
+    draft_tokens = found.draft_tokens if options.draft_tokens is None else options.draft_tokens
+    confidence = found.confidence if options.confidence is None else options.confidence
+    written = SkippedBlocks.of(found.blocks, base.identity(), draft_tokens, confidence, about)
+    write_skipped_blocks(options.out, written)
+    print(
+        f"wrote {options.out}: drafts without {len(written.attention)} attention and {len(written.mlp)} MLP blocks, up "
+        f"to {written.draft_tokens} tokens in a row until one has less than {written.confidence:g}; estimated "
+        f"{found.speedup:.2f} times plain decoding, {found.tokens_per_step:.2f} tokens per step "
+        f"({evaluated} sets evaluated)",
+        file=sys.stderr,
+    )
+
+
 def _check_outputs(out: Path, checkpoint: Path) -> None:
     """Raise `InputError` for a file in the place of the transfer layers that is none of ours, such as the base model's
     weights, and for the checkpoint in that place.
@@ -269,7 +322,7 @@ def _batches_and_loss(options: argparse.Namespace) -> dict[str, Any]:
         "anchors": options.anchors,
         "accumulate": options.accumulate,
         "learning_rate": options.learning_rate,
-        "init": options.init,
+        "init": options.init or INITIALISATIONS[0],
         "correction_rank": DEFAULT_CORRECTION_RANK if options.correction_rank is None else options.correction_rank,
         "step_weights": options.step_weights,
         "loss_temperature": options.loss_temperature,

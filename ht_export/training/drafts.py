@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ht_export.model.attention import AttentionRows, LayerAttention, attention, use_attention_rows
 from ht_export.model.families import decoder_parts
-from ht_export.model.reference import gather_rows
+from ht_export.model.reference import gather_rows, read_states
 from ht_export.model.transfer import TransferLayers
 
 
@@ -95,7 +95,9 @@ def run_context(base: PreTrainedModel, layers: Iterable[int], input_ids: Tensor)
 
 
 def draft_hidden(base: PreTrainedModel, transfer: TransferLayers, context: Context, anchors: Tensor) -> Tensor:
-    """Return the last layer's output of every pseudo row, [B, A, K, d], for anchors [B, A] (positions in the text)."""
+    """Return the last layer's output of every pseudo row, [B, A, K, d], for anchors [B, A] (positions in the text);
+    what heads make behind the last norm comes as it is. See `ht_export.model.reference.normed_drafts`.
+    """
     parts = decoder_parts(base)
     num_layers = len(parts.layers)
     batch, count = anchors.shape
@@ -110,7 +112,8 @@ def draft_hidden(base: PreTrainedModel, transfer: TransferLayers, context: Conte
     hidden = context.hidden[num_layers].new_empty(batch, 0, context.hidden[num_layers].shape[-1])
     for index in range(min(transfer.layers), num_layers + 1):
         for step in transfer.joining(index):
-            joined = transfer(step, gather_rows(context.hidden[index], anchors).to(torch.float32))
+            read = read_states(base, transfer, gather_rows(context.hidden[index], anchors))
+            joined = transfer(step, read.to(torch.float32))
             hidden = torch.cat([hidden, joined.to(dtype)], dim=1)
         if index < num_layers:
             alive = hidden.shape[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ht_export.model.checkpoint import BaseModel
 from ht_export.model.correction import correction_tables
 from ht_export.model.families import DecoderParts, HeadRows, decoder_parts
-from ht_export.model.reference import draft_head
+from ht_export.model.reference import draft_head, normed_drafts
 from ht_export.model.transfer import TransferLayers
 from ht_export.training.batches import make_batch
 from ht_export.training.data import AnsweredPrompt
@@ -92,11 +92,12 @@ def predict(
         batch = make_batch(sequences, transfer.num_steps, None, None).to(device)
         context = run_context(base.model, transfer.layers, batch.input_ids)
         hidden = draft_hidden(base.model, transfer, context, batch.anchors)
+        normed = normed_drafts(base.model, transfer, hidden)
         for row, sequence in enumerate(sequences):
             used = batch.weights[row] > 0
             anchors = batch.anchors[row][used]
             states = context.hidden[len(parts.layers)][row]
-            yield _text_predictions(parts, sequence, hidden[row][used], states, anchors, correction, read_by)
+            yield _text_predictions(parts, sequence, normed[row][used], states, anchors, correction, read_by)
         if progress and bar is not None:
             progress.advance(bar)
 
@@ -138,27 +139,27 @@ def statistics(texts: Sequence[TextPredictions], sizes: TreeSizes | None = None)
 def _text_predictions(
     parts: DecoderParts,
     sequence: AnsweredPrompt,
-    hidden: Tensor,
+    normed: Tensor,
     states: Tensor,
     anchors: Tensor,
     correction: TokenCorrection | None,
     read_by: HeadRows | None,
 ) -> TextPredictions:
-    """Return the predictions of one text from hidden [A, K, d] of its drafts, which a draft head reads or the base
-    model's, and states [N, d] of its own rows.
+    """Return the predictions of one text from normed states [A, K, d] of its drafts, which a draft head reads or the
+    base model's, and states [N, d] of its own rows.
     """
     text = np.array(sequence.tokens)
     positions = anchors.cpu().numpy()
-    num_steps = hidden.shape[1]
+    num_steps = normed.shape[1]
     steps = torch.arange(num_steps, device=anchors.device)
     head = parts.head if read_by is None else read_by
     tables = None
     if correction is not None:
-        tables = [torch.from_numpy(table).to(hidden.device) for table in (correction.contexts, correction.candidates)]
+        tables = [torch.from_numpy(table).to(normed.device) for table in (correction.contexts, correction.candidates)]
         if read_by is not None:
             tables[1] = tables[1][read_by.tokens]
-        scales = torch.from_numpy(correction.scales).to(hidden.device)
-        ids = torch.from_numpy(text).to(hidden.device)
+        scales = torch.from_numpy(correction.scales).to(normed.device)
+        ids = torch.from_numpy(text).to(normed.device)
     chunks: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in range(0, len(anchors), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
@@ -170,7 +171,7 @@ def _text_predictions(
             mass = wanted.exp().sum(-1)
         by_step = []
         for k in range(num_steps):
-            logs = head(parts.norm(hidden[rows, k])).float().log_softmax(-1)
+            logs = head(normed[rows, k]).float().log_softmax(-1)
             best = logs.topk(min(SHORTLIST, logs.shape[-1]), dim=-1)
             if tables is not None:
                 contexts = tables[0][ids[before_rows[:, k]]] * scales[k]

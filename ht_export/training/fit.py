@@ -20,7 +20,7 @@ from torch import Tensor
 from ht_export.model.checkpoint import BaseModel
 from ht_export.model.families import decoder_parts
 from ht_export.model.reference import draft_head
-from ht_export.model.transfer import TransferLayers
+from ht_export.model.transfer import DRAFTERS, Drafter, TransferLayers, new_drafter
 from ht_export.training.batches import AnchorBatch, BatchSampler
 from ht_export.training.checkpoints import FitState, load_checkpoint, save_checkpoint
 from ht_export.training.data import AnsweredPrompt, fingerprint
@@ -48,7 +48,8 @@ class FitSettings:
     processes. `init` "file" begins with transfer layers trained before; steps that those lack begin by ridge
     regression. `patience` is how many held-out measurements
     in a row may bring nothing before the fit stops; 0 never stops it. With a `draft_size` drafts are chosen from so
-    many tokens, those that the data has most of; None takes those of the start, or the whole vocabulary.
+    many tokens, those that the data has most of; None takes those of the start, or the whole vocabulary. `drafter`
+    "medusa" trains Medusa heads by the same loss; they begin as the identity and have no token correction.
     """
 
     layers: tuple[int, ...]
@@ -69,6 +70,7 @@ class FitSettings:
     patience: int = 0
     seed: int = 0
     draft_size: int | None = None
+    drafter: Drafter = "transfer"
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequences", "anchors", "accumulate", "learning_rate", "max_gradient_norm"):
@@ -80,9 +82,11 @@ class FitSettings:
         for name in ("correction_rank", "patience", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise InputError(f"{name} must be at least 0, not {getattr(self, name)}")
-        for name, allowed in (("init", INITIALISATIONS), ("schedule", SCHEDULES)):
+        for name, allowed in (("init", INITIALISATIONS), ("schedule", SCHEDULES), ("drafter", DRAFTERS)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)}")
+        if self.drafter == "medusa" and self.init == "ridge":
+            raise InputError("Medusa heads are no regression: they begin as the identity; leave --init ridge out")
         if self.step_weights is not None and len(self.step_weights) != len(self.layers):
             raise InputError(
                 f"step_weights has {len(self.step_weights)} numbers for {len(self.layers)} draft steps; give one each"
@@ -168,7 +172,8 @@ def fit(
     if draft_tokens is not None:
         share = covered(draft_tokens, data)
         report(f"drafts are chosen from {len(draft_tokens)} tokens, {share:.2%} of those of the answers")
-    transfer = TransferLayers(settings.layers, base.model.config.hidden_size, settings.correction_rank, draft_tokens)
+    hidden_size = base.model.config.hidden_size
+    transfer = new_drafter(settings.drafter, settings.layers, hidden_size, settings.correction_rank, draft_tokens)
     transfer.check_layers(base.model.config.num_hidden_layers)
     if settings.init == "file":
         copy_start(transfer, start)
@@ -251,7 +256,7 @@ def anchor_losses(
     states = context.hidden[len(parts.layers)].flatten(0, 1)
     read_by = draft_head(base.model, transfer)
     normalisers = None if context.normalisers is None else context.normalisers.flatten()
-    losses = draft_losses(parts, drafts, states, targets, objective, shifts, read_by, normalisers)
+    losses = draft_losses(parts, drafts, states, targets, objective, shifts, read_by, normalisers, transfer.behind_norm)
     if share is None:
         return losses.by_step
     roots, gradients = [drafts], [losses.gradient * share]
@@ -295,7 +300,7 @@ class _Trainer:
 
     def initialise(self, known_steps: int, progress: Progress) -> None:
         """Set the weights to begin with that no file gives. Every process computes the same."""
-        if self.settings.init == "identity":
+        if self.settings.init == "identity" or self.settings.drafter == "medusa":
             return
         device = self.base.model.device
         regress(
@@ -372,6 +377,9 @@ def _run_identity(settings: FitSettings, base: BaseModel, data: Sequence[Answere
     del run["patience"]
     if settings.schedule == "constant":
         del run["steps"]
+    if settings.drafter == "transfer":
+        # Checkpoints of earlier releases, which had no other, do not say it.
+        del run["drafter"]
     run["dtype"] = str(base.model.dtype)
     return run
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ht_export.model.checkpoint import BaseModel
 from ht_export.model.correction import correction_tables
 from ht_export.model.families import DecoderParts, decoder_parts
-from ht_export.model.reference import draft_head
+from ht_export.model.reference import draft_head, normed_drafts
 from ht_export.model.transfer import TransferLayers
 from ht_export.training.batches import make_batch
 from ht_export.training.data import AnsweredPrompt
@@ -120,7 +120,7 @@ def _shortlists(
         batch = make_batch([text], transfer.num_steps, None, None).to(base.model.device)
         context = run_context(base.model, transfer.layers, batch.input_ids)
         hidden = draft_hidden(base.model, transfer, context, batch.anchors)[0]
-        best = head(parts.norm(hidden)).float().softmax(-1)
+        best = head(normed_drafts(base.model, transfer, hidden)).float().softmax(-1)
         best = best.topk(min(SHORTLIST, best.shape[-1]), dim=-1)
         tokens = best.indices if read_by is None else read_by.tokens[best.indices]
         found, shares = tokens.cpu().numpy(), best.values.double().cpu().numpy()

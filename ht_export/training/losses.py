@@ -92,12 +92,14 @@ def draft_losses(
     shifts: Tensor | None = None,
     draft_head: HeadRows | None = None,
     normalisers: Tensor | None = None,
+    behind_norm: bool = False,
 ) -> Losses:
     """Return the losses of `drafts`.
 
     drafts [N, K, d] and states [M, d] are outputs of the last layer, of pseudo rows and of the base model's own rows;
     targets [N, K] say which state predicts the token that a draft stands for; shifts [N, K, d] are added to the normed
-    drafts, which are read by the `draft_head`, None for the base model's. `normalisers` [M] are the states'
+    drafts, which are read by the `draft_head`, None for the base model's. Drafts made `behind_norm` are read as they
+    are. `normalisers` [M] are the states'
     `log_normalisers`, which a draft head and an objective that `is_plain` have use for.
     """
     count, num_steps = targets.shape
@@ -120,7 +122,7 @@ def draft_losses(
         for k in range(num_steps):
             leaves = [drafts[rows, k].detach().requires_grad_()]
             with torch.enable_grad():
-                normed = parts.norm(leaves[0])
+                normed = leaves[0] if behind_norm else parts.norm(leaves[0])
                 if shifts is not None:
                     leaves.append(shifts[rows, k].detach().requires_grad_())
                     normed = normed + leaves[1].to(normed.dtype)

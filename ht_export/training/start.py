@@ -26,6 +26,11 @@ def copy_start(transfer: TransferLayers, start: TransferLayers | None) -> None:
     """
     if start is None:
         raise InputError('init "file" needs transfer layers to start from')
+    if start.drafter != transfer.drafter:
+        raise InputError(
+            f"--start has drafter {start.drafter!r}, and {transfer.drafter!r} is asked for; leave --drafter out to "
+            "take that of the file"
+        )
     own, given = (
         (layers.hidden_size, layers.correction.rank if layers.correction else 0) for layers in (transfer, start)
     )

@@ -52,10 +52,15 @@ class DenseCache:
         return self.arrays.shape[4]
 
     @property
+    def used(self) -> list[int]:
+        """The indexes of the slots in use."""
+        self._reap()
+        return [place.index for place in self._places.used]
+
+    @property
     def in_use(self) -> int:
         """The number of slots in use."""
-        self._reap()
-        return len(self._places.used)
+        return len(self.used)
 
     def new_slot(self) -> PlacedSlot:
         """Return an empty slot, the first that is free."""

@@ -131,6 +131,11 @@ class OnnxRuntimeCpuEngine:
         self._drafts = np.empty((0, dims.draft_width), dtype=np.float32)
 
     @property
+    def cache(self) -> DenseCache:
+        """The keys and values of all slots, for what reads them where they are, and writes behind committed ones."""
+        return self._cache
+
+    @property
     def row_bytes(self) -> int:
         """See `Engine.row_bytes`."""
         return self.dims.row_bytes

@@ -24,6 +24,7 @@ from ht_export.bench.measure import Row, Runs
 from ht_export.bench.results import Results
 from ht_export.bench.settings import PLAIN, SPECULATIVE, Job
 from ht_export.bundle import check_tokenizer
+from ht_export.model.blocks import MOST_DRAFTED, Blocks, SkippedBlocks, read_skipped_blocks, write_skipped_blocks
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.families import FAMILIES
 from ht_export.model.transfer import TransferFile, load_transfer_layers, save_transfer_layers
@@ -204,7 +205,25 @@ def _transfer_layers(folder: Path) -> Kind:
         transfer.digest()
 
     content = damaged_safetensors(path.read_bytes(), "hidden_transfer")
+    save_transfer_layers(path, random_transfer((4, 4), drafter="medusa"), about)
+    content |= damaged_safetensors(path.read_bytes(), "hidden_transfer")
     cases = st.builds(lambda content: Case({path.name: content}), content)
+    return Kind(folder, cases, use)
+
+
+@KINDS.add("skipped blocks", "file of skipped blocks")
+def _skipped_blocks(folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    path = folder / "blocks.json"
+    identity = _base(folder).identity()
+    write_skipped_blocks(path, SkippedBlocks.of(Blocks((1, 2), (0,)), identity, 4, 0.5, {"budget": 9}))
+
+    def use(case: Case) -> None:
+        found = read_skipped_blocks(path, identity)
+        if not found.blocks.kept_attention(identity["num_layers"]) or not 1 <= found.draft_tokens <= MOST_DRAFTED:
+            raise FaultError(f"no draft: {found!r}")
+
+    cases = st.builds(lambda content: Case({path.name: content}), damaged_json(load_json(path)))
     return Kind(folder, cases, use)
 
 

@@ -76,13 +76,14 @@ def test_what_is_computed_in_float32_must_have_the_text_of_plain_decoding(
 ) -> None:
     other = Generator(tiny_engine, threads=1)
     other.about = replace(other.about, precision=precision)
-    settings = replace(settings, without_ngrams=True)
+    settings = replace(settings, without_ngrams=True, text_drafts=True)
     ways = engine_ways(generator, {"other": other}, settings)
     exact = precision == "float32"
     assert {way.name: way.required for way in ways} == {
         "plain": True,
         "speculative": True,
         "without_ngrams": True,
+        "text_drafts": True,
         "other": exact,
     }
     assert not any(way.required for way in engine_ways(other, {"other": generator}, settings)) or exact
@@ -92,15 +93,17 @@ def test_the_ways_of_transformers_give_the_text_of_plain_decoding(
     generator: Generator, settings: BenchSettings
 ) -> None:
     plain, *_ = engine_ways(generator, {}, settings)
-    ways = reference_ways(generator, replace(settings, prompt_lookup=True), on_gpu=False)
-    assert {way.name: way.required for way in ways} == {"transformers": True, "prompt_lookup": False}
+    ways = reference_ways(generator, replace(settings, prompt_lookup=True, early_exit=2), on_gpu=False)
+    required = {"transformers": True, "prompt_lookup": False, "early_exit": False}
+    assert {way.name: way.required for way in ways} == required
     for text in ("Hello", "a a a a a a a a a"):
         expected = plain.answer(job(text))
-        reference, lookup = (way.answer(job(text)) for way in ways)
-        assert reference.tokens == lookup.tokens == expected.tokens
+        reference, lookup, early = (way.answer(job(text)) for way in ways)
+        assert reference.tokens == lookup.tokens == early.tokens == expected.tokens
         assert reference.steps == len(reference.tokens)
         assert lookup.steps <= len(lookup.tokens)
-        for answer in (reference, lookup):
+        assert early.steps <= len(early.tokens)
+        for answer in (reference, lookup, early):
             assert 0 < answer.time_to_first_token_s < answer.seconds
             assert answer.decode_tokens_per_second > 0
 

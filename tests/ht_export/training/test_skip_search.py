@@ -1,0 +1,96 @@
+"""The search of blocks to draft without."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ht_export.model.blocks import Blocks, read_skipped_blocks
+from ht_export.model.checkpoint import BaseModel
+from ht_export.model.skipping import block_weights
+from ht_export.training import cli
+from ht_export.training.data import AnsweredPrompt
+from ht_export.training.skip_search import SearchSettings, Sight, draft_cost, look, passes, search
+
+
+def sight(right: str, sure: list[float] | None = None) -> Sight:
+    found = np.array([one == "x" for one in right])
+    return Sight(found, np.array(sure or [1.0] * len(found), dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("right", "sure", "most", "confidence", "expected"),
+    [
+        # The first token is the prompt's. Then x x: both right, and one more by the pass; then nothing is left.
+        ("-xx-", None, 2, 0.0, (1, 3, 2)),
+        # The draft is wrong at once: a token a pass, and as many drafted as there is text.
+        ("----", None, 2, 0.0, (3, 3, 5)),
+        # The second drafted token is unsure, and the last of its draft.
+        ("-xxxx", [1, 1, 0.3, 1, 1], 4, 0.5, (2, 4, 3)),
+        ("-xxxx", None, 8, 0.0, (1, 4, 4)),
+        # A text of the prompt's token alone has no passes; there is nothing to divide by 0.
+        ("x", None, 2, 0.0, (1, 1, 0)),
+    ],
+)
+def test_passes_of_a_text(
+    right: str, sure: list[float] | None, most: int, confidence: float, expected: tuple[int, int, int]
+) -> None:
+    assert passes([sight(right, sure)], most, confidence) == expected
+
+
+def test_a_whole_model_agrees_with_its_own_text(base: BaseModel, sequences: list[AnsweredPrompt]) -> None:
+    found = list(look(base, sequences[:3], Blocks()))
+    assert [len(one.right) for one in found] == [len(one.answer) for one in sequences[:3]]
+    assert np.concatenate([one.right for one in found]).mean() > 0.95
+    assert all(((one.sure > 0) & (one.sure <= 1.0001)).all() for one in found)
+
+
+def test_the_best_of_what_was_evaluated_is_found_within_the_budget(
+    base: BaseModel, sequences: list[AnsweredPrompt]
+) -> None:
+    told: list[tuple[int, float]] = []
+    settings = SearchSettings(budget=24)
+    found, count = search(base, sequences[:2], settings, lambda number, best: told.append((number, best.speedup)))
+    assert count <= 24
+    assert [number for number, _ in told] == list(range(1, count + 1))
+    assert found.speedup == max(speedup for _, speedup in told)
+    assert len(found.blocks.attention) < 4
+    again, _ = search(base, sequences[:2], settings)
+    assert again == found
+
+
+def test_a_draft_costs_the_weights_that_it_reads(base: BaseModel) -> None:
+    weights = block_weights(base.model)
+    assert draft_cost(base, weights, frozenset()) == 1.0
+    everything = draft_cost(base, weights, frozenset(weights))
+    assert 0 < everything < draft_cost(base, weights, frozenset([("mlp", 0)])) < 1
+
+
+def test_the_command_writes_a_file_for_the_model(
+    tiny_checkpoint: Path,
+    base: BaseModel,
+    data_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "blocks.json"
+    command = ["skip-blocks", str(tiny_checkpoint), "--data", str(data_folder), "--texts", "2", "--out", str(out)]
+    assert cli.main([*command, "--budget", "9", "--confidence", "0.25"]) == 0
+    assert "(9 sets evaluated)" in capsys.readouterr().err
+    found = read_skipped_blocks(out, base.identity())
+    assert found.confidence == 0.25
+    assert found.search["budget"] == 9
+    assert json.loads(out.read_text())["search"]["texts"] <= 2
+    other = tmp_path / "other.json"
+    other.write_text("[]")
+    for options, message in (
+        (["--budget", "0"], "--budget must be at least 1, not 0"),
+        (["--row-cost", "-1"], "--row-cost must be at least 0, not -1"),
+        (["--draft-tokens", "0"], "--draft-tokens must be"),
+        (["--confidence", "2"], "--confidence must be from 0 to 1, not 2"),
+        (["--out", str(other)], "other.json"),
+    ):
+        assert cli.main([*command, *options]) == 1
+        assert message in capsys.readouterr().err
+    assert other.read_text() == "[]"
