@@ -19,8 +19,8 @@ from runtime.chat.tools import Tool
 from runtime.checks import check_threads, number, whole
 from runtime.drafting.drafter import Drafter
 from runtime.drafting.sizing import LONG_PATHS, Sizing
-from runtime.drafting.text_pool import MOST_TOKENS, TextPool
 from runtime.drafting.source import DraftSource
+from runtime.drafting.text_pool import MOST_TOKENS, TextPool
 from runtime.engines.device_engine import DeviceEngine
 from runtime.engines.opening import open_engine, runs_on_cpu
 from runtime.engines.protocol import Engine

@@ -262,7 +262,7 @@ def run_skip_blocks(options: argparse.Namespace) -> None:
     if options.confidence is not None:
         number("--confidence", options.confidence, 0, 1)
     base = _load(options)
-    data = _spread(_read_all(options.data, base, 2), options.texts)
+    data = spread(_read_all(options.data, base, 2), options.texts)
     with progress_bar() as progress:
         bar = progress.add_task("searching", total=settings.budget)
 
