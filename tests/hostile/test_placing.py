@@ -63,7 +63,9 @@ def test_installs_race_and_every_read_is_of_one_engine(tiny_engine: Path, other_
         # Every file is read and its hash checked.
         seen.add(read_bundle(engine).about.identity)
     assert [racer.communicate()[0].strip() for racer in racers] == [b"50", b"50"]
-    assert seen == known
+    # One of them may have been in place at every read.
+    assert seen
+    assert seen <= known
     assert read_bundle(engine).about.identity in known
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
