@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ import pytest
 from tests.docs.pages import blocks, pages, spans
 from tests.modules import ROOT, module_at
 
-HOOKS = module_at("docs/hooks.py")
+COMMANDS = module_at("docs/commands.py")
 SHELLS = ("bash", "sh", "")
 # Programs of others.
 OTHERS = {
@@ -23,7 +24,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["p
 
 @pytest.fixture(scope="module")
 def programs() -> dict[str, argparse.ArgumentParser]:
-    return {parser.prog: parser for parser in HOOKS.programs()}
+    return {parser.prog: parser for parser in COMMANDS.programs()}
 
 
 @pytest.mark.parametrize("page", pages())
@@ -51,7 +52,7 @@ def test_commands_within_text_have_options_that_there_are(
         if not words or words[0] not in programs:
             continue
         parser = programs[words[0]]
-        subcommands = HOOKS.subcommands(parser)
+        subcommands = COMMANDS.subcommands(parser)
         if subcommands and len(words) > 1 and not words[1].startswith("-"):
             assert words[1] in subcommands, f"{page}: {span}"
             parser = subcommands[words[1]]
@@ -59,6 +60,11 @@ def test_commands_within_text_have_options_that_there_are(
         for word in words:
             if word.startswith("--"):
                 assert word.partition("=")[0] in known, f"{page}: {span} has {word}; there are {sorted(known)}"
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="other versions of Python lay out help in other ways")
+def test_the_page_of_commands_is_what_they_say() -> None:
+    assert COMMANDS.PAGE.read_text(encoding="utf-8") == COMMANDS.page(), "write it again: python docs/commands.py"
 
 
 def test_a_mistyped_option_is_found(programs: dict[str, argparse.ArgumentParser]) -> None:

@@ -36,19 +36,9 @@ def test_the_reference_has_the_docstrings_and_the_commands_their_options(site: P
     reference = (site / "reference.html").read_text(encoding="utf-8")
     for name in ("runtime.generator.Generator.generate", "runtime.errors.BusyError", "runtime.serving.app.create_app"):
         assert f'id="{name}"' in reference
-    assert "So the documents say" not in reference
     commands = (site / "commands.html").read_text(encoding="utf-8")
     assert "--random-transfer" in commands
     assert 'id="ht-bench-load"' in commands
-
-
-def test_building_imports_no_torch() -> None:
-    program = (
-        "import sys; sys.path.insert(0, 'docs'); import hooks; hooks.commands_page(); "
-        "print(sorted({'torch', 'transformers', 'onnx', 'onnxruntime'} & sys.modules.keys()))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_pictures_are_as_their_programs_draw_them() -> None:
