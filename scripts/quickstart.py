@@ -1,4 +1,4 @@
-"""Set up everything, export SmolLM2-135M with its transfer layers, and generate text by draft-and-verify.
+"""Set up everything, export SmolLM2-135M with its transfer layers, and answer a question plainly and speculatively.
 
 python3 scripts/quickstart.py ["your question"]
 """
@@ -10,6 +10,15 @@ import sys
 from environment import ROOT, prepare, run
 
 PROMPT = "Explain in a few sentences why the sky is blue and sunsets are red."
+NEXT = """
+Next:
+  python3 scripts/quickstart.py "a question of your own"
+      the same engine, in a few seconds
+  python3 scripts/serve.py
+      OpenAI's API, and a page that shows each pass
+  {programs}/ht-export MODEL --random-transfer --out mine/engine.onnx
+      your own checkpoint (a folder, a .gguf file or a hub id); docs/training.md makes it fast
+"""
 
 
 def main() -> None:
@@ -20,7 +29,8 @@ def main() -> None:
     if not engine.with_suffix(".json").is_file():
         run([str(programs / "ht-export"), "smollm2-135m", "--out", str(engine)])
     print(f"\n> {prompt}\n", flush=True)
-    run([str(programs / "ht-generate"), str(engine), prompt, "--max-new-tokens", "128"])
+    run([str(programs / "python"), str(ROOT / "examples" / "compare.py"), str(engine), prompt])
+    print(NEXT.format(programs=programs), end="")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,17 @@ def test_sample_with_a_processor(tiny_engine: Path, capsys: pytest.CaptureFixtur
     assert calls[0] == calls[1]
 
 
+def test_compare(tiny_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("compare").main([str(tiny_engine), "Hello"])
+    out = capsys.readouterr().out
+    rows = {words[0]: words[1:] for line in out.splitlines() if len(words := line.split()) == 5}
+    seconds, tokens, passes, per_step = rows["plain"]
+    assert float(seconds) > 0
+    assert (tokens, per_step) == (rows["speculative"][1], "1.00")
+    assert int(passes) >= int(rows["speculative"][2])
+    assert out.splitlines()[-1].endswith(", the same text")
+
+
 def test_train_in_small(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert example("train_in_small").main([str(tiny_checkpoint), str(tmp_path / "work")]) == 0
     assert "tokens per step" in capsys.readouterr().err
