@@ -90,12 +90,12 @@ def _main_table(groups: dict[str, dict[str, Any]]) -> str:
             ("plain / `transformers`", lambda one: _number(one["plain_over_transformers"])),
         ]
     rows = [[task, *(cell(one) for _, cell in columns)] for task, one in groups.items()]
-    return _table(["task", *(title for title, _ in columns)], rows)
+    return markdown(["task", *(title for title, _ in columns)], rows)
 
 
 def _way_table(groups: dict[str, dict[str, Any]], ways: Sequence[str], figure: str) -> str:
     rows = [[task, *(_number(one["ways"][way][figure]) for way in ways)] for task, one in groups.items()]
-    return _table(["task", *(TITLES.get(way, way) for way in ways)], rows)
+    return markdown(["task", *(TITLES.get(way, way) for way in ways)], rows)
 
 
 def _acceptance_table(groups: dict[str, dict[str, Any]], ways: Sequence[str]) -> str:
@@ -112,7 +112,7 @@ def _acceptance_table(groups: dict[str, dict[str, Any]], ways: Sequence[str]) ->
         [name, *(_number(shares[depth]) if depth < len(shares) else "-" for depth in range(depths))]
         for name, shares in found
     ]
-    return "Steps that accepted so many drafted tokens, of those that accepted one less:\n\n" + _table(
+    return "Steps that accepted so many drafted tokens, of those that accepted one less:\n\n" + markdown(
         ["task", *(str(depth) for depth in range(1, depths + 1))], rows
     )
 
@@ -150,7 +150,7 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table with columns of even width, the first one to the left."""
     cells = [[text.replace("|", "\\|") for text in row] for row in [titles, *rows]]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(titles))]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from runtime.errors import InputError
+from runtime.options import Parser
 from runtime.program import add_model, integers, pathname, run
 
 PLACEMENT_HELP = (
@@ -17,9 +18,9 @@ PLACEMENT_HELP = (
 DATA_HELP = "folders made by ht-train data; several are trained on together, such as greedy and sampled text"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser of `ht-train`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ht-train",
         description=__doc__,
         epilog="example: ht-train data smollm2-135m --prompts prompts.jsonl --out data/ && "
