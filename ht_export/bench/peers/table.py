@@ -79,7 +79,6 @@ def _describe(results: Results) -> str:
     parts = [
         about["model"],
         about["device"],
-        f"{about['threads']} threads",
         f"{about['prompts']['count']} prompts of {about['prompts']['file']}",
         f"up to {about['max_new_tokens']} new tokens, greedy",
         f"median of {about['rounds']} rounds, in turns, a process each",
