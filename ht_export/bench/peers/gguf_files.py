@@ -9,6 +9,7 @@ import numpy as np
 
 from ht_export.bench.peers.kinds import BITS4, BITS8, BITS16, FLOAT32
 from ht_export.foreign import foreign_code
+from ht_export.model.gguf_header import check_header
 from ht_export.model.stated import FETCH_AGAIN
 
 # The field that tells of a file's precision, and its values, as llama.cpp numbers them.
@@ -19,9 +20,12 @@ FINER = ("token_embd.weight", "output.weight")
 
 
 def has_precision(path: Path, precision: str) -> bool:
-    """Return whether most weights of the GGUF file at `path` have 4 bits, or all have what `precision` says."""
+    """Return whether most weights of the GGUF file at `path` have 4 bits, or all have what `precision` says. Raises
+    `InputError` for one that cannot be read.
+    """
     import gguf
 
+    check_header(path)
     names = {FLOAT32: ("F32",), BITS16: ("F16",), BITS8: ("Q8_0", "F32"), BITS4: ("Q4_0", "Q4_1", "Q4_K")}[precision]
     with foreign_code(f"cannot read {path}", FETCH_AGAIN):
         matrices = [tensor for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) == 2]
@@ -34,6 +38,7 @@ def convert(source: Path, precision: str, out: Path) -> None:
     """Write the model of the GGUF file `source` to `out`, its matrices in `precision`, all else as it is."""
     import gguf
 
+    check_header(source)
     kinds = gguf.GGMLQuantizationType
     kind = {FLOAT32: kinds.F32, BITS16: kinds.F16, BITS8: kinds.Q8_0, BITS4: kinds.Q4_0}[precision]
     with foreign_code(f"cannot convert {source}", FETCH_AGAIN):
