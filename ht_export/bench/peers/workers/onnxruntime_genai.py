@@ -66,7 +66,7 @@ class OrtGenAi:
         self.about = {"intra_op_num_threads": job["threads"]}
 
     def answer(self, prompts: Sequence[Sequence[int]], hear: Hear) -> None:
-        """Answer in batches of as many prompts as there are clients, padded on the left."""
+        """Answer in batches of as many prompts as there are clients, padded on the right."""
         import numpy as np
 
         job = self._job
@@ -85,7 +85,8 @@ class OrtGenAi:
             if job["setting"]:
                 params.set_speculative_options(**job["setting"])
             generator = self._library.Generator(self._model, params)
-            rows = [[job["pad_token"]] * (longest - len(prompt)) + list(prompt) for prompt in batch]
+            # On the right, as its own tokenizer does it: the last token of a prompt is the last that is no padding.
+            rows = [list(prompt) + [job["pad_token"]] * (longest - len(prompt)) for prompt in batch]
             generator.append_tokens(np.asarray(rows if len(rows) > 1 else rows[0], np.int32))
             while not generator.is_done():
                 generator.generate_next_token()
