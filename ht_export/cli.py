@@ -9,17 +9,19 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from ht_export.model.known import KNOWN_MODELS
+from runtime.bundle.places import engine_file_path
 from runtime.errors import InputError
-from runtime.program import add_model, integers, pathname, run
+from runtime.options import Parser
+from runtime.program import add_model, integers, pathname, run, say
 
 if TYPE_CHECKING:
     from ht_export.tensorrt.planner import PlanSettings
     from runtime.bundle.engine_file import PlanFile
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser of `ht-export`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ht-export",
         description="Export a base model with its transfer layers to one engine file for runtime.Generator and "
         "ht-generate: a graph for ONNX Runtime (.onnx) or a TensorRT plan (.plan). Beside ENGINE it writes the "
@@ -81,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens of prompt and answer together (default: the model's, where that has longrope scaling those before "
         "it sets in; at most 4096 in a plan)",
     )
+    parser.add_argument("--json", action="store_true", help="print the engine's description on stdout, as JSON")
     _add_plan(parser.add_argument_group("TensorRT plans"))
     return parser
 
@@ -160,6 +163,8 @@ def _export(options: argparse.Namespace) -> None:
     print(f"done: {options.out}, {size:.0f} MiB, within {difference:.1e} of the PyTorch reference", file=sys.stderr)
     if about.plan:
         print(_summary(about.plan), file=sys.stderr)
+    if options.json:
+        say(engine_file_path(options.out).read_text(encoding="utf-8").rstrip())
 
 
 def _check_no_plan_options(plan: PlanSettings) -> None:

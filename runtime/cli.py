@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import InputError
+from runtime.options import Parser
 from runtime.program import pathname, run
 
 if TYPE_CHECKING:
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 MOST_STDIN = 2**26
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser of `ht-generate`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ht-generate",
         description="Generate text with an exported engine by draft-and-verify decoding. The text is exactly that of "
         "plain decoding (--plain); only the number of engine passes differs.",

@@ -13,7 +13,7 @@ from ht_export.bench.bar import bar
 from runtime.checks import MOST_REPEATS, whole
 from runtime.errors import InputError
 from runtime.files import check_writable
-from runtime.program import integers, pathname
+from runtime.program import integers, pathname, say
 
 if TYPE_CHECKING:
     from ht_export.prompts import Conversation
@@ -54,6 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=12, metavar="N", help="of each step (default: 12)")
     parser.add_argument("--device", help="where an .onnx engine runs: cpu, cuda, cuda:1 (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all physical cores)")
+    parser.add_argument("--json", action="store_true", help="print ENGINE.tuning.json in place of a table")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
@@ -83,7 +84,7 @@ def tune(options: argparse.Namespace) -> int:
     if texts:
         tuning = decode(generator, tuning, texts, options.max_new_tokens or MAX_NEW_TOKENS, options.quiet)
     write_tuning(options.engine, tuning)
-    print(to_markdown(tuning))
+    say(tuning_path(options.engine).read_text(encoding="utf-8").rstrip() if options.json else to_markdown(tuning))
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from runtime import program
 from runtime.errors import InputError
+from runtime.options import Parser
 
 if TYPE_CHECKING:
     from ht_export.parity.report import Report
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 REPORT_SUFFIXES = (".md", ".html")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser of `ht-parity`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ht-parity",
         description="Compare an engine with its base model stage by stage: transformers, the PyTorch reference, ONNX's "
         "reference evaluator, ONNX Runtime (and the graph lowered for the CPU), or TensorRT. Names the layer where the "

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ht_export.training.recipe.options import add_all, add_report
 from runtime.errors import InputError
+from runtime.options import Parser
 from runtime.program import add_model, integers, pathname, run
 
 PLACEMENT_HELP = (
@@ -18,9 +19,9 @@ PLACEMENT_HELP = (
 DATA_HELP = "folders made by ht-train data; several are trained on together, such as greedy and sampled text"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser of `ht-train`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ht-train",
         description=__doc__,
         epilog="example: ht-train all smollm2-135m --prompts prompts.jsonl --out transfer.safetensors; "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.errors import InputError, InputWarning
+from runtime.options import Parser
 from runtime.program import pathname, run
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ requests under way end, for up to --drain-s seconds; a second one does not. TLS 
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser of `ht-serve`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ht-serve",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -199,7 +200,7 @@ def _from_environment(parser: argparse.ArgumentParser) -> list[str]:
     found = []
     for action in parser._actions:
         option = next((name for name in action.option_strings if name.startswith("--")), None)
-        if option is None or option == "--help":
+        if option is None or option in ("--help", "--print-completion"):
             continue
         value = os.environ.get(f"HT_SERVE_{option.removeprefix('--').replace('-', '_').upper()}")
         if not value:

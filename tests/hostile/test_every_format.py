@@ -94,6 +94,24 @@ ALLOWED = {
     Reading("ht_export/bench/plan_weights.py", "write", "ir.load"): OWN,
     Reading("ht_export/bench/plan_weights.py", "write", "open"): OWN,
     Reading("ht_export/bench/plan_weights.py", "fold_weights", "ir.load"): OWN,
+    Reading("ht_export/bench/peers/cli.py", "_work", "from_pretrained"): OWN,
+    Reading("ht_export/bench/peers/gguf_files.py", "has_precision", "GGUFReader"): "its header is looked at before",
+    Reading("ht_export/bench/peers/gguf_files.py", "convert", "GGUFReader"): "its header is looked at before",
+    Reading(
+        "ht_export/bench/peers/process.py", "Worker._read", "json.loads"
+    ): "a line of a worker, bounded and checked",
+    Reading("ht_export/bench/peers/workers/loop.py", "serve", "os.fdopen"): WRITTEN_TO,
+    Reading("ht_export/bench/peers/workers/loop.py", "serve", "json.loads"): "a line of the process that started it",
+    Reading("ht_export/bench/peers/workers/loop.py", "peak_bytes", "read_text"): SYSTEM,
+    Reading("ht_export/bench/peers/workers/openvino_genai.py", "convert", "from_pretrained"): OWN,
+    Reading("ht_export/bench/peers/workers/openvino_genai.py", "_tokenizer", "from_pretrained"): OWN,
+    Reading(
+        "ht_export/bench/peers/workers/transformers_generate.py", "Transformers.__init__", "from_pretrained"
+    ): "what our benchmark has written",
+    Reading("ht_export/bench/tune.py", "tune", "read_text"): OWN,
+    Reading("ht_export/cli.py", "_export", "read_text"): OWN,
+    Reading("ht_export/doctor/machine.py", "_lines", "read_text"): SYSTEM,
+    Reading("ht_export/doctor/software.py", "_asked", "json.loads"): "what a process of its own prints",
     Reading("ht_export/verify/traces.py", "GraphTracer.__init__", "onnx.load"): "whatever it raises is one error",
     Reading("ht_export/verify/traces.py", "tapped_session", "onnx.load"): "whatever it raises is one error",
     Reading("ht_export/verify/traces.py", "_evaluator", "onnx.load_external_data_for_model"): "likewise",

@@ -21,6 +21,10 @@ from rich.progress import Progress
 import ht_export.training.sweep
 from ht_export.bench.load.arrivals import trace
 from ht_export.bench.measure import Row, Runs
+from ht_export.bench.peers.models import DESCRIBED, Described
+from ht_export.bench.peers.results import Answered, Entry, Measured, Tried
+from ht_export.bench.peers.results import opened as opened_peers
+from ht_export.bench.peers.table import to_markdown as peers_to_markdown
 from ht_export.bench.results import Results
 from ht_export.bench.settings import PLAIN, SPECULATIVE, Job
 from ht_export.bundle import check_tokenizer
@@ -39,6 +43,7 @@ from ht_export.training.recipe.choices import Choices
 from ht_export.training.recipe.record import RECORD, Pace, WorkFolder
 from ht_export.training.sweep import SweepSettings, recommendation, sweep, table
 from runtime import InputError, Sampling
+from runtime.files import write_json
 from tests.conftest import CHAT_TEMPLATE, byte_tokenizer, random_transfer, save_checkpoint, tiny_llama
 from tests.hostile.binaries import damaged_safetensors
 from tests.hostile.cases import Case, FaultError, Kind, Kinds, load_json
@@ -406,6 +411,37 @@ def _results(folder: Path) -> Kind:
 
     cases = st.builds(lambda content: Case({path.name: content}), damaged_json(load_json(path)))
     return Kind(folder, cases, use)
+
+
+@KINDS.add("results of peers", "file of results of ht-bench peers")
+def _peer_results(folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    path = folder / "results.json"
+    conditions = {"date": "2026-01-01", "commit": "0", "model": "tiny", "device": "a CPU", "threads": 1, "rounds": 1}
+    conditions |= {"prompts": {"file": "x", "count": 1}, "max_new_tokens": 2}
+    made = opened_peers(path, conditions)
+    made.reference = [[1, 2]]
+    made.entries["one"] = Entry("one", "One", "float32", "1", "a file", 7)
+    made.tried.append(Tried("one", 1, {"lookup": 3}, 2.0))
+    answers = [Answered(2, 1, 0.1, 0.2, None)]
+    made.rows.append(Measured("one", 1, 0, {"lookup": 3}, {}, 0.5, 9, 0.2, answers))
+    made.write()
+
+    def use(case: Case) -> None:
+        found = opened_peers(path, conditions)
+        json.dumps(found.to_dict())
+        peers_to_markdown(found)
+
+    return Kind(folder, st.builds(lambda content: Case({path.name: content}), damaged_json(load_json(path))), use)
+
+
+@KINDS.add("models for peers", "description of a model made ready for peers")
+def _peer_models(folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    path = folder / "model.json"
+    write_json(path, asdict(Described("tiny", "0" * 64, [2], 100, 264)))
+    cases = st.builds(lambda content: Case({path.name: content}), damaged_json(load_json(path)))
+    return Kind(folder, cases, lambda case: DESCRIBED.read(path))
 
 
 class _Config:

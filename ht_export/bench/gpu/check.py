@@ -22,6 +22,7 @@ from ht_export.bench.gpu.parts import Sections, isolated
 from runtime.checks import MOST_REPEATS
 from runtime.errors import InputError
 from runtime.files import check_writable, write_json
+from runtime.options import Parser
 from runtime.program import pathname, run, say
 
 DESCRIPTION = """
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
 
     def work() -> int:
-        parser = argparse.ArgumentParser(prog="ht-bench gpu")
+        parser = Parser(prog="ht-bench gpu")
         add_options(parser)
         options = parser.parse_args(given)
         options.arguments = ["gpu", *given]

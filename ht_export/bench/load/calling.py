@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,20 +74,30 @@ class Caller:
 
     def ask(self, number: int, text: str, leave_after: int | None = None) -> Heard:
         """Have job `number` answered, whose prompt is `text`; leave after so many pieces of the answer."""
+        body = {"messages": [{"role": "user", "content": text}]}
+        return self._asked(number, "/chat/completions", body, leave_after, lambda: None)
+
+    def complete(self, number: int, prompt: Sequence[int], tick: Callable[[], None] = lambda: None) -> Heard:
+        """Have job number `number` continued, whose prompt is token ids; `tick` is called when some text has come."""
+        return self._asked(number, "/completions", {"prompt": list(prompt)}, None, tick)
+
+    def _asked(
+        self, number: int, path: str, asked: dict[str, Any], leave_after: int | None, tick: Callable[[], None]
+    ) -> Heard:
         heard, begun = Heard(number), time.perf_counter()
         body = {
             "model": self.model,
-            "messages": [{"role": "user", "content": text}],
+            **asked,
             "stream": True,
             "stream_options": {"include_usage": True},
             **self._extra,
         }
         try:
-            with self._client.stream("POST", "/chat/completions", json=body) as answer:
+            with self._client.stream("POST", path, json=body) as answer:
                 if answer.status_code != 200:
                     self._refused(answer, heard)
                 else:
-                    self._listen(answer.iter_lines(), heard, begun, leave_after)
+                    self._listen(answer.iter_lines(), heard, begun, leave_after, tick)
         except self._failures as error:
             heard.ending, heard.cause = "error", f"{type(error).__name__}: {one_line(error)}"
         heard.seconds = time.perf_counter() - begun
@@ -100,7 +110,9 @@ class Caller:
         wait = answer.headers.get("retry-after", "")
         heard.retry_after = float(wait) if wait.isdigit() else 1.0
 
-    def _listen(self, lines: Iterator[str], heard: Heard, begun: float, leave_after: int | None) -> None:
+    def _listen(
+        self, lines: Iterator[str], heard: Heard, begun: float, leave_after: int | None, tick: Callable[[], None]
+    ) -> None:
         told = None
         for line in lines:
             if not line.startswith("data:"):
@@ -117,9 +129,10 @@ class Caller:
                 heard.tokens = usage["completion_tokens"]
                 heard.cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             for choice in event["choices"]:
-                if piece := choice["delta"].get("content"):
+                if piece := choice["delta"].get("content") if "delta" in choice else choice.get("text"):
                     heard.text += piece
                     heard.events.append(time.perf_counter() - begun)
+                    tick()
             if leave_after is not None and len(heard.events) >= leave_after:
                 heard.ending = "left"
                 return

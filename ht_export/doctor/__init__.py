@@ -1,0 +1,1 @@
+"""`ht-doctor`: what this machine can run. Imports the standard library and `runtime` only: the rest may be missing."""
