@@ -97,7 +97,8 @@ def _words(line: str) -> list[str]:
 def _check(words: list[str], programs: dict[str, argparse.ArgumentParser]) -> None:
     """Fail where a command, or an option, a file or an extra of it, is none."""
     program, *rest = words
-    program = program.removeprefix(".venv/bin/")
+    # Of whatever environment.
+    program = program.rpartition("/bin/")[2]
     if program in programs:
         programs[program].parse_args(rest)
     elif program == "pip":
