@@ -327,6 +327,7 @@ def _batches_and_loss(options: argparse.Namespace) -> dict[str, Any]:
         "step_weights": options.step_weights,
         "loss_temperature": options.loss_temperature,
         "loss_top_k": options.loss_top_k,
+        "loss_choice": options.loss_choice,
         "seed": options.seed,
         "draft_size": options.draft_size,
     }

@@ -67,6 +67,7 @@ class FitSettings:
     step_weights: tuple[float, ...] | None = None
     loss_temperature: float = 1.0
     loss_top_k: int = 0
+    loss_choice: float = 0.0
     patience: int = 0
     seed: int = 0
     draft_size: int | None = None
@@ -97,7 +98,7 @@ class FitSettings:
     def objective(self) -> Objective:
         """The loss that these settings ask for."""
         weights = self.step_weights or (1.0,) * len(self.layers)
-        return Objective(weights, self.loss_temperature, self.loss_top_k)
+        return Objective(weights, self.loss_temperature, self.loss_top_k, self.loss_choice)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of `step` (from 0): linear warm-up, then constant or a cosine to a small share."""
@@ -377,9 +378,11 @@ def _run_identity(settings: FitSettings, base: BaseModel, data: Sequence[Answere
     del run["patience"]
     if settings.schedule == "constant":
         del run["steps"]
+    # Checkpoints of earlier releases, which had no other, do not say them.
     if settings.drafter == "transfer":
-        # Checkpoints of earlier releases, which had no other, do not say it.
         del run["drafter"]
+    if not settings.loss_choice:
+        del run["loss_choice"]
     run["dtype"] = str(base.model.dtype)
     return run
 

@@ -34,12 +34,14 @@ class Objective:
     """The distributions that drafts are pulled towards.
 
     `weights` [K] weigh the steps; both distributions are softened by `temperature`; with `top_k` above 0 only the base
-    model's k most probable tokens count, renormalised.
+    model's k most probable tokens count, renormalised. Its own choice, the most probable token, has the share `choice`
+    of what drafts are pulled towards, the distribution the rest: of greedy decoding only the choice matters.
     """
 
     weights: tuple[float, ...]
     temperature: float = 1.0
     top_k: int = 0
+    choice: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.weights:
@@ -50,11 +52,13 @@ class Objective:
             raise InputError(f"the loss's temperature must be above 0, not {self.temperature}")
         if self.top_k < 0:
             raise InputError(f"the loss's top_k must be at least 0 (0 takes all tokens), not {self.top_k}")
+        if not 0 <= self.choice <= 1:
+            raise InputError(f"the choice's share of the loss must be from 0 to 1, not {self.choice}")
 
     @property
     def is_plain(self) -> bool:
         """Whether the base model's distribution is taken as it is, so that `log_normalisers` are its own."""
-        return self.temperature == 1 and self.top_k == 0
+        return self.temperature == 1 and self.top_k == 0 and self.choice == 0
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def draft_losses(
         normed_states = parts.norm(states[positions])
         if draft_head is not None and normalisers is not None and objective.is_plain:
             logits = parts.capped(draft_head(normed_states)).float()
-            wanted, mass, negative_entropy = _of_draft_tokens(logits, normalisers[positions])
+            wanted, mass, negative_entropy = _of_draft_tokens((logits - normalisers[positions, None]).exp())
         else:
             logits = parts.capped(parts.head(normed_states))
             wanted, mass, negative_entropy = _base_distribution(logits, objective, draft_head)
@@ -151,14 +155,16 @@ def _base_distribution(
     if 0 < objective.top_k < logits.shape[-1]:
         least = logits.topk(objective.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    if draft_head is None:
-        probabilities = logits.softmax(-1)
-        return probabilities, logits.new_ones(len(logits)), -torch.special.entr(probabilities).sum(-1)
-    return _of_draft_tokens(logits[:, draft_head.tokens], logits.logsumexp(-1))
+    probabilities = logits.softmax(-1)
+    if objective.choice:
+        chosen = logits.argmax(-1, keepdim=True)
+        probabilities.mul_(1 - objective.choice).scatter_add_(
+            1, chosen, torch.full_like(logits[:, :1], objective.choice)
+        )
+    return _of_draft_tokens(probabilities if draft_head is None else probabilities[:, draft_head.tokens])
 
 
-def _of_draft_tokens(logits: Tensor, normalisers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `_base_distribution` does, of logits [U, V_d] of the draft tokens and the whole rows' normalisers."""
-    probabilities = (logits - normalisers[:, None]).exp()
+def _of_draft_tokens(probabilities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `_base_distribution` does, of the probabilities [U, V_d] of what drafts can be."""
     mass = probabilities.sum(-1)
     return probabilities, mass, -torch.special.entr(probabilities).sum(-1) - torch.special.xlogy(mass, mass)

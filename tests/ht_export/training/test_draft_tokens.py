@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.nn.functional import kl_div
+from torch.nn.functional import kl_div, one_hot
 
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.correction import correction_tables
@@ -87,9 +87,11 @@ def test_sizes_that_cannot_be(size: int, message: str) -> None:
         choose_draft_tokens(DATA, 1, 10, [1, 2])
 
 
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (2.0, 0), (1.0, 5)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "choice"), [(1.0, 0, 0.0), (2.0, 0, 0.0), (1.0, 5, 0.0), (1.0, 0, 0.5), (1.0, 0, 1.0)]
+)
 def test_the_loss_is_kl_over_the_draft_tokens_weighted_by_their_probability(
-    base: BaseModel, temperature: float, top_k: int
+    base: BaseModel, temperature: float, top_k: int, choice: float
 ) -> None:
     parts = decoder_parts(base.model)
     tokens = torch.tensor(DRAFT_TOKENS)
@@ -98,13 +100,14 @@ def test_the_loss_is_kl_over_the_draft_tokens_weighted_by_their_probability(
     drafts = torch.randn(7, 2, 32, generator=generator, requires_grad=True)
     targets = torch.randint(0, 9, (7, 2), generator=generator)
     shifts = torch.randn(7, 2, 32, generator=generator, requires_grad=True)
-    objective = Objective((1.0, 0.5), temperature, top_k)
+    objective = Objective((1.0, 0.5), temperature, top_k, choice)
     found = draft_losses(parts, drafts.detach(), states, targets, objective, shifts.detach(), parts.head_of(tokens))
 
     wanted = parts.head(parts.norm(states)) / temperature
     if top_k:
         wanted = wanted.masked_fill(wanted < wanted.topk(top_k).values[:, -1:], -torch.inf)
-    among = wanted.softmax(-1)[:, tokens]
+    chosen = one_hot(wanted.argmax(-1), wanted.shape[-1])
+    among = ((1 - choice) * wanted.softmax(-1) + choice * chosen)[:, tokens]
     mass = among.sum(-1)
     logs = (parts.head(parts.norm(drafts) + shifts)[..., tokens] / temperature).log_softmax(-1)
     restricted = (among / mass.clamp(min=1e-30)[:, None])[targets]
