@@ -286,8 +286,8 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss-top-k", type=int, default=0, help="count only the base model's k most probable tokens "
                         "(default: 0, all)")  # fmt: skip
     parser.add_argument("--loss-choice", type=float, default=0.0, metavar="SHARE", help="of what drafts learn, the "
-                        "share that is the base model's most probable token alone, for layers that serve greedy decoding "
-                        "(default: 0, its distribution)")  # fmt: skip
+                        "share that is the base model's most probable token alone, for layers that serve greedy "
+                        "decoding (default: 0, its distribution)")  # fmt: skip
 
 
 def _add_machine(parser: argparse.ArgumentParser, dtype: str) -> None:
