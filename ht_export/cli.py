@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from ht_export.model.known import KNOWN_MODELS
 from runtime.errors import InputError
-from runtime.program import add_model, integers, pathname, run
+from runtime.program import add_adapter, add_model, integers, pathname, run
 
 if TYPE_CHECKING:
     from ht_export.tensorrt.planner import PlanSettings
-    from runtime.bundle.engine_file import PlanFile
+    from runtime.bundle.engine_file import EngineFile, PlanFile
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         "ht-export smollm2-135m --out engine.plan --precision bf16 --compute-capability 8.9",
     )
     add_model(parser)
+    add_adapter(parser)
     parser.add_argument(
         "--known-models",
         action="version",
@@ -60,6 +61,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PROMPTS",
         help="calibrate int8 or int4 weights (GPTQ) on this JSONL file of prompts, as ht-train reads it; without, they "
         "are rounded to the nearest",
+    )
+    parser.add_argument(
+        "--measure",
+        type=pathname,
+        metavar="PROMPTS",
+        help="then answer up to 16 prompts of this JSONL file, as ht-train reads it, and tell the tokens per step that "
+        "the transfer layers' drafts give; for ONNX engines",
     )
     parser.add_argument(
         "--tree-rows",
@@ -125,7 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _export(options: argparse.Namespace) -> None:
     from ht_export.export import UNTRAINED, ExportSettings, export
     from ht_export.progress import stage_display
+    from ht_export.prompts import read_conversations
     from ht_export.tensorrt.planner import PlanSettings
+    from ht_export.trial import try_drafts
 
     plan = PlanSettings(
         runtime=options.runtime,
@@ -137,7 +147,11 @@ def _export(options: argparse.Namespace) -> None:
     )
     if options.out.suffix != ".plan":
         _check_no_plan_options(plan)
+    elif options.measure:
+        raise InputError("--measure is for ONNX engines; leave it out, and measure a plan on its GPU with ht-bench")
+    conversations = read_conversations(options.measure) if options.measure else None
 
+    trial = None
     with stage_display() as stage:
         about = export(
             options.model,
@@ -150,14 +164,22 @@ def _export(options: argparse.Namespace) -> None:
                 options.precision,
                 options.max_context,
                 options.calibrate,
+                tuple(options.adapters),
             ),
             stage,
             plan,
         )
+        if conversations:
+            trial = try_drafts(options.out, conversations, stage)
     size = sum(record.bytes for record in (about.graph, about.cpu_graph, about.weights) if record) / 2**20
     graphs = ("largest_relative_difference", "of_quantised_weights", "of_quantised_weights_on_the_cpu")
     difference = max(about.parity.get(graph, 0.0) for graph in graphs)
     print(f"done: {options.out}, {size:.0f} MiB, within {difference:.1e} of the PyTorch reference", file=sys.stderr)
+    if "trained_for" in about.transfer:
+        print(f"note: {_other_base(about)}", file=sys.stderr)
+    if trial:
+        told = f"{trial.tokens_per_step:.2f} tokens per step (plain decoding: 1.00)"
+        print(f"drafts: {told}, {trial.prompts} prompts of {options.measure}, {trial.tokens} tokens", file=sys.stderr)
     if about.plan:
         print(_summary(about.plan), file=sys.stderr)
 
@@ -168,6 +190,16 @@ def _check_no_plan_options(plan: PlanSettings) -> None:
         if getattr(plan, field.name) != field.default:
             flag = "compute-capability" if field.name == "capabilities" else field.name.replace("_", "-")
             raise InputError(f"--{flag} is for TensorRT plans; leave it out, or give an --out that ends in .plan")
+
+
+def _other_base(about: EngineFile) -> str:
+    """Return what to know of transfer layers that were trained for the model before adapters were merged into it."""
+    adapters = ", ".join(one["name"] for one in about.base_model["adapters"])
+    return (
+        f"the transfer layers were trained for {about.transfer['trained_for']['name']} without {adapters}; the text is "
+        "the merged model's, and drafts may be right less often than for the model alone: --measure PROMPTS tells, "
+        "ht-train fit --adapter trains others"
+    )
 
 
 def _summary(plan: PlanFile) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from rich.progress import Progress
+from safetensors.torch import save_file
 
 import ht_export.training.sweep
 from ht_export.bench.load.arrivals import trace
@@ -22,6 +23,7 @@ from ht_export.bench.measure import Row, Runs
 from ht_export.bench.results import Results
 from ht_export.bench.settings import PLAIN, SPECULATIVE, Job
 from ht_export.bundle import check_tokenizer
+from ht_export.model.adapters import CONFIG_NAME, WEIGHTS_NAME, merge, read_adapter
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.families import FAMILIES
 from ht_export.model.transfer import TransferFile, load_transfer_layers, save_transfer_layers
@@ -180,6 +182,34 @@ def _ggufs(folder: Path) -> Kind:
     places = write_gguf(path)
     cases = st.builds(lambda content: Case({path.name: content}), damaged(path.read_bytes(), places))
     return Kind(folder, cases, lambda case: _use_model(load_base_model(str(path))))
+
+
+@KINDS.add("adapters", "configuration of an adapter", "safetensors file of an adapter")
+def _adapters(folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "use_rslora": True,
+        "alpha_pattern": {"q_proj": 3, ".*layers.1.*": 2},
+        "base_model_name_or_path": "somebody/something",
+        "init_lora_weights": True,
+    }
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)}
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    save_file({**tensors, "base_model.model.model.norm.weight": torch.ones(32)}, folder / WEIGHTS_NAME)
+
+    def use(case: Case) -> None:
+        adapter = read_adapter(folder)
+        merge(tiny_llama(), adapter)
+
+    cases = st.one_of(
+        st.builds(lambda content: Case({CONFIG_NAME: content}), damaged_json(config, ("DORA", "pissa", {"(a": 2}))),
+        st.builds(partial(_one_file, WEIGHTS_NAME), damaged_safetensors((folder / WEIGHTS_NAME).read_bytes())),
+    )
+    return Kind(folder, cases, use)
 
 
 @KINDS.add("transfer layers", "description of transfer layers", "safetensors file of transfer layers")
