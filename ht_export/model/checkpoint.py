@@ -15,13 +15,23 @@ from typing import Any
 
 import gguf
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from ht_export.foreign import foreign_code
 from ht_export.model.adapters import Adapter, merge, merged_identity, read_adapter
 from ht_export.model.families import check_supported, context_limit, fix_frequencies
-from ht_export.model.locate import Location, check_files, locate, stored_weights
+from ht_export.model.locate import Location, check_files, locate, stored_weights, weight_files
+from ht_export.model.packed import dequantised, stated_quantisation
 from ht_export.model.stated import FETCH_AGAIN, check_config, check_stored
 from runtime.errors import InputError
 
@@ -115,10 +125,13 @@ def _load(
     with foreign_code(f"cannot load {source}", FETCH_AGAIN):
         stored = stored or stored_weights(location, decoder.transformers_weights)
         if stored is not None:
-            check_stored(decoder, stored, source, packed=getattr(config, "quantization_config", None) is not None)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            location.path, config=config, dtype="auto", use_safetensors=True, output_loading_info=True, **options
-        )
+            check_stored(decoder, stored, source, packed=stated_quantisation(config) is not None)
+        if stated_quantisation(config) is not None and not location.gguf_file:
+            loaded = _load_quantised(source, location, config, decoder.transformers_weights)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                location.path, config=config, dtype="auto", use_safetensors=True, output_loading_info=True, **options
+            )
         tokenizer = AutoTokenizer.from_pretrained(location.path, **options)
     model, info = loaded
     if info["missing_keys"] or info.get("mismatched_keys"):
@@ -144,6 +157,33 @@ def _load(
         max_context=context,
         adapters=adapters,
     )
+
+
+def _load_quantised(
+    source: str, location: Location, config: PretrainedConfig, named: str | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a model whose weights are quantised, as float32; return it, and what was missing, as transformers tells it.
+    Raises `InputError` for a method that is not read, and for weights that the model has no place for.
+    """
+    stated = stated_quantisation(config)
+    assert stated is not None
+    weights = dequantised(stated, weight_files(location, named), source)
+    for name in ("quantization_config", "compression_config"):
+        if hasattr(config, name):
+            delattr(config, name)
+    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+    )
+    # Some tools write biases of zeros for all matrices.
+    left = [name for name in info["unexpected_keys"] if not name.endswith(".bias") or bool(weights[name].any())]
+    if left:
+        raise InputError(
+            f"cannot load {source}: the model has no place for {len(left)} of its weights (first: {sorted(left)[0]}); "
+            "it is of another version of the format, or damaged"
+        )
+    if location.find("generation_config.json"):
+        model.generation_config = GenerationConfig.from_pretrained(location.path)
+    return model, info
 
 
 @contextlib.contextmanager

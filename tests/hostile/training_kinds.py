@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from rich.progress import Progress
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ht_export.training.sweep
 from ht_export.bench.load.arrivals import trace
@@ -115,6 +115,31 @@ def _checkpoints(folder: Path) -> Kind:
         return Case({one: draw(damaged_json(json.loads(files[one]), more))})
 
     return Kind(folder, cases(), lambda case: _use_model(load_base_model(str(folder))))
+
+
+@KINDS.add("quantised checkpoints", "model configuration", "safetensors file of weights")
+def _quantised_checkpoints(folder: Path) -> Kind:
+    save_checkpoint(folder, tiny_llama())
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("q_proj.weight")]:
+        module = name.removesuffix(".weight")
+        del tensors[name]
+        tensors |= {f"{module}.qweight": torch.ones(4, 32, dtype=torch.int32), f"{module}.scales": torch.ones(2, 32)}
+        tensors |= {f"{module}.qzeros": torch.ones(2, 4, dtype=torch.int32)}
+        tensors |= {f"{module}.g_idx": torch.arange(32, dtype=torch.int32) // 16}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    weights = {"num_bits": 4, "block_structure": [8, 8]}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "weight_block_size": [2, 2], "dynamic": {},
+                                     "config_groups": {"a": {"weights": weights, "format": None}}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    shard = (folder / "model.safetensors").read_bytes()
+    more: tuple[Any, ...] = ("awq", "fp8", "compressed-tensors", "gptq_v2", "pack-quantized", "marlin", 2, 8)
+    cases = st.one_of(
+        st.builds(partial(_one_file, "model.safetensors"), damaged_safetensors(shard)),
+        st.builds(lambda content: Case({"config.json": content}), damaged_json(config, more)),
+    )
+    return Kind(folder, cases, lambda case: _use_model(load_base_model(str(folder))))
 
 
 def write_gguf(path: Path) -> list[int]:
