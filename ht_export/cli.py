@@ -25,7 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
         "ht-generate: a graph for ONNX Runtime (.onnx) or a TensorRT plan (.plan). Beside ENGINE it writes the "
         "description (.json), the tokenizer, the chat template and what else belongs to it; keep them together.",
         epilog="examples: ht-export smollm2-135m --out engine.onnx; "
-        "ht-export smollm2-135m --out engine.plan --precision bf16 --compute-capability 8.9",
+        "ht-export smollm2-135m --out engine.plan --precision bf16 --compute-capability 8.9; "
+        "ht-export inspect engine.onnx tells what an engine is",
     )
     add_model(parser)
     add_adapter(parser)
@@ -123,9 +124,15 @@ def _add_plan(plan: argparse._ArgumentGroup) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ht-export` and return its exit status: 0, or 1 with one line on stderr for a user's mistake."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    # The model has no command before it, and never had: a folder of that name is ./inspect.
+    if given[:1] == ["inspect"]:
+        from ht_export.inspection import cli
+
+        return run("ht-export inspect", lambda: cli.main(given[1:]), interrupted="interrupted")
     return run(
         "ht-export",
-        lambda: _export(build_parser().parse_args(arguments)),
+        lambda: _export(build_parser().parse_args(given)),
         interrupted="interrupted; nothing was written",
     )
 
