@@ -17,6 +17,7 @@ from ht_export.cli import main
 from ht_export.model.checkpoint import load_base_model
 from ht_export.model.shipped import transfer_layers
 from ht_export.model.transfer import load_transfer_layers
+from ht_export.parity.cli import main as parity
 from runtime import Generator, InputError, Tokens
 from tests.conftest import save_checkpoint, tiny_llama
 from tests.families import tiny_model
@@ -280,6 +281,12 @@ def test_the_engine_says_what_transformers_says_with_the_adapter_merged_by_hand(
     expected, alone = (one.generate(torch.tensor([ids]), **text)[0, len(ids) :] for one in (by_hand.model, model))
     assert answer.tokens == expected.tolist() != alone.tolist()
     assert [one["name"] for one in generator.about.base_model["adapters"]] == ["mine"]
+
+    compared = [str(checkpoint), str(engine), "--no-evaluator", "--max-new-tokens", "8"]
+    assert parity([*compared, "--adapter", str(adapter)]) == 0
+    capsys.readouterr()
+    assert parity(compared) == 1
+    assert "with --adapter the adapters that were merged into it" in capsys.readouterr().err
 
 
 def test_transfer_layers_of_the_base_are_noted_at_the_end(
