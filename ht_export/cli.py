@@ -12,11 +12,11 @@ from ht_export.model.known import KNOWN_MODELS
 from runtime.bundle.places import engine_file_path
 from runtime.errors import InputError
 from runtime.options import Parser
-from runtime.program import add_model, integers, pathname, run, say
+from runtime.program import add_adapter, add_model, integers, pathname, run, say
 
 if TYPE_CHECKING:
     from ht_export.tensorrt.planner import PlanSettings
-    from runtime.bundle.engine_file import PlanFile
+    from runtime.bundle.engine_file import EngineFile, PlanFile
 
 
 def build_parser() -> Parser:
@@ -27,9 +27,11 @@ def build_parser() -> Parser:
         "ht-generate: a graph for ONNX Runtime (.onnx) or a TensorRT plan (.plan). Beside ENGINE it writes the "
         "description (.json), the tokenizer, the chat template and what else belongs to it; keep them together.",
         epilog="examples: ht-export smollm2-135m --out engine.onnx; "
-        "ht-export smollm2-135m --out engine.plan --precision bf16 --compute-capability 8.9",
+        "ht-export smollm2-135m --out engine.plan --precision bf16 --compute-capability 8.9; "
+        "ht-export inspect engine.onnx tells what an engine is",
     )
     add_model(parser)
+    add_adapter(parser)
     parser.add_argument(
         "--known-models",
         action="version",
@@ -62,6 +64,13 @@ def build_parser() -> Parser:
         metavar="PROMPTS",
         help="calibrate int8 or int4 weights (GPTQ) on this JSONL file of prompts, as ht-train reads it; without, they "
         "are rounded to the nearest",
+    )
+    parser.add_argument(
+        "--measure",
+        type=pathname,
+        metavar="PROMPTS",
+        help="then answer up to 16 prompts of this JSONL file, as ht-train reads it, and tell the tokens per step that "
+        "the transfer layers' drafts give; for ONNX engines",
     )
     parser.add_argument(
         "--tree-rows",
@@ -118,9 +127,15 @@ def _add_plan(plan: argparse._ArgumentGroup) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ht-export` and return its exit status: 0, or 1 with one line on stderr for a user's mistake."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    # The model has no command before it, and never had: a folder of that name is ./inspect.
+    if given[:1] == ["inspect"]:
+        from ht_export.inspection import cli
+
+        return run("ht-export inspect", lambda: cli.main(given[1:]), interrupted="interrupted")
     return run(
         "ht-export",
-        lambda: _export(build_parser().parse_args(arguments)),
+        lambda: _export(build_parser().parse_args(given)),
         interrupted="interrupted; nothing was written",
     )
 
@@ -128,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _export(options: argparse.Namespace) -> None:
     from ht_export.export import UNTRAINED, ExportSettings, export
     from ht_export.progress import stage_display
+    from ht_export.prompts import read_conversations
     from ht_export.tensorrt.planner import PlanSettings
+    from ht_export.trial import try_drafts
 
     plan = PlanSettings(
         runtime=options.runtime,
@@ -140,7 +157,11 @@ def _export(options: argparse.Namespace) -> None:
     )
     if options.out.suffix != ".plan":
         _check_no_plan_options(plan)
+    elif options.measure:
+        raise InputError("--measure is for ONNX engines; leave it out, and measure a plan on its GPU with ht-bench")
+    conversations = read_conversations(options.measure) if options.measure else None
 
+    trial = None
     with stage_display() as stage:
         about = export(
             options.model,
@@ -153,14 +174,22 @@ def _export(options: argparse.Namespace) -> None:
                 options.precision,
                 options.max_context,
                 options.calibrate,
+                tuple(options.adapters),
             ),
             stage,
             plan,
         )
+        if conversations:
+            trial = try_drafts(options.out, conversations, stage)
     size = sum(record.bytes for record in (about.graph, about.cpu_graph, about.weights) if record) / 2**20
     graphs = ("largest_relative_difference", "of_quantised_weights", "of_quantised_weights_on_the_cpu")
     difference = max(about.parity.get(graph, 0.0) for graph in graphs)
     print(f"done: {options.out}, {size:.0f} MiB, within {difference:.1e} of the PyTorch reference", file=sys.stderr)
+    if "trained_for" in about.transfer:
+        print(f"note: {_other_base(about)}", file=sys.stderr)
+    if trial:
+        told = f"{trial.tokens_per_step:.2f} tokens per step (plain decoding: 1.00)"
+        print(f"drafts: {told}, {trial.prompts} prompts of {options.measure}, {trial.tokens} tokens", file=sys.stderr)
     if about.plan:
         print(_summary(about.plan), file=sys.stderr)
     if options.json:
@@ -173,6 +202,16 @@ def _check_no_plan_options(plan: PlanSettings) -> None:
         if getattr(plan, field.name) != field.default:
             flag = "compute-capability" if field.name == "capabilities" else field.name.replace("_", "-")
             raise InputError(f"--{flag} is for TensorRT plans; leave it out, or give an --out that ends in .plan")
+
+
+def _other_base(about: EngineFile) -> str:
+    """Return what to know of transfer layers that were trained for the model before adapters were merged into it."""
+    adapters = ", ".join(one["name"] for one in about.base_model["adapters"])
+    return (
+        f"the transfer layers were trained for {about.transfer['trained_for']['name']} without {adapters}; the text is "
+        "the merged model's, and drafts may be right less often than for the model alone: --measure PROMPTS tells, "
+        "ht-train fit --adapter trains others"
+    )
 
 
 def _summary(plan: PlanFile) -> str:

@@ -169,7 +169,7 @@ def load(checked: Checked, stage: Stage) -> Loaded:
     """
     settings, planner = checked.settings, checked.planner
     with stage("loading the base model"):
-        base = load_base_model(checked.source, None, settings.max_context)
+        base = load_base_model(checked.source, None, settings.max_context, settings.adapters)
         check_tokenizer(base)
         # No engine of a template that cannot be compiled would load.
         chat_template(base.tokenizer)

@@ -29,8 +29,8 @@ CALIBRATION_TOKENS = 256
 @dataclass(frozen=True)
 class ExportSettings:
     """Options of an export: the engine's default row counts, the prompt tokens of a pass, its precision ("fp32",
-    "fp16", "bf16", "int8" or "int4", or for plans "fp8"), the tokens of prompt and answer together, and a file of
-    prompts to calibrate quantisation on.
+    "fp16", "bf16", "int8" or "int4", or for plans "fp8"), the tokens of prompt and answer together, a file of prompts
+    to calibrate quantisation on, and folders of adapters to merge into the base model.
 
     The defaults of ONNX engines had the best measured cost and simulated acceptance of some forty for SmolLM2-135M on
     two CPU cores, where rows are dear; on a GPU they cost little.
@@ -42,6 +42,7 @@ class ExportSettings:
     precision: str | None = None
     max_context: int | None = None
     calibration: Path | None = None
+    adapters: tuple[Path, ...] = ()
 
     def tree(self, num_steps: int, *, plan: bool = False) -> TreeSizes:
         """Return the row counts for K draft steps. Raises `InputError` when they do not fit."""

@@ -213,6 +213,19 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="known name (smollm2-135m), Hugging Face folder, .gguf file, or hub id")
 
 
+def add_adapter(parser: argparse._ActionsContainer) -> None:
+    """Add the option that names adapters of a base model."""
+    parser.add_argument(
+        "--adapter",
+        type=pathname,
+        action="append",
+        default=[],
+        dest="adapters",
+        metavar="FOLDER",
+        help="LoRA adapter to merge into the model, a folder that PEFT has saved; repeat for more, merged in turn",
+    )
+
+
 def integers(text: str) -> tuple[int, ...]:
     """Parse a list of integers such as 20,20,20; the type of an option with one number for each draft step."""
     try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from runtime import Generator, Tokens
 from tests.modules import ROOT, module_at
 
 EXAMPLES = ROOT / "examples"
@@ -46,6 +49,36 @@ def test_compare(tiny_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tokens, per_step) == (rows["speculative"][1], "1.00")
     assert int(passes) >= int(rows["speculative"][2])
     assert out.splitlines()[-1].endswith(", the same text")
+
+
+@pytest.mark.parametrize("name", ["tiny_engine", "draft_head_engine"])
+def test_plain_onnxruntime(name: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = request.getfixturevalue(name)
+    plain = example("plain_onnxruntime")
+    with Generator(engine, adapt=False) as generator:
+        ids = list(generator.encode("Hello, tea."))
+        expected = generator.generate(Tokens(ids), max_new_tokens=24).tokens
+    for drafts in (True, False):
+        tokens, passes = plain.generate(plain.Engine(engine), ids, 24, drafts)
+        assert tokens == expected
+        assert passes <= len(tokens) if drafts else passes == len(tokens)
+    plain.main([str(engine), "Hello"])
+    assert " passes]" in capsys.readouterr().out
+
+
+def test_node(tiny_engine: Path) -> None:
+    folder = EXAMPLES / "node"
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed")
+    if not (folder / "node_modules" / "onnxruntime-node").is_dir():
+        pytest.skip("onnxruntime-node is not installed; run npm install --ignore-scripts in examples/node")
+    with Generator(tiny_engine, adapt=False) as generator:
+        ids = list(generator.encode("Hello, tea."))
+        expected = generator.generate(Tokens(ids), max_new_tokens=24).tokens
+    command = ["node", str(folder / "generate.mjs"), str(tiny_engine), "24", *map(str, ids)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [int(token) for token in done.stdout.split()] == expected
 
 
 def test_train_in_small(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

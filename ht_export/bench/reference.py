@@ -29,13 +29,13 @@ def reference_ways(generator: Generator, settings: BenchSettings, on_gpu: bool) 
     engine was made from other weights.
     """
     assert settings.model is not None
-    base = load_base_model(settings.model)
+    base = load_base_model(settings.model, adapters=settings.adapters)
     made_from = generator.about.base_model
     if made_from["weights_sha256"] != base.weights_sha256:
         raise InputError(
             f"{settings.engine} was made from {made_from['name']} ({made_from['weights_sha256'][:12]}), and "
-            f"{settings.model} has other weights ({base.weights_sha256[:12]}); give the engine's model with --model, "
-            "or leave it out with --no-transformers"
+            f"{settings.model} has other weights ({base.weights_sha256[:12]}); give the engine's model with --model "
+            "(and --adapter), or leave it out with --no-transformers"
         )
     if on_gpu and not torch.cuda.is_available():
         raise InputError("torch finds no CUDA GPU for transformers; install torch for CUDA, or use --no-transformers")

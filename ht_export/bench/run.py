@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ht_export.bench.bar import bar
 from runtime.errors import InputError
 from runtime.files import check_writable
-from runtime.program import integers, pathname, say
+from runtime.program import add_adapter, integers, pathname, say
 
 if TYPE_CHECKING:
     from ht_export.bench.results import Results
@@ -168,6 +168,7 @@ def _settings(options: argparse.Namespace) -> BenchSettings:
         text_drafts=options.text_drafts,
         self_speculative=options.self_speculative,
         early_exit=options.early_exit,
+        adapters=tuple(options.adapters),
     )
 
 
@@ -223,6 +224,7 @@ def _add_ways(group: argparse._ArgumentGroup) -> None:
         help=f"the engine's base model, for transformers, which runs it in float32 (default: {DEFAULT_MODEL})",
     )
     model.add_argument("--no-transformers", action="store_true", help="leave transformers out; needs the runtime only")
+    add_adapter(group)
     group.add_argument("--prompt-lookup", action="store_true", help="also measure transformers with prompt lookup")
     group.add_argument(
         "--early-exit",

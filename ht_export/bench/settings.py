@@ -32,7 +32,8 @@ DEFAULT_SEEDS = 3
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """`compare` has the name and the file of each other engine; `model` is None to leave transformers out.
+    """`compare` has the name and the file of each other engine; `model` is None to leave transformers out, and
+    `adapters` are merged into it.
 
     `sampling` is without a seed; `seeds` has those that each prompt is run with, (None,) for greedy decoding. `tree`
     None leaves it to the engine. `threads` None takes all physical cores. `device` is as for `Generator`.
@@ -59,6 +60,7 @@ class BenchSettings:
     text_drafts: bool = False
     self_speculative: Path | None = None
     early_exit: int | None = None
+    adapters: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -75,6 +77,8 @@ class BenchSettings:
         for option, asked in (("--prompt-lookup", self.prompt_lookup), ("--early-exit", self.early_exit is not None)):
             if asked and self.model is None:
                 raise InputError(f"{option} is that of transformers; leave it or --no-transformers out")
+        if self.adapters and self.model is None:
+            raise InputError("--adapter is of the model for transformers; leave it or --no-transformers out")
         names = [name for name, _ in self.compare]
         for name in names:
             if not re.fullmatch(r"[\w.-]+", name) or name in NAMES or names.count(name) > 1:

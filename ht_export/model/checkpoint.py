@@ -7,7 +7,7 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,23 @@ from typing import Any
 
 import gguf
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from ht_export.foreign import foreign_code
+from ht_export.model.adapters import Adapter, merge, merged_identity, read_adapter
 from ht_export.model.families import check_supported, context_limit, fix_frequencies
-from ht_export.model.locate import Location, check_files, locate, stored_weights
+from ht_export.model.locate import Location, check_files, locate, stored_weights, weight_files
+from ht_export.model.packed import dequantised, stated_quantisation
 from ht_export.model.stated import FETCH_AGAIN, check_config, check_stored
 from runtime.errors import InputError
 
@@ -32,6 +43,7 @@ HASHED_AT_ONCE = 1 << 22
 class BaseModel:
     """A frozen causal language model with its tokenizer, and what identifies its weights.
 
+    `checkpoint_sha256` is of the weights as `source` has them, before the `adapters` were merged into them;
     `max_context` is how many tokens prompt and answer may have together.
     """
 
@@ -39,8 +51,14 @@ class BaseModel:
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    weights_sha256: str
+    checkpoint_sha256: str
     max_context: int
+    adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def weights_sha256(self) -> str:
+        """What identifies the weights: a hash of them, or with adapters of that and theirs."""
+        return self.identity()["weights_sha256"]
 
     def stop_tokens(self) -> list[int]:
         """Return the ids that end a text, as `transformers.generate` takes them from the model."""
@@ -52,26 +70,32 @@ class BaseModel:
     def identity(self) -> dict[str, Any]:
         """Return what a file made from this model records about it."""
         config = self.model.config
-        return {
+        checkpoint = {
             "name": self.name,
             "architecture": config.model_type,
             "hidden_size": config.hidden_size,
             "num_layers": config.num_hidden_layers,
             "vocab_size": config.vocab_size,
-            "weights_sha256": self.weights_sha256,
+            "weights_sha256": self.checkpoint_sha256,
         }
+        return merged_identity(checkpoint, self.adapters)
 
 
 def load_base_model(
-    source: str, dtype: torch.dtype | None = torch.float32, max_context: int | None = None
+    source: str,
+    dtype: torch.dtype | None = torch.float32,
+    max_context: int | None = None,
+    adapters: Sequence[Path] = (),
 ) -> BaseModel:
     """Load the model and tokenizer that `source` names, ready for inference.
 
     `source` is a known name (`smollm2-135m`), a folder with `config.json` and safetensors weights, a `.gguf` file,
     or a hub id. `dtype` None keeps the precision that the weights are stored in, and `max_context` None takes what the
-    model was made for. Raises `InputError` for a missing, damaged or unsupported checkpoint, or a context that it
-    cannot have.
+    model was made for. Folders of LoRA `adapters` are merged into it, one after the other; what they change is float32
+    where `dtype` is None. Raises `InputError` for a missing, damaged or unsupported checkpoint or adapter, or a context
+    that it cannot have.
     """
+    given = tuple(map(read_adapter, adapters))
     location = locate(source)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -79,11 +103,16 @@ def load_base_model(
     if location.gguf_file:
         options["gguf_file"] = location.gguf_file
     with _gguf_read_once():
-        return _load(source, location, dtype, max_context, options)
+        return _load(source, location, dtype, max_context, options, given)
 
 
 def _load(
-    source: str, location: Location, dtype: torch.dtype | None, max_context: int | None, options: dict[str, Any]
+    source: str,
+    location: Location,
+    dtype: torch.dtype | None,
+    max_context: int | None,
+    options: dict[str, Any],
+    adapters: tuple[Adapter, ...],
 ) -> BaseModel:
     check_files(location, source)
     # A header before the configuration is made of it.
@@ -96,10 +125,13 @@ def _load(
     with foreign_code(f"cannot load {source}", FETCH_AGAIN):
         stored = stored or stored_weights(location, decoder.transformers_weights)
         if stored is not None:
-            check_stored(decoder, stored, source, packed=getattr(config, "quantization_config", None) is not None)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            location.path, config=config, dtype="auto", use_safetensors=True, output_loading_info=True, **options
-        )
+            check_stored(decoder, stored, source, packed=stated_quantisation(config) is not None)
+        if stated_quantisation(config) is not None and not location.gguf_file:
+            loaded = _load_quantised(source, location, config, decoder.transformers_weights)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                location.path, config=config, dtype="auto", use_safetensors=True, output_loading_info=True, **options
+            )
         tokenizer = AutoTokenizer.from_pretrained(location.path, **options)
     model, info = loaded
     if info["missing_keys"] or info.get("mismatched_keys"):
@@ -110,7 +142,9 @@ def _load(
         )
     model.eval().requires_grad_(False)
     fix_frequencies(model, context)
-    weights_sha256 = hash_weights(model, source)
+    checkpoint_sha256 = hash_weights(model, source)
+    for adapter in adapters:
+        merge(model, adapter)
     # Not model.to(dtype): that would also round the rotary frequencies, which transformers keeps in float32.
     for parameter in model.parameters() if dtype else ():
         parameter.data = parameter.data.to(dtype)
@@ -119,9 +153,37 @@ def _load(
         name=_display_name(source, location),
         model=model,
         tokenizer=tokenizer,
-        weights_sha256=weights_sha256,
+        checkpoint_sha256=checkpoint_sha256,
         max_context=context,
+        adapters=adapters,
     )
+
+
+def _load_quantised(
+    source: str, location: Location, config: PretrainedConfig, named: str | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a model whose weights are quantised, as float32; return it, and what was missing, as transformers tells it.
+    Raises `InputError` for a method that is not read, and for weights that the model has no place for.
+    """
+    stated = stated_quantisation(config)
+    assert stated is not None
+    weights = dequantised(stated, weight_files(location, named), source)
+    for name in ("quantization_config", "compression_config"):
+        if hasattr(config, name):
+            delattr(config, name)
+    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+    )
+    # Some tools write biases of zeros for all matrices.
+    left = [name for name in info["unexpected_keys"] if not name.endswith(".bias") or bool(weights[name].any())]
+    if left:
+        raise InputError(
+            f"cannot load {source}: the model has no place for {len(left)} of its weights (first: {sorted(left)[0]}); "
+            "it is of another version of the format, or damaged"
+        )
+    if location.find("generation_config.json"):
+        model.generation_config = GenerationConfig.from_pretrained(location.path)
+    return model, info
 
 
 @contextlib.contextmanager

@@ -121,16 +121,7 @@ def stored_weights(location: Location, named: str | None) -> StoredWeights | Non
     if location.gguf_file is not None:
         path = location.find(location.gguf_file)
         return None if path is None else check_header(path)
-    first = [named] if named else [WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json"]
-    path = next(filter(None, map(location.find, first)), None)
-    if path is None:
-        # Shards without an index.
-        files = sorted(Path(location.path).glob("*.safetensors"))
-    elif path.name.endswith(INDEX_SUFFIX):
-        names = sorted(set(INDEX.read(path).weight_map.values()))
-        files = [path for path in map(location.find, names) if path is not None]
-    else:
-        files = [path]
+    files = weight_files(location, named)
     parameters = tensors = 0
     for path in files:
         with opened_tensors(path, WEIGHTS) as file:
@@ -138,6 +129,19 @@ def stored_weights(location: Location, named: str | None) -> StoredWeights | Non
         parameters += sum(math.prod(shape) for shape in found.values())
         tensors += len(found)
     return StoredWeights(parameters, tensors) if files else None
+
+
+def weight_files(location: Location, named: str | None) -> list[Path]:
+    """Return the safetensors files of the weights, those that a configuration has `named` where it does."""
+    first = [named] if named else [WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json"]
+    path = next(filter(None, map(location.find, first)), None)
+    if path is None:
+        # Shards without an index.
+        return sorted(Path(location.path).glob("*.safetensors"))
+    if path.name.endswith(INDEX_SUFFIX):
+        names = sorted(set(INDEX.read(path).weight_map.values()))
+        return [path for path in map(location.find, names) if path is not None]
+    return [path]
 
 
 def _check_config_file(path: Path, source: str) -> None:

@@ -29,7 +29,11 @@ def transfer_layers(chosen: Path | Untrained, base: BaseModel) -> tuple[Transfer
         about = TransferFile(base.identity(), {"steps": 0, "init": "identity", "layers": transfer.layers})
         return transfer, {"sha256": transfer.digest(), **_described(about)}
     transfer, about = load_transfer_layers(chosen, base.identity())
-    return transfer, {"sha256": sha256_file(chosen), **_described(about)}
+    described = {"sha256": sha256_file(chosen), **_described(about)}
+    if about.base_model["weights_sha256"] != base.weights_sha256:
+        # Of the model before adapters were merged into it.
+        described["trained_for"] = {name: about.base_model.get(name) for name in ("name", "weights_sha256")}
+    return transfer, described
 
 
 def _described(about: TransferFile) -> dict[str, Any]:

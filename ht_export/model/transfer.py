@@ -325,8 +325,13 @@ def _named_in_file(transfer: TransferLayers) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_fits(path: Path, trained_for: Mapping[str, Any], base_model: dict[str, Any]) -> None:
-    """Raise `InputError`, naming the first difference, unless the file was trained for this base model."""
+    """Raise `InputError`, naming the first difference, unless the file was trained for this base model, or for the one
+    that adapters were merged into to make it: its drafts may be right less often then.
+    """
+    before = base_model.get("base_weights_sha256")
     for key in ("architecture", "hidden_size", "num_layers", "vocab_size", "weights_sha256"):
+        if key == "weights_sha256" and before is not None and trained_for.get(key) == before:
+            continue
         if trained_for.get(key) != base_model[key]:
             raise InputError(
                 f"{path} holds transfer layers for another model: {key} is {shown(trained_for.get(key))} there "

@@ -28,6 +28,7 @@ def build_parser() -> Parser:
         epilog="example: ht-parity smollm2-135m engine.onnx --prompts prompts.jsonl --count 10 --report parity.html",
     )
     program.add_model(parser)
+    program.add_adapter(parser)
     parser.add_argument("engine", type=program.pathname, help="engine file made by ht-export (.onnx or .plan)")
     parser.add_argument(
         "--transfer",
@@ -87,6 +88,7 @@ def _run(options: argparse.Namespace) -> int:
         options.max_new_tokens,
         not options.no_evaluator,
         options.threads,
+        tuple(options.adapters),
     )
     with stage_display() as stage:
         report = run(settings, stage)

@@ -46,7 +46,7 @@ EVALUATED_WEIGHTS = 4 << 30
 @dataclass(frozen=True)
 class ParitySettings:
     """The comparison that is asked for. `transfer` None takes what the engine was made with, where that is known;
-    `prompts` None takes three of ours; without `max_new_tokens` none is answered.
+    `prompts` None takes three of ours; without `max_new_tokens` none is answered. `adapters` are those of the engine.
     """
 
     model: str
@@ -57,6 +57,7 @@ class ParitySettings:
     max_new_tokens: int = 64
     evaluator: bool = True
     threads: int | None = None
+    adapters: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         if self.count is not None and self.prompts is None:
@@ -72,7 +73,7 @@ def run(settings: ParitySettings, stage: Stage) -> Report:
     about = read_engine_file(settings.engine)
     prompts = _prompts(settings)
     with stage("loading the base model"):
-        base = load_base_model(settings.model, PRECISIONS[about.computed_in], about.max_context)
+        base = load_base_model(settings.model, PRECISIONS[about.computed_in], about.max_context, settings.adapters)
         transfer, described = transfer_layers(_transfer_of(settings, about), base)
         _check_made_from(settings, about, base, described)
         # In float32 the rounded weights are those of the engine.
@@ -215,7 +216,8 @@ def _check_made_from(settings: ParitySettings, about: EngineFile, base: BaseMode
     if made_from != base.weights_sha256:
         raise InputError(
             f"{settings.engine} was made from {about.base_model['name']} ({made_from[:12]}), and {settings.model} has "
-            f"other weights ({base.weights_sha256[:12]}); give the engine's own model"
+            f"other weights ({base.weights_sha256[:12]}); give the engine's own model, and with --adapter the adapters "
+            "that were merged into it"
         )
     if about.transfer["sha256"] != described["sha256"]:
         raise InputError(f"{settings.engine} was made with other transfer layers; give them with --transfer")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ht_export.training.recipe.options import add_all, add_report
 from runtime.errors import InputError
 from runtime.options import Parser
-from runtime.program import add_model, integers, pathname, run
+from runtime.program import add_adapter, add_model, integers, pathname, run
 
 PLACEMENT_HELP = (
     "transfer layer of each draft step, 0-based, the number of layers meaning the last one's output; as many numbers "
@@ -88,6 +88,7 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     data.add_argument(
         "model", help="known name (smollm2-135m), Hugging Face folder, .gguf file, hub id, or an engine of the model"
     )
+    add_adapter(data)
     data.add_argument(
         "--prompts",
         type=pathname,
@@ -138,6 +139,7 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
         "ends with the same weights. On several GPUs: accelerate launch -m ht_export.training.cli fit ...",
     )
     add_model(fit)
+    add_adapter(fit)
     fit.add_argument("--data", type=pathname, nargs="+", required=True, help=DATA_HELP)
     fit.add_argument(
         "--held-out", type=pathname, help="another such folder, to measure acceptance on; never trained on"
@@ -178,6 +180,7 @@ def _add_draft_head(commands: argparse._SubParsersAction) -> None:
         "is of another token, and the text stays the base model's. ht-train fit --draft-size does it before it trains.",
     )
     add_model(head)
+    add_adapter(head)
     head.add_argument("--data", type=pathname, nargs="+", required=True, help=DATA_HELP)
     head.add_argument("--prompts", type=pathname, help="file of prompts, whose tokens come next after those of the "
                       "answers: words that so few answers do not have (default: none)")  # fmt: skip
@@ -197,6 +200,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         "calibration, and tokens per step by tree rows. Prints JSON.",
     )
     add_model(evaluation)
+    add_adapter(evaluation)
     evaluation.add_argument("--transfer", type=pathname, required=True, help="transfer-layers file")
     evaluation.add_argument("--data", type=pathname, required=True, help="folder made by ht-train data")
     evaluation.add_argument("--out", type=pathname, help="folder for eval.json and plots as PNG files (default: none)")
@@ -215,6 +219,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
         "command continues.",
     )
     add_model(sweep)
+    add_adapter(sweep)
     sweep.add_argument("--data", type=pathname, nargs="+", required=True, help=DATA_HELP)
     sweep.add_argument("--held-out", type=pathname, required=True, help="another such folder, to measure acceptance on")
     sweep.add_argument("--out", type=pathname, required=True, help="folder for results and checkpoints")

@@ -71,7 +71,9 @@ def run_data(options: argparse.Namespace) -> None:
     read_conversations(options.prompts)
     check_writable(options.out / MANIFEST)
     with stage_display() as stage:
-        engine = data_engine(options.model, options.out, options.precision, options.transfer, stage)
+        engine = data_engine(
+            options.model, options.out, options.precision, options.transfer, stage, tuple(options.adapters)
+        )
     made = Generator(engine, device=options.device, threads=options.threads, max_batch=batch_size)
     with made as generator, progress_bar() as progress:
         generate_data(generator, options.prompts, options.out, settings, progress, options.exclude)
@@ -311,7 +313,7 @@ def check_out(out: Path) -> None:
 
 
 def _load(options: argparse.Namespace, device: torch.device | str | None = None) -> BaseModel:
-    base = load_base_model(options.model, getattr(torch, options.dtype))
+    base = load_base_model(options.model, getattr(torch, options.dtype), adapters=options.adapters)
     base.model.to(device or fit_device(options.device))
     return base
 

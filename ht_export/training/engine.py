@@ -16,27 +16,34 @@ from runtime.bundle.places import ENGINE_SUFFIXES, engine_file_path
 from runtime.errors import InputError
 
 
-def data_engine(model: str, folder: Path, precision: str | None, transfer: Path | None, stage: Stage) -> Path:
-    """Return an engine of `model`, exported into `folder` unless it is there.
+def data_engine(
+    model: str,
+    folder: Path,
+    precision: str | None,
+    transfer: Path | None,
+    stage: Stage,
+    adapters: tuple[Path, ...] = (),
+) -> Path:
+    """Return an engine of `model` with the adapters, exported into `folder` unless it is there.
 
     `model` may be an engine itself. `transfer` None takes the transfer layers that are shipped for it, else untrained
     ones: with them, text that repeats itself is all that is drafted. Raises `InputError`.
     """
     given = Path(model)
     if given.suffix in ENGINE_SUFFIXES:
-        for name, value in (("precision", precision), ("transfer", transfer)):
+        for name, value in (("precision", precision), ("transfer", transfer), ("adapter", adapters or None)):
             if value is not None:
                 raise InputError(f"--{name} is for models that are exported; {model} is an engine")
         return given
     precision = precision or "fp32"
     engine = folder / f"engine-{precision}" / "engine.onnx"
     if engine_file_path(engine).is_file():
-        base = load_base_model(model)
+        base = load_base_model(model, adapters=adapters)
         about = read_engine_file(engine)
         if about.base_model == base.identity() and about.precision == name_of(precision):
             return engine
         raise InputError(f"{engine} is an engine of another model; choose a new folder, or delete that one")
     engine.parent.mkdir(parents=True, exist_ok=True)
     drafts = transfer if transfer is not None or model in KNOWN_MODELS else UNTRAINED
-    export(model, drafts, engine, ExportSettings(precision=precision), stage)
+    export(model, drafts, engine, ExportSettings(precision=precision, adapters=adapters), stage)
     return engine

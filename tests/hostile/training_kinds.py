@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from rich.progress import Progress
+from safetensors.torch import load_file, save_file
 
 import ht_export.training.sweep
 from ht_export.bench.load.arrivals import trace
@@ -28,6 +29,7 @@ from ht_export.bench.peers.table import to_markdown as peers_to_markdown
 from ht_export.bench.results import Results
 from ht_export.bench.settings import PLAIN, SPECULATIVE, Job
 from ht_export.bundle import check_tokenizer
+from ht_export.model.adapters import CONFIG_NAME, WEIGHTS_NAME, merge, read_adapter
 from ht_export.model.blocks import MOST_DRAFTED, Blocks, SkippedBlocks, read_skipped_blocks, write_skipped_blocks
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.families import FAMILIES
@@ -126,6 +128,31 @@ def _checkpoints(folder: Path) -> Kind:
     return Kind(folder, cases(), lambda case: _use_model(load_base_model(str(folder))))
 
 
+@KINDS.add("quantised checkpoints", "model configuration", "safetensors file of weights")
+def _quantised_checkpoints(folder: Path) -> Kind:
+    save_checkpoint(folder, tiny_llama())
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("q_proj.weight")]:
+        module = name.removesuffix(".weight")
+        del tensors[name]
+        tensors |= {f"{module}.qweight": torch.ones(4, 32, dtype=torch.int32), f"{module}.scales": torch.ones(2, 32)}
+        tensors |= {f"{module}.qzeros": torch.ones(2, 4, dtype=torch.int32)}
+        tensors |= {f"{module}.g_idx": torch.arange(32, dtype=torch.int32) // 16}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    weights = {"num_bits": 4, "block_structure": [8, 8]}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "weight_block_size": [2, 2], "dynamic": {},
+                                     "config_groups": {"a": {"weights": weights, "format": None}}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    shard = (folder / "model.safetensors").read_bytes()
+    more: tuple[Any, ...] = ("awq", "fp8", "compressed-tensors", "gptq_v2", "pack-quantized", "marlin", 2, 8)
+    cases = st.one_of(
+        st.builds(partial(_one_file, "model.safetensors"), damaged_safetensors(shard)),
+        st.builds(lambda content: Case({"config.json": content}), damaged_json(config, more)),
+    )
+    return Kind(folder, cases, lambda case: _use_model(load_base_model(str(folder))))
+
+
 def write_gguf(path: Path) -> list[int]:
     """Write the tiny model as a GGUF file; return the places of its fields."""
     config = tiny_llama().config
@@ -191,6 +218,34 @@ def _ggufs(folder: Path) -> Kind:
     places = write_gguf(path)
     cases = st.builds(lambda content: Case({path.name: content}), damaged(path.read_bytes(), places))
     return Kind(folder, cases, lambda case: _use_model(load_base_model(str(path))))
+
+
+@KINDS.add("adapters", "configuration of an adapter", "safetensors file of an adapter")
+def _adapters(folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "use_rslora": True,
+        "alpha_pattern": {"q_proj": 3, ".*layers.1.*": 2},
+        "base_model_name_or_path": "somebody/something",
+        "init_lora_weights": True,
+    }
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)}
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    save_file({**tensors, "base_model.model.model.norm.weight": torch.ones(32)}, folder / WEIGHTS_NAME)
+
+    def use(case: Case) -> None:
+        adapter = read_adapter(folder)
+        merge(tiny_llama(), adapter)
+
+    cases = st.one_of(
+        st.builds(lambda content: Case({CONFIG_NAME: content}), damaged_json(config, ("DORA", "pissa", {"(a": 2}))),
+        st.builds(partial(_one_file, WEIGHTS_NAME), damaged_safetensors((folder / WEIGHTS_NAME).read_bytes())),
+    )
+    return Kind(folder, cases, use)
 
 
 @KINDS.add("transfer layers", "description of transfer layers", "safetensors file of transfer layers")
