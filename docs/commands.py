@@ -41,6 +41,8 @@ def programs() -> list[argparse.ArgumentParser]:
         for name in getattr(module, "SUBCOMMANDS", ()):
             subcommands(parser)[name] = subcommands(module.build_parser(name))[name]
         found.append(parser)
+        beside = getattr(module, "BESIDE", {}).values()
+        found += [importlib.import_module(one).build_parser() for one in beside]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -17,6 +18,11 @@ from runtime.program import add_adapter, add_model, integers, pathname, run, say
 if TYPE_CHECKING:
     from ht_export.tensorrt.planner import PlanSettings
     from runtime.bundle.engine_file import EngineFile, PlanFile
+
+
+# Commands that take no model, each with its module. The model has no command before it, and never had: a folder of such
+# a name is ./inspect.
+BESIDE = {"inspect": "ht_export.inspection.cli"}
 
 
 def build_parser() -> Parser:
@@ -128,11 +134,9 @@ def _add_plan(plan: argparse._ArgumentGroup) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ht-export` and return its exit status: 0, or 1 with one line on stderr for a user's mistake."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    # The model has no command before it, and never had: a folder of that name is ./inspect.
-    if given[:1] == ["inspect"]:
-        from ht_export.inspection import cli
-
-        return run("ht-export inspect", lambda: cli.main(given[1:]), interrupted="interrupted")
+    if given and given[0] in BESIDE:
+        command = importlib.import_module(BESIDE[given[0]])
+        return run(f"ht-export {given[0]}", lambda: command.main(given[1:]), interrupted="interrupted")
     return run(
         "ht-export",
         lambda: _export(build_parser().parse_args(given)),

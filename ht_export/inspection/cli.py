@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from runtime.options import Parser
 from runtime.program import pathname, say
 
 if TYPE_CHECKING:
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 MOST_SHOWN = 12
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser of `ht-export inspect`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ht-export inspect",
         description="Say what an engine is: its model and adapters, transfer layers, precision, sizes, files, versions "
         "and what was compared when it was exported; for an ONNX engine also where its weights are, its operators, and "

@@ -51,7 +51,7 @@ def test_commands_within_text_have_options_that_there_are(
         words = span.split()
         if not words or words[0] not in programs:
             continue
-        parser = programs[words[0]]
+        parser = programs.get(" ".join(words[:2]), programs[words[0]])
         subcommands = COMMANDS.subcommands(parser)
         if subcommands and len(words) > 1 and not words[1].startswith("-"):
             assert words[1] in subcommands, f"{page}: {span}"
@@ -99,6 +99,8 @@ def _check(words: list[str], programs: dict[str, argparse.ArgumentParser]) -> No
     program, *rest = words
     # Of whatever environment.
     program = program.rpartition("/bin/")[2]
+    if (beside := " ".join([program, *rest[:1]])) in programs:
+        program, rest = beside, rest[1:]
     if program in programs:
         programs[program].parse_args(rest)
     elif program == "pip":

@@ -108,9 +108,13 @@ def test_requests_that_make_room_for_each_other_keep_their_predictions(
 ) -> None:
     row = generator.engine.row_bytes
     with Generator(tiny_engine, threads=1, cache_bytes=row * 200, prefix_cache_bytes=0) as small:
-        found = small.generate(PROMPTS, max_new_tokens=NEW, prediction=[edited(tokens) for tokens in alone])
+        # On a busy machine requests may arrive one after the other, and leave each other room.
+        for _ in range(10):
+            found = small.generate(PROMPTS, max_new_tokens=NEW, prediction=[edited(tokens) for tokens in alone])
+            assert [one.tokens for one in found] == alone
+            if small.metrics()["preemptions"]:
+                break
         assert small.metrics()["preemptions"] > 0
-    assert [one.tokens for one in found] == alone
 
 
 def test_what_is_expected_of_an_answer_takes_none_of_its_room(tiny_engine: Path, generator: Generator) -> None:
