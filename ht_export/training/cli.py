@@ -248,6 +248,7 @@ def _add_skip_blocks(commands: argparse._SubParsersAction) -> None:
         "best. Writes the file that ht-bench run --self-speculative takes.",
     )
     add_model(skip)
+    add_adapter(skip)
     skip.add_argument("--data", type=pathname, nargs="+", required=True, help=DATA_HELP)
     skip.add_argument("--out", type=pathname, required=True, help="file to write (.json)")
     skip.add_argument("--texts", type=int, default=8, help="answers to evaluate each set on, evenly from the data "
