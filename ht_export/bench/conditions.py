@@ -16,7 +16,7 @@ from ht_export.bench.settings import BenchSettings
 from ht_export.model.blocks import SKIPPED_BLOCKS
 from runtime.bundle.places import engine_file_path
 from runtime.engines.opening import runs_on_cpu
-from runtime.errors import one_line, shown
+from runtime.errors import InputError, one_line, shown
 from runtime.files import sha256_file
 from runtime.generator import Generator
 from runtime.tree import TreeSizes
@@ -28,6 +28,8 @@ MODEL_LIBRARIES = ("torch", "transformers")
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # When and how a measurement was made; another day may continue it.
 OF_ONE_RUN = ("command", "date", "commit", "continued")
+# Characters of what differs, where all does.
+MOST_TOLD = 1000
 
 
 def conditions_of(
@@ -100,6 +102,23 @@ def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
         else:
             found.append(f"{one_line(key)} is {shown(other)} there and {shown(one)} now")
     return found
+
+
+def continued(path: Path, now: dict[str, Any], then: dict[str, Any], *, goes_on: bool = True) -> dict[str, Any]:
+    """Return the conditions of results at `path`, made under those of `then`, to which a run under `now` is to add:
+    with its date and commit, if it `goes_on`. Raises `InputError` where the two differ.
+    """
+    if differing := differences(now, then):
+        raise InputError(
+            f"{path} holds results under other conditions: {one_line('; '.join(differing), MOST_TOLD)}; repeat the "
+            "earlier command to continue it, or choose another --json"
+        )
+    earlier = {key: then.get(key) for key in ("date", "commit")}
+    this = {key: now[key] for key in earlier}
+    runs = then.get("continued", [])
+    if goes_on and this not in [earlier, *runs]:
+        runs = [*runs, this]
+    return {**then, **({"continued": runs} if runs else {})}
 
 
 def without_folders(argument: str) -> str:

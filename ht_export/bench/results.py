@@ -7,18 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ht_export.bench.conditions import differences
+from ht_export.bench.conditions import continued
 from ht_export.bench.measure import Row
 from ht_export.bench.settings import Job
 from ht_export.bench.summary import summarise
 from ht_export.formats import VersionedFormat
-from runtime.errors import InputError, one_line
 from runtime.files import write_json
 
 FORMAT = "ht-bench"
 FORMAT_VERSION = 1
-# Characters of what differs, where all does.
-MOST_TOLD = 1000
 
 
 @dataclass(frozen=True)
@@ -94,19 +91,9 @@ class Results:
 
     def _continue(self, path: Path) -> None:
         found = RESULTS.read(path)
-        then = found.conditions
-        if differing := differences(self.conditions, then):
-            raise InputError(
-                f"{path} holds results under other conditions: {one_line('; '.join(differing), MOST_TOLD)}; repeat the "
-                "earlier command to continue it, or choose another --json"
-            )
         self.rows = found.rows
+        conditions = continued(path, self.conditions, found.conditions, goes_on=bool(self.left))
         asked = [(job.id, job.sampling.seed) for job in self._jobs[: len(self.rows)]]
         if [(row.id, row.seed) for row in self.rows] != asked:
             raise RESULTS.unfit(path, "its prompts are not those asked for")
-        earlier = {key: then.get(key) for key in ("date", "commit")}
-        now = {key: self.conditions[key] for key in earlier}
-        runs = then.get("continued", [])
-        if self.left and now not in [earlier, *runs]:
-            runs = [*runs, now]
-        self.conditions = {**then, **({"continued": runs} if runs else {})}
+        self.conditions = conditions

@@ -9,7 +9,12 @@ from pathlib import Path
 from tests.hostile.cases import Kind, Kinds
 
 # Those that import least come first.
-GROUPS = {"engine files": "engine_kinds", "requests": "request_kinds", "build time": "training_kinds"}
+GROUPS = {
+    "engine files": "engine_kinds",
+    "requests": "request_kinds",
+    "checkpoints": "checkpoint_kinds",
+    "build time": "training_kinds",
+}
 
 
 def makers(group: str) -> Kinds:

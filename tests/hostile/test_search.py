@@ -17,8 +17,8 @@ from tests.conftest import HOSTILE_SECONDS, duration
 from tests.hostile.generators import GROUPS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
-# Shares of the time, imports and all: the last one has many.
-SHARES = {"engine files": 0.25, "requests": 0.25, "build time": 0.5}
+# Shares of the time, imports and all: the last two have many.
+SHARES = {"engine files": 0.25, "requests": 0.25, "checkpoints": 0.35, "build time": 0.35}
 # Not more threads than there are processes of tests, and no memory set aside for any.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "HF_HUB_OFFLINE": "1"}
 

@@ -8,14 +8,12 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from ht_export.bench.conditions import differences
+from ht_export.bench.conditions import continued
 from ht_export.formats import VersionedFormat
-from runtime.errors import InputError, one_line
 from runtime.files import write_json
 
 FORMAT = "ht-bench-peers"
 FORMAT_VERSION = 1
-MOST_TOLD = 1000
 
 Count = Annotated[int, Meta(ge=0, le=1 << 60)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
@@ -155,15 +153,5 @@ def opened(path: Path | None, conditions: dict[str, Any]) -> Results:
     if path is None or not path.exists():
         return Results(path, conditions)
     found = RESULTS.read(path)
-    if differing := differences(conditions, found.conditions):
-        raise InputError(
-            f"{path} holds results under other conditions: {one_line('; '.join(differing), MOST_TOLD)}; repeat the "
-            "earlier command to continue it, or choose another --json"
-        )
-    earlier = {key: found.conditions.get(key) for key in ("date", "commit")}
-    now = {key: conditions[key] for key in earlier}
-    runs = found.conditions.get("continued", [])
-    if now not in [earlier, *runs]:
-        runs = [*runs, now]
-    kept = {**found.conditions, **({"continued": runs} if runs else {})}
+    kept = continued(path, conditions, found.conditions)
     return Results(path, kept, found.reference, found.entries, found.tried, found.rows)

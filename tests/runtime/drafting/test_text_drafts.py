@@ -17,6 +17,7 @@ from runtime.drafting.source import Context, DraftSource
 from runtime.drafting.text_drafts import AFTER, BEFORE, LATEST, TextDrafts, Where
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.tree import Tree, TreeSizes
+from tests.runtime.drafting.paths import likeliest
 from tests.runtime.known_engine import steps
 from tests.runtime.test_decode import VOCAB, known_engine, plain
 
@@ -31,15 +32,6 @@ def proposed(source: TextDrafts, answer: Sequence[int], rows: int = 9) -> Tree:
         source.accept([token])
         tree = source.propose(Context(token, 0, rows))
     return tree
-
-
-def likeliest(tree: Tree) -> list[int]:
-    """Return the tokens of the path of the likeliest nodes, without the root."""
-    path, node = [], 0
-    while (child := next((n for n in range(node + 1, len(tree)) if tree.parents[n] == node), None)) is not None:
-        path.append(int(tree.tokens[child]))
-        node = child
-    return path
 
 
 def passes(prediction: Sequence[int], answer: Sequence[int], rows: int = 32) -> int:

@@ -18,7 +18,8 @@ from runtime.drafting.text_drafts import TextDrafts
 from runtime.drafting.text_pool import NOTHING, TextPool
 from runtime.drafting.transfer_drafts import TransferDrafts
 from runtime.errors import InputError
-from runtime.tree import Tree, TreeSizes
+from runtime.tree import TreeSizes
+from tests.runtime.drafting.paths import likeliest
 from tests.runtime.known_engine import steps
 from tests.runtime.test_decode import VOCAB, known_engine, plain
 
@@ -31,15 +32,6 @@ def pool_of(*texts: Sequence[int], capacity: int = 1000) -> TextPool:
     for text in texts:
         pool.add(text)
     return pool
-
-
-def likeliest(tree: Tree) -> list[int]:
-    """Return the tokens of the path of the likeliest nodes, without the root."""
-    path, node = [], 0
-    while (child := next((n for n in range(node + 1, len(tree)) if tree.parents[n] == node), None)) is not None:
-        path.append(int(tree.tokens[child]))
-        node = child
-    return path
 
 
 def test_an_answer_that_another_had_is_drafted() -> None:
