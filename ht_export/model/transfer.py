@@ -25,6 +25,8 @@ from ht_export.model.correction import CorrectionNetwork
 from ht_export.model.tensors import opened_tensors, shapes, write_safetensors
 from runtime.bindings import MOST_VOCABULARY, join_order
 from runtime.drafting.draft_tokens import fault_of
+from runtime.drafting.foresight import Foresight
+from runtime.drafting.reliability import Reliability
 from runtime.errors import InputError, one_line, shown
 from runtime.formats import Format
 
@@ -271,6 +273,11 @@ def load_transfer_layers(path: Path, base_model: dict[str, Any] | None = None) -
                 f"{path} is a safetensors file but holds no transfer layers (no {METADATA_KEY!r} metadata)"
             )
         metadata = METADATA.decode(text, f"{path}, metadata {METADATA_KEY}")
+        for read in (Reliability.of, Foresight.of):
+            try:
+                read(metadata.acceptance)
+            except ValueError as error:
+                raise InputError(f"{path}: {error}; fetch or train the file again") from error
         if base_model is not None:
             check_fits(path, metadata.base_model, base_model)
         layers, hidden_size = metadata.layers, metadata.base_model["hidden_size"]

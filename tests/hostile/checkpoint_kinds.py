@@ -231,7 +231,9 @@ def _transfer_layers(folder: Path) -> Kind:
     folder.mkdir(parents=True)
     path = folder / "transfer.safetensors"
     base = base_of(folder)
-    acceptance = {"calibration": [{"bins": [{"predicted": 0.1, "observed": 0.2}]}] * 3, "top": {"1": [0.5, 0.4, 0.3]}}
+    foresight = [{"temperature": 0.8, "steps": [{"power": 0.9, "trust": 0.5, "rest": 20.0, "log_loss": 1.5}] * 3}]
+    bins = [{"bins": [{"predicted": 0.1, "observed": 0.2}]}] * 3
+    acceptance = {"calibration": bins, "top": {"1": [0.5, 0.4, 0.3]}, "foresight": foresight}
     about = TransferFile(base.identity(), {"steps": 5}, acceptance)
     save_transfer_layers(path, random_transfer((3, 1, 3), correction_rank=4, draft_tokens=[0, 2, 5, 263]), about)
 

@@ -116,6 +116,12 @@ def test_a_newer_version_is_refused(tmp_path: Path) -> None:
         ({"correction_rank": -1}, r"`int` >= 0 - at `\$\.correction_rank`, which is -1"),
         ({"correction_rank": 10**9}, r"`int` <= 65536 - at `\$\.correction_rank`"),
         ({"version": "2"}, r"`\$\.version`, which is '2'"),
+        # What decoding reads of them is read here: an export would find out too late.
+        (
+            {"acceptance": {"calibration": 3}},
+            "statistics of drafts cannot be: Expected `array.*; fetch or train the file",
+        ),
+        ({"acceptance": {"foresight": [{"temperature": -1, "steps": []}]}}, "foresight of drafts cannot be: .* > 0"),
     ],
 )
 def test_metadata_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
