@@ -12,7 +12,7 @@ from runtime.chat.tools import Tool
 from runtime.checks import whole
 from runtime.errors import InputError, PromptTooLongError, shown
 from runtime.escaping import ControlTokens
-from runtime.tokenizer import encode
+from runtime.long_texts import TextEncoder
 from runtime.tools import HERMES, ToolFormat
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class PromptEncoder:
     ) -> None:
         self._form = form
         self._tokenizer = tokenizer
+        self._texts = TextEncoder(tokenizer, vocab_size)
         self._chat = chat
         self._vocab_size = vocab_size
 
@@ -83,10 +84,10 @@ class PromptEncoder:
                     f"the prompt has {len(prompt):,} characters, and the engine's context limit of {limit} tokens "
                     f"allows {most:,}; shorten it"
                 )
-            tokenizer = self._tokenizer
+            texts = self._texts
             if escape_special_tokens and self._control.in_text(prompt):
-                tokenizer = self._control.tokenizer
-            return self._ids(tokenizer, prompt, limit, add_special_tokens=True)
+                texts = self._escaped_texts
+            return self._ids(texts, prompt, limit, add_special_tokens=True)
         if raw or chat is None:
             reason = "raw=True takes a string" if raw else "this model has no chat template"
             raise InputError(f"cannot encode chat messages: {reason}; give the prompt as one string")
@@ -94,9 +95,9 @@ class PromptEncoder:
         marked = self._control.mark(messages, most, tools) if escape_special_tokens else None
         if marked is None:
             text = chat.render(messages, most, tools=tools, form=self._form)
-            return self._ids(self._tokenizer, text, limit, add_special_tokens=False)
+            return self._ids(self._texts, text, limit, add_special_tokens=False)
         text = self._control.resolve(chat.render(marked.messages, tools=marked.tools, form=self._form), marked)
-        return self._ids(self._control.tokenizer, text, limit, add_special_tokens=False)
+        return self._ids(self._escaped_texts, text, limit, add_special_tokens=False)
 
     def encode_prediction(self, prediction: Prediction, limit: int) -> list[int]:
         """Return the token ids of what an answer is expected to be like, at most `limit`. Raises `InputError` for more,
@@ -110,7 +111,7 @@ class PromptEncoder:
                 raise InputError(f"prediction must be a string or runtime.Tokens, not {shown(prediction)}")
             elif len(prediction) <= max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * limit):
                 check_characters(prediction, "prediction")
-                ids = self._ids(self._tokenizer, prediction, limit, add_special_tokens=False)
+                ids = self._ids(self._texts, prediction, limit, add_special_tokens=False)
                 if len(ids) <= limit:
                     return ids
         except PromptTooLongError:
@@ -128,18 +129,22 @@ class PromptEncoder:
             )
         return [whole("each token of a prompt", token, 0, self._vocab_size - 1) for token in tokens]
 
-    def _ids(self, tokenizer: Tokenizer, text: str, limit: int | None, *, add_special_tokens: bool) -> list[int]:
+    def _ids(self, texts: TextEncoder, text: str, limit: int | None, *, add_special_tokens: bool) -> list[int]:
         check_characters(text)
         if limit is not None:
-            _check_length(tokenizer, text, limit, self._vocab_size)
-        return encode(tokenizer, text, self._vocab_size, add_special_tokens=add_special_tokens)
+            _check_length(texts, text, limit)
+        return texts.encode(text, add_special_tokens=add_special_tokens)
+
+    @cached_property
+    def _escaped_texts(self) -> TextEncoder:
+        return TextEncoder(self._control.tokenizer, self._vocab_size)
 
     @cached_property
     def _control(self) -> ControlTokens:
         return ControlTokens(self._tokenizer, self._chat.source if self._chat else "")
 
 
-def _check_length(tokenizer: Tokenizer, text: str, limit: int, vocab_size: int) -> None:
+def _check_length(texts: TextEncoder, text: str, limit: int) -> None:
     """Raise `PromptTooLongError` when the beginning of a long `text` shows that it has more than `limit` tokens.
 
     What follows a beginning may change its last tokens, those of an unfinished word or added token, and hardly ever
@@ -147,11 +152,11 @@ def _check_length(tokenizer: Tokenizer, text: str, limit: int, vocab_size: int) 
     """
     if len(text) <= max(LEAST_WHOLE, WHOLE_PER_TOKEN * limit):
         return
-    longest = max((len(token.content) for token in tokenizer.get_added_tokens_decoder().values()), default=0)
+    longest = max((len(token.content) for token in texts.tokenizer.get_added_tokens_decoder().values()), default=0)
     enough = limit + limit // 4 + UNSETTLED + longest
     size = FIRST_PER_TOKEN * enough
     while size < len(text):
-        count = len(encode(tokenizer, text[:size], vocab_size, add_special_tokens=False))
+        count = len(texts.encode(text[:size], add_special_tokens=False))
         if count > enough:
             raise PromptTooLongError(
                 f"the prompt has more than {limit} tokens, and the engine's context limit is {limit} for prompt and "

@@ -52,8 +52,24 @@ def told_beyond(beyond: dict[int, str], vocab_size: int) -> str:
 
 def encode(tokenizer: Tokenizer, text: str, vocab_size: int, *, add_special_tokens: bool = True) -> list[int]:
     """Return the token ids of `text`, all of them below `vocab_size`. Raises `InputError` where there are none such."""
-    with failures(lambda cause: InputError(f"the tokenizer cannot encode this text ({cause}); change the text")):
+    with failures(unencodable):
         ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    return within(ids, vocab_size)
+
+
+def encode_parts(tokenizer: Tokenizer, parts: list[str], vocab_size: int) -> list[int]:
+    """Return the token ids of several texts, one behind the other, as `encode` does without special tokens. The
+    library's threads encode them, and Python's others go on meanwhile.
+    """
+    with failures(unencodable):
+        ids = [
+            token for encoding in tokenizer.encode_batch_fast(parts, add_special_tokens=False) for token in encoding.ids
+        ]
+    return within(ids, vocab_size)
+
+
+def within(ids: list[int], vocab_size: int) -> list[int]:
+    """Return `ids`. Raises `InputError` where one is not below `vocab_size`."""
     # What the tokenizer puts around a text need not be in its own vocabulary.
     if ids and max(ids) >= vocab_size:
         raise InputError(
@@ -90,6 +106,11 @@ class DecodedStream:
         """
         with failures(undecodable):
             return self._stream.step(self._tokenizer, token)
+
+
+def unencodable(cause: str) -> InputError:
+    """Return the error of a text that the tokenizer cannot encode, for this `cause`."""
+    return InputError(f"the tokenizer cannot encode this text ({cause}); change the text")
 
 
 def undecodable(cause: str) -> InputError:
