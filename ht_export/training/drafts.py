@@ -98,6 +98,7 @@ def draft_hidden(base: PreTrainedModel, transfer: TransferLayers, context: Conte
     """Return the last layer's output of every pseudo row, [B, A, K, d], for anchors [B, A] (positions in the text);
     what heads make behind the last norm comes as it is. See `ht_export.model.reference.normed_drafts`.
     """
+    use_attention_rows(base)
     parts = decoder_parts(base)
     num_layers = len(parts.layers)
     batch, count = anchors.shape

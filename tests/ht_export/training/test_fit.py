@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ht_export.model.checkpoint import BaseModel
+from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.transfer import TransferLayers, load_transfer_layers
 from ht_export.training import cli
 from ht_export.training import fit as fit_module
@@ -206,6 +206,16 @@ def test_a_feature_cache_changes_nothing_and_is_made_once(
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match=r"features-00000\.safetensors is not a valid file of features"):
         run(base, sequences, tmp_path / "more", short, feature_cache=tmp_path / "cache")
+
+
+def test_a_model_that_has_not_run_yet_is_fitted_with_a_whole_cache(
+    base: BaseModel, sequences: list[AnsweredPrompt], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    short = replace(SETTINGS, steps=1)
+    once = run(base, sequences, tmp_path / "once", short, feature_cache=tmp_path / "cache")
+    # As a command that continues a killed one finds it.
+    fresh = load_base_model(str(tiny_checkpoint))
+    assert_equal(once, run(fresh, sequences, tmp_path / "again", short, feature_cache=tmp_path / "cache"))
 
 
 FEATURES_OF = '{"weights_sha256": "a", "dtype": "float32", "data_sha256": "b", "state_layers": '
