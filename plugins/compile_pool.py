@@ -25,6 +25,8 @@ from plugins.specialisations import Specialisation
 MOST_WORKERS = 16
 # Bytes that a process takes: 200 MiB with the largest kernels, and something to spare.
 WORKER_MEMORY = 384 << 20
+# Characters of an error that come from the compiler, which may say a page.
+MOST_SAID = 500
 
 # Told how many kernels are compiled, and how many there are.
 Report = Callable[[int, int], None]
@@ -125,7 +127,7 @@ class _Worker:
         answer = msgspec.json.decode(line, type=Answer)
         self._asked = None
         if answer.kernel is None:
-            raise CompilationError(f"{asked}: {answer.error}{self._said()}")
+            raise CompilationError(f"{asked}: {' '.join(str(answer.error).split())[:MOST_SAID]}")
         return asked, answer.kernel
 
     def end(self) -> None:
@@ -143,7 +145,7 @@ class _Worker:
                 shutil.rmtree(left, ignore_errors=True)
 
     def _said(self) -> str:
-        tail = " ".join(self._log.read_text(encoding="utf-8", errors="replace").split())[-500:]
+        tail = " ".join(self._log.read_text(encoding="utf-8", errors="replace").split())[-MOST_SAID:]
         return f" ({tail})" if tail else ""
 
 
