@@ -46,6 +46,7 @@ ALLOWED = {
     Reading("runtime/drafting/foresight.py", "Foresight.of", "msgspec.convert"): PART,
     Reading("runtime/drafting/reliability.py", "Reliability.of", "msgspec.convert"): PART,
     Reading("plugins/binaries.py", "KernelBinaries.from_bytes", "msgspec.json.decode"): PART,
+    Reading("plugins/compile.py", "_assembled", "read_bytes"): "a cubin in Triton's cache, as Triton reads its own",
     Reading("plugins/compile_pool.py", "_Worker.__init__", "open"): WRITTEN_TO,
     Reading("plugins/compile_pool.py", "_Worker.answer", "msgspec.json.decode"): OWN,
     Reading("plugins/compile_pool.py", "_Worker._said", "read_text"): OWN,
