@@ -278,8 +278,10 @@ def build_plan(checked: Checked, traced: Traced, folder: Path, stage: Stage) -> 
     """Build the plan where one is asked for, in the place of the graph and its weights."""
     if traced.plan is None:
         return None
+    with stage("compiling kernels") as tell:
+        kernels = traced.plan.compile(traced.graph, lambda done, total: tell(f"{done} of {total}"))
     with stage("building the plan") as tell:
-        built = traced.plan.build(traced.graph, folder / checked.out.name, tell)
+        built = traced.plan.build(traced.graph, kernels, folder / checked.out.name, tell)
     traced.graph.unlink()
     traced.weights.unlink()
     return built

@@ -123,7 +123,8 @@ def _new_bar(disable: bool = False, auto_refresh: bool = True) -> Progress:
 @contextlib.contextmanager
 def stage_display() -> Iterator[Stage]:
     """Give what shows stages of unknown length on stderr: on a terminal a spinner while one runs, and its time when it
-    is done; elsewhere, so in logs, a line then. Within `one_display` it is a part of that.
+    is done; elsewhere, so in logs, a line then, and now and then one while it runs. Within `one_display` it is a part
+    of that.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -149,6 +150,14 @@ def _stage_of(display: Progress, description: str) -> Iterator[Callable[[str], N
 
 @contextlib.contextmanager
 def _logged_stage(description: str) -> Iterator[Callable[[str], None]]:
-    start = time.monotonic()
-    yield lambda detail: None
+    start = last = time.monotonic()
+
+    def tell(detail: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= LOG_EVERY:
+            last = now
+            print(f"{description}: {detail}", file=sys.stderr, flush=True)
+
+    yield tell
     print(f"{description}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.cache import get_cache_manager
 
 from plugins import choosing
-from plugins.binaries import ARCHITECTURES, CHOOSE, COMBINE, COMMIT, HEAD_DIMS, Form, Kernel, KernelBinaries, Variant
+from plugins.binaries import CHOOSE, CHOOSE_DRAFTS, COMBINE, COMMIT, Form, Kernel, KernelBinaries, Variant
 from plugins.choose_kernel import collect_kernel, peak_kernel, weigh_kernel
 from plugins.kernel import attention_kernel, combine_kernel, commit_rows_kernel
-from plugins.tiling import BLOCK_M, MAX_SPLITS
+from plugins.specialisations import (
+    PLAIN,
+    SAME_CODE,
+    Specialisation,
+    by_architecture,
+    of_attention,
+    of_choices,
+    of_commit,
+)
+from plugins.tiling import MAX_SPLITS, TILES, Tile
 
-PLAIN = Form()
 DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 WARP = 32
 # The oldest version of the language that has an architecture, where that is newer than 8.0. Asked for an older one, the
@@ -46,6 +57,8 @@ POINTERS = {
 }
 NUMBERS = {"scale": "fp32", "cap": "fp32", "kv_heads": "i32", "rows": "i32", "packed_rows": "i32", "capacity": "i32",
            "splits": "i32", "first": "i32", "most": "i32", "vocab": "i32", "groups": "i32"}  # fmt: skip
+# The name of a cubin in Triton's cache that Triton itself did not put there.
+ASSEMBLED = "assembled.cubin"
 # Their rows start wherever the row count puts them, or they hold single bytes.
 UNALIGNED = ("tree_mask",)
 
@@ -54,30 +67,43 @@ def compile_kernels(
     dtype: str,
     head_dim: int,
     architectures: Iterable[int],
-    report: Callable[[int], None] = lambda _: None,
     forms: Collection[Form] = (PLAIN,),
+    tiles: Collection[Tile] = TILES,
 ) -> KernelBinaries:
-    """Compile every variant of `forms` for each architecture (80 for SM 8.0); `report` is told each one that is done.
+    """Compile attention of `forms` and `tiles` for each architecture (80 for SM 8.0), one after the other in this
+    process.
 
     Raises `ValueError` for a type, head size or architecture that there is no kernel for.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"the tree-attention kernel takes {' or '.join(DTYPES)}, not {dtype}")
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(f"the tree-attention kernel takes head sizes from 16 to 256 that 8 divides, not {head_dim}")
-    kernels = {}
-    for sm in architectures:
-        if sm not in ARCHITECTURES:
-            raise ValueError(f"unknown architecture {sm}; known: {', '.join(map(str, ARCHITECTURES))}")
-        variants = {
-            Variant(block_m, split, form): compile_attention(dtype, head_dim, sm, block_m, split, form)
-            for form in forms
-            for block_m in BLOCK_M
-            for split in (False, True)
-        }
-        kernels[sm] = {**variants, COMBINE: compile_combine(dtype, head_dim, sm)}
-        report(sm)
-    return KernelBinaries(dtype, head_dim, kernels)
+    return KernelBinaries(dtype, head_dim, _compiled(of_attention(dtype, head_dim, architectures, forms, tiles)))
+
+
+def compile_commit(dtype: str, head_dim: int, architectures: Iterable[int]) -> KernelBinaries:
+    """Compile the copy of accepted rows into the cache, in this process."""
+    return KernelBinaries(dtype, head_dim, _compiled(of_commit(dtype, head_dim, architectures)))
+
+
+def compile_choosing(
+    vocab_size: int, architectures: Iterable[int], variants: Sequence[Variant] = CHOOSE
+) -> dict[int, dict[Variant, Kernel]]:
+    """Compile the choices on the device for rows of V = `vocab_size` logits, by architecture, in this process."""
+    return _compiled(of_choices(vocab_size, architectures, variants))
+
+
+def compile_one(wanted: Specialisation) -> Kernel:
+    """Compile one kernel, whichever it is."""
+    variant = wanted.variant
+    if wanted.vocab_size:
+        return _compile_choice(variant, wanted.sm, wanted.vocab_size)
+    if variant == COMMIT:
+        return _compile_commit(wanted.dtype, wanted.head_dim, wanted.sm)
+    if variant == COMBINE:
+        return compile_combine(wanted.dtype, wanted.head_dim, wanted.sm)
+    return compile_attention(wanted.dtype, wanted.head_dim, wanted.sm, variant.block_m, variant.split, variant.form)
+
+
+def _compiled(wanted: Sequence[Specialisation]) -> dict[int, dict[Variant, Kernel]]:
+    return by_architecture(wanted, {one: compile_one(one) for one in wanted})
 
 
 @cache
@@ -112,25 +138,16 @@ def compile_combine(dtype: str, head_dim: int, sm: int) -> Kernel:
     return _compile(combine_kernel, sm, element, {}, constants, 4, 1)
 
 
-def compile_commit(dtype: str, head_dim: int, architectures: Iterable[int]) -> KernelBinaries:
-    """Compile the copy of accepted rows into the cache, which knows no type but its width."""
+def _compile_commit(dtype: str, head_dim: int, sm: int) -> Kernel:
     element = tl.int32 if dtype == "float32" else tl.int16
     constants = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "ELEMENT": element}
-    kernels = {sm: {COMMIT: _compile(commit_rows_kernel, sm, "", {}, constants, 1, 1)} for sm in architectures}
-    return KernelBinaries(dtype, head_dim, kernels)
+    return _compile(commit_rows_kernel, sm, "", {}, constants, 1, 1)
 
 
-def compile_choosing(
-    vocab_size: int, architectures: Iterable[int], variants: Sequence[Variant] = CHOOSE
-) -> dict[int, dict[Variant, Kernel]]:
-    """Compile the choices on the device, for rows of V = `vocab_size` logits, by architecture, as these variants."""
-    return {
-        sm: {
-            variant: _compile(kernel, sm, "", {}, choosing_constants(kernel.arg_names, vocab_size), 4, 1)
-            for variant, kernel in zip(variants, (peak_kernel, weigh_kernel, collect_kernel), strict=True)
-        }
-        for sm in architectures
-    }
+def _compile_choice(variant: Variant, sm: int, vocab_size: int) -> Kernel:
+    variants = CHOOSE if variant in CHOOSE else CHOOSE_DRAFTS
+    kernel = (peak_kernel, weigh_kernel, collect_kernel)[variants.index(variant)]
+    return _compile(kernel, sm, "", {}, choosing_constants(kernel.arg_names, vocab_size), 4, 1)
 
 
 def choosing_constants(names: Collection[str], vocab_size: int, block: int = choosing.BLOCK) -> dict[str, int]:
@@ -160,7 +177,7 @@ def tunings(head_dim: int, block_m: int) -> list[Tuning]:
     block_n = 64 if 64 <= width <= 128 else 32
     large = block_m * width > 4096
     warps, stages = (8, 2) if large else (4, 3)
-    return [
+    found = [
         Tuning(block_n, warps, stages),
         Tuning(block_n, warps, 2),
         Tuning(32, warps, stages),
@@ -168,6 +185,7 @@ def tunings(head_dim: int, block_m: int) -> list[Tuning]:
         Tuning(32, 12 - warps, 2),
         Tuning(16, warps, 2),
     ]
+    return list(dict.fromkeys(found))
 
 
 def spilled_bytes(cubin: bytes) -> int:
@@ -191,7 +209,6 @@ def _compile(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    # Only the cubin is kept.
     options = {
         "num_warps": warps,
         "num_stages": stages,
@@ -200,9 +217,24 @@ def _compile(
     }
     with warnings.catch_warnings(), triton.knobs.compilation.scope():
         warnings.simplefilter("ignore")
+        triton.knobs.compilation.store_binary_only = False
         # Line tables would triple the cubin.
         triton.knobs.compilation.disable_line_info = True
-        compiled = triton.compile(source, target=GPUTarget("cuda", sm, WARP), options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", SAME_CODE.get(sm, sm), WARP), options=options)
+        cubin = _assembled(compiled.asm["ptx"], sm, options) if sm in SAME_CODE else compiled.asm["cubin"]
     metadata = compiled.metadata
     assert not metadata.global_scratch_size, "the launcher passes no scratch memory"
-    return Kernel(metadata.name, metadata.num_warps * WARP, metadata.shared, compiled.asm["cubin"])
+    return Kernel(metadata.name, metadata.num_warps * WARP, metadata.shared, cubin)
+
+
+def _assembled(code: str, sm: int, options: dict[str, Any]) -> bytes:
+    """Return the cubin of PTX that was made for another architecture, from Triton's cache where it is there."""
+    code = code.replace(f".target sm_{SAME_CODE[sm]}", f".target sm_{sm}")
+    backend = make_backend(GPUTarget("cuda", sm, WARP))
+    chosen = backend.parse_options(dict(options))
+    key = f"{triton.__version__}-{backend.hash()}-{chosen.hash()}-{code}"
+    cache = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+    path = cache.get_file(ASSEMBLED)
+    if path is None:
+        path = cache.put(backend.make_cubin(code, {}, chosen, sm), ASSEMBLED)
+    return Path(path).read_bytes()

@@ -36,6 +36,33 @@ def tile(batch: int, kv_heads: int, packed_rows: int, capacity: int, multiproces
     return Tiling(block_m, row_blocks, splits)
 
 
+@dataclass(frozen=True)
+class Tile:
+    """What a kernel is compiled for: `block_m` packed rows a program, over a part of the cache or over all of it."""
+
+    block_m: int
+    split: bool
+
+
+# All that there are.
+TILES = tuple(Tile(block_m, split) for block_m in BLOCK_M for split in (False, True))
+
+
+def reachable_tiles(group: int, kv_heads: int, most_rows: int, most_capacity: int) -> list[Tile]:
+    """Return what `tile` may ask for with G = `group` query heads for each of `kv_heads`, up to R = `most_rows` rows
+    and S = `most_capacity` rows of the cache, in batches of any size, on any GPU.
+
+    A plan of short contexts never splits its cache; one of wide groups never has few packed rows.
+    """
+    found = set()
+    for rows in range(1, most_rows + 1):
+        # Splits grow with the cache and the GPU, and shrink as the batch grows: these are the least, and the most.
+        for capacity, multiprocessors in ((0, 1), (most_capacity, MOST_MULTIPROCESSORS)):
+            tiling = tile(1, kv_heads, group * rows, capacity, multiprocessors)
+            found.add(Tile(tiling.block_m, tiling.splits > 1))
+    return [one for one in TILES if one in found]
+
+
 def statistics_count(batch: int, kv_heads: int, packed_rows: int, splits: int) -> int:
     """Return how many maxima, and sums, the parts of a cache have, rounded up so that what follows is aligned."""
     return _ceil(batch * kv_heads * splits * packed_rows, ALIGNMENT) * ALIGNMENT

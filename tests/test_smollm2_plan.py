@@ -36,7 +36,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PlanFile]
         weights = (graph.parent / "engine.onnx.data").stat().st_size
         prepared = planner.prepare(about.dims, about.tree, (256, None), about.max_context, weights, graph.parent)
         plan = graph.with_name(f"{attention}.plan")
-        described = prepared.build(graph, plan, lambda _: None)
+        described = prepared.build(graph, prepared.compile(graph, lambda *_: None), plan, lambda _: None)
         assert weights < plan.stat().st_size < 1.5 * weights
         plan.unlink()
         return described

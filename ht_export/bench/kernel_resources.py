@@ -67,25 +67,30 @@ def show(options: argparse.Namespace) -> int:
 
 def resources(head_dims: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """Yield what each kernel uses."""
+    from ht_export.progress import progress_bar
+    from ht_export.tensorrt.kernels import kernel_workers
     from plugins.binaries import ARCHITECTURES, PLUGIN_DTYPES
-    from plugins.compile import compile_kernels
+    from plugins.compile_pool import compile_all
+    from plugins.specialisations import of_attention
 
-    for head_dim in head_dims:
-        for dtype in PLUGIN_DTYPES:
-            binaries = compile_kernels(dtype, head_dim, ARCHITECTURES)
-            for sm, variants in binaries.kernels.items():
-                for variant, kernel in variants.items():
-                    yield {
-                        "head_dim": head_dim,
-                        "dtype": dtype,
-                        "sm": sm,
-                        "block_m": variant.block_m,
-                        "split": variant.split,
-                        "threads": kernel.threads,
-                        "shared_kib": round(kernel.shared_memory / 1024, 1),
-                        **cubin_resources(kernel.cubin),
-                    }
-            print(f"compiled for head size {head_dim}, {dtype}", file=sys.stderr)
+    wanted = [
+        one for head_dim in head_dims for dtype in PLUGIN_DTYPES for one in of_attention(dtype, head_dim, ARCHITECTURES)
+    ]
+    with progress_bar() as bar:
+        task = bar.add_task("compiling", total=len(wanted))
+        compiled = compile_all(wanted, kernel_workers(), lambda done, _: bar.update(task, completed=done))
+    for one in wanted:
+        kernel = compiled[one]
+        yield {
+            "head_dim": one.head_dim,
+            "dtype": one.dtype,
+            "sm": one.sm,
+            "block_m": one.variant.block_m,
+            "split": one.variant.split,
+            "threads": kernel.threads,
+            "shared_kib": round(kernel.shared_memory / 1024, 1),
+            **cubin_resources(kernel.cubin),
+        }
 
 
 def cubin_resources(cubin: bytes) -> dict[str, int]:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from ht_export.tensorrt.build_process import ATTENTIONS, build_plan, check_resources
 from ht_export.tensorrt.graph import attention_forms, write_for_tensorrt
+from ht_export.tensorrt.kernels import PlanKernels, Report, Wanted
 from ht_export.tensorrt.limits import Profile, cache_bytes, check_limits, profiles
 from ht_export.tensorrt.products import Capability, Product, find_product, show
-from plugins.binaries import (
-    ARCHITECTURES,
-    CHOOSE_DRAFTS,
-    COMMIT_ARCHITECTURES,
-    HEAD_DIMS,
-    PLUGIN_DTYPES,
-    best_architecture,
-)
+from plugins.binaries import ARCHITECTURES, COMMIT_ARCHITECTURES, HEAD_DIMS, PLUGIN_DTYPES, best_architecture
 from plugins.tensorrt_plugin import VERSION
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import Attention, FileRecord, Limits, PlanFile
@@ -144,11 +138,10 @@ class PreparedPlan:
     attention: Attention
     profiles: tuple[Profile, Profile]
 
-    def build(self, graph: Path, plan: Path, tell: Callable[[str], None]) -> PlanFile:
-        """Build the plan from the graph. Raises `InputError`."""
-        from plugins.compile import compile_choosing, compile_commit, compile_kernels
-
-        dims = self.dims
+    def compile(self, graph: Path, report: Report) -> PlanKernels:
+        """Compile the kernels that the plan of this graph carries; `report` is told how many are, and of how many.
+        Raises `InputError`.
+        """
         targets = self.capabilities
         if self.product.builds_without_gpu:
             targets = tuple(dict.fromkeys((*targets, *LATER)))
@@ -157,24 +150,16 @@ class PreparedPlan:
             found = (best_architecture(*capability, known) for capability in targets)
             return list(dict.fromkeys(sm for sm in found if sm is not None))
 
+        forms = attention_forms(graph) if self.attention == "plugin" else []
+        known = architectures(ARCHITECTURES), architectures(COMMIT_ARCHITECTURES)
+        return Wanted.of(self.dims, self.profiles, forms, known).compile(report)
+
+    def build(self, graph: Path, kernels: PlanKernels, plan: Path, tell: Callable[[str], None]) -> PlanFile:
+        """Build the plan from the graph and its kernels. Raises `InputError`."""
+        dims = self.dims
         uses_plugin = self.attention == "plugin"
-        kernels = None
-        if uses_plugin:
-            kernels = compile_kernels(
-                dims.dtype,
-                dims.head_dim,
-                architectures(ARCHITECTURES),
-                lambda sm: tell(f"kernels for SM {sm / 10}"),
-                attention_forms(graph),
-            ).to_bytes()
         kernels_path = plan.with_name(f"{plan.stem}.kernels.bin")
-        commit = compile_commit(dims.dtype, dims.head_dim, architectures(COMMIT_ARCHITECTURES))
-        choosing = compile_choosing(dims.vocab_size, commit.kernels)
-        own = {sm: variants | choosing[sm] for sm, variants in commit.kernels.items()}
-        if dims.draft_size is not None:
-            choosing = compile_choosing(dims.draft_size, commit.kernels, CHOOSE_DRAFTS)
-            own = {sm: variants | choosing[sm] for sm, variants in own.items()}
-        kernels_path.write_bytes(replace(commit, kernels=own).to_bytes())
+        kernels_path.write_bytes(kernels.runtime)
         marked = graph.with_name(f"{graph.stem}.tensorrt.onnx")
         count = write_for_tensorrt(graph, marked, dims, plugin=uses_plugin, decomposable=True)
         result = build_plan(
@@ -183,7 +168,7 @@ class PreparedPlan:
             plan,
             self.profiles,
             self.capabilities,
-            kernels=kernels,
+            kernels=kernels.attention,
             plugin_layers=count,
             timing_cache=self.timing_cache,
             on_phase=lambda phase, step, steps: tell(f"{phase} {step}/{steps}" if steps else phase),

@@ -19,6 +19,15 @@ def test_a_log_has_a_line_for_each_stage_when_it_is_done(capsys: pytest.CaptureF
     assert not capsys.readouterr().err
 
 
+def test_a_log_has_a_line_of_a_long_stage_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LOG_EVERY", 0)
+    with stage_display() as stage, stage("compiling kernels") as tell:
+        tell("12 of 102")
+        assert capsys.readouterr().err == "compiling kernels: 12 of 102\n"
+
+
 def test_a_terminal_has_every_stage_and_how_far_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

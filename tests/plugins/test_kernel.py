@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 from plugins import compile as compile_module  # noqa: E402
 from plugins.binaries import (  # noqa: E402
     ARCHITECTURES,
+    COLLECT,
     COMBINE,
     COMMIT,
     COMMIT_ENTRY,
@@ -28,6 +29,7 @@ from plugins.compile import (  # noqa: E402
     compile_combine,
     compile_commit,
     compile_kernels,
+    compile_one,
     spilled_bytes,
 )
 from plugins.launch import (  # noqa: E402
@@ -39,6 +41,7 @@ from plugins.launch import (  # noqa: E402
     launches,
     workspace_size,
 )
+from plugins.specialisations import SAME_CODE, Specialisation  # noqa: E402
 from plugins.tiling import BLOCK_M, MAX_SPLITS, tile, workspace_bytes, workspace_limit  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -92,6 +95,22 @@ def test_a_tuning_that_spills_is_passed_over(tmp_path: Path, monkeypatch: pytest
     assert spilled_bytes(kernel.cubin) == registers(kernel, tmp_path)["STACK"] == 0
     assert kernel.threads == 256
     compile_attention.cache_clear()
+
+
+@pytest.mark.parametrize("sm", SAME_CODE)
+def test_code_of_another_architecture_is_what_the_compiler_makes_itself(
+    sm: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = [
+        Specialisation(Variant(16, True, Form(windowed=True)), sm, "float16", 64),
+        Specialisation(COLLECT, sm, vocab_size=49152),
+    ]
+    compile_attention.cache_clear()
+    found = [compile_one(kind) for kind in kinds]
+    compile_attention.cache_clear()
+    monkeypatch.setattr(compile_module, "SAME_CODE", {})
+    assert [compile_one(kind) for kind in kinds] == found
+    assert [compile_one(kind.code) for kind in kinds] != found
 
 
 @pytest.mark.parametrize("form", [Form(), Form(windowed=True), Form(capped=True), Form(windowed=True, capped=True)])
