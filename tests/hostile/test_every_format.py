@@ -47,7 +47,6 @@ ALLOWED = {
     Reading("runtime/drafting/reliability.py", "Reliability.of", "msgspec.convert"): PART,
     Reading("plugins/binaries.py", "KernelBinaries.from_bytes", "msgspec.json.decode"): PART,
     Reading("plugins/compile.py", "_assembled", "read_bytes"): "a cubin in Triton's cache, as Triton reads its own",
-    Reading("plugins/compile_pool.py", "_Worker.__init__", "open"): WRITTEN_TO,
     Reading("plugins/compile_pool.py", "_Worker.answer", "msgspec.json.decode"): OWN,
     Reading("plugins/compile_pool.py", "_Worker._said", "read_text"): OWN,
     Reading("plugins/compile_worker.py", "main", "os.fdopen"): WRITTEN_TO,
@@ -78,6 +77,7 @@ ALLOWED = {
     Reading("runtime/grammar/matcher.py", "Matcher.allowed", "frombuffer"): MEMORY,
     Reading("runtime/escaping.py", "ControlTokens.tokenizer", "from_str"): MEMORY,
     Reading("runtime/escaping.py", "ControlTokens.tokenizer", "json.loads"): MEMORY,
+    Reading("runtime/cuts.py", "cuts_of", "json.loads"): MEMORY,
     Reading(
         "ht_export/bench/load/calling.py", "Caller._listen", "json.loads"
     ): "answers of the server that is measured",
