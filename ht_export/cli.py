@@ -190,7 +190,7 @@ def _export(options: argparse.Namespace) -> None:
     difference = max(about.parity.get(graph, 0.0) for graph in graphs)
     print(f"done: {options.out}, {size:.0f} MiB, within {difference:.1e} of the PyTorch reference", file=sys.stderr)
     if "trained_for" in about.transfer:
-        print(f"note: {_other_base(about)}", file=sys.stderr)
+        print(f"note: {_other_base(about, measured=trial is not None)}", file=sys.stderr)
     if trial:
         told = f"{trial.tokens_per_step:.2f} tokens per step (plain decoding: 1.00)"
         print(f"drafts: {told}, {trial.prompts} prompts of {options.measure}, {trial.tokens} tokens", file=sys.stderr)
@@ -208,13 +208,14 @@ def _check_no_plan_options(plan: PlanSettings) -> None:
             raise InputError(f"--{flag} is for TensorRT plans; leave it out, or give an --out that ends in .plan")
 
 
-def _other_base(about: EngineFile) -> str:
+def _other_base(about: EngineFile, *, measured: bool) -> str:
     """Return what to know of transfer layers that were trained for the model before adapters were merged into it."""
     adapters = ", ".join(one["name"] for one in about.base_model["adapters"])
+    how_often = "how often is measured below" if measured else "--measure PROMPTS tells"
     return (
         f"the transfer layers were trained for {about.transfer['trained_for']['name']} without {adapters}; the text is "
-        "the merged model's, and drafts may be right less often than for the model alone: --measure PROMPTS tells, "
-        "ht-train fit --adapter trains others"
+        f"the merged model's, and drafts may be right less often than for the model alone: {how_often}, "
+        "ht-train all --adapter trains others"
     )
 
 

@@ -24,6 +24,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -189,16 +190,21 @@ def _load_quantised(
 @contextlib.contextmanager
 def _gguf_read_once() -> Iterator[None]:
     """Let GGUF files be parsed once, which takes seconds, and names of tensors be found once: transformers does the one
-    for the configuration, for the weights and for the tokenizer, and the other for every module.
+    for the configuration, for the weights and for the tokenizer, and the other for every module. And let it show no bar
+    of its own, which no option of transformers turns off.
     """
-    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, function in own.items():
-        setattr(gguf, name, functools.cache(function))
+    own = {(gguf, name): getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    changed: dict[tuple[Any, str], Any] = {place: functools.cache(function) for place, function in own.items()}
+    if hasattr(modeling_gguf_pytorch_utils, "tqdm"):
+        own[modeling_gguf_pytorch_utils, "tqdm"] = modeling_gguf_pytorch_utils.tqdm
+        changed[modeling_gguf_pytorch_utils, "tqdm"] = lambda tensors, **_: tensors
+    for (module, name), function in changed.items():
+        setattr(module, name, function)
     try:
         yield
     finally:
-        for name, function in own.items():
-            setattr(gguf, name, function)
+        for (module, name), function in own.items():
+            setattr(module, name, function)
 
 
 def hash_weights(model: PreTrainedModel, source: str) -> str:

@@ -10,6 +10,8 @@ from ht_export.parity.stages import MEANING, OF_A_LAYER, Comparison, place
 from ht_export.parity.text import Divergence, TextSummary
 
 DIVERGENCES_SHOWN = 10
+# Precisions whose weights are rounded, so that the stages are not those of one model.
+QUANTISED = ("int8", "int4", "fp8")
 
 Row = Sequence[str]
 
@@ -70,7 +72,8 @@ class Report:
                 ("Text", ("", "same", "tokens before they part", "explained by rounding"), _text_rows(self.text))
             )
             if divergences := list(_divergence_rows(self.text)):
-                found.append(("Where texts part", ("prompt", "of", "token", "gap", "rounding"), divergences))
+                head = ("prompt", "of", "new token, from 0", "tokens", "gap", "allowed", "explained by rounding")
+                found.append(("Where texts part", head, divergences))
         return found
 
     def verdict(self) -> str:
@@ -88,6 +91,12 @@ class Report:
                 f"and of several; {sum(one.flips for one in prompts)} of {sum(one.tokens for one in prompts)} tokens "
                 "of plain decoding would be others in passes of several rows."
             )
+        if self.conditions.get("precision") in QUANTISED:
+            notes.append(
+                f"{self.conditions['precision']} rounds the weights: the engine is another model than the one it is "
+                "compared with, whose texts part early. That they are explained by rounding says nothing of how good "
+                "they are; for the same text, export with --precision fp32."
+            )
         return notes
 
 
@@ -96,7 +105,8 @@ def to_markdown(report: Report, per_layer: bool) -> str:
     parts = ["# Parity", _line(report.conditions), report.verdict()]
     for title, head, rows in report.tables(per_layer):
         lines = [head, ["---"] * len(head), *rows]
-        parts.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in lines))
+        table = (f"| {' | '.join(map(_escaped, row))} |" for row in lines)
+        parts.append(f"## {title}\n\n" + "\n".join(table))
     return "\n\n".join([*parts, *report.notes()]) + "\n"
 
 
@@ -138,6 +148,10 @@ th, td { border-bottom: 1px solid #ccc; padding: .2em .8em; text-align: left; fo
 {% endfor %}
 {% for note in notes %}<p>{{ note }}</p>
 {% endfor %}"""
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")
 
 
 def _line(conditions: dict[str, Any]) -> str:
@@ -191,7 +205,10 @@ def _divergence_rows(text: TextSummary) -> Iterable[Row]:
     found.sort(key=lambda one: one[2].explained)
     for prompt, title, divergence in found[:DIVERGENCES_SHOWN]:
         explained = "yes" if divergence.explained else "no"
-        yield (prompt, title, str(divergence.position), f"{divergence.gap:.1e}", explained)
+        # Spaces are part of a token, and the end of a line would end the table.
+        tokens = " / ".join(map(repr, divergence.tokens))
+        numbers = (f"{divergence.gap:.1e}", f"{divergence.allowed:.1e}")
+        yield (prompt, title, str(divergence.position), tokens, *numbers, explained)
 
 
 def _by_output(stage: Comparison) -> list[Any]:

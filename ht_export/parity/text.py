@@ -7,7 +7,7 @@ alone. How much rounding there is, is measured: the logits of the same tokens, o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,17 +22,21 @@ from runtime.generator import Generator
 ROWS = 8
 # Factor for a pair of tokens on how far apart logits of one token may be: each of two may be off by as much.
 BOTH_SIDES = 2.0
+# In the place of the token of a text that has none there.
+ENDED = "(the end)"
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where two texts part: at new token `position`; `gap` is the largest logit there less that of the other text's
-    token, `explained` whether rounding makes as much.
+    """Where two texts part: at new token `position`, counted from 0, where they have the two `tokens`; `gap` is how far
+    apart their logits are there, `allowed` how far rounding may bring them, `explained` whether that is enough.
     """
 
     position: int
     gap: float
     explained: bool
+    allowed: float
+    tokens: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -105,12 +109,16 @@ def compare_text(
     wide = logits_of(generator, text, len(ids), ROWS)
     reference = base(torch.tensor([text], device=base.device)).logits[0, len(ids) - 1 :].float().cpu().numpy()
     self_error = float(np.abs(own - wide).max())
+
+    def spell(token: int) -> str:
+        return generator.token_bytes(token).decode(errors="replace")
+
     allowed = BOTH_SIDES * tolerance * float(np.abs(reference).max())
     return TextParity(
         prompt=name,
         tokens=len(plain),
-        from_transformers=_divergence(plain, theirs, reference, allowed),
-        from_plain=_divergence(found, plain, own, BOTH_SIDES * self_error),
+        from_transformers=_divergence(plain, theirs, reference, allowed, spell),
+        from_plain=_divergence(found, plain, own, BOTH_SIDES * self_error, spell),
         logit_error=float(np.abs(own - reference).max()),
         self_error=self_error,
         flips=int((own.argmax(-1) != wide.argmax(-1)).sum()),
@@ -118,7 +126,7 @@ def compare_text(
 
 
 def _divergence(
-    text: Sequence[int], other: Sequence[int], logits: NDArray[np.float32], allowed: float
+    text: Sequence[int], other: Sequence[int], logits: NDArray[np.float32], allowed: float, spell: Callable[[int], str]
 ) -> Divergence | None:
     """Return where `text` parts from `other`, by logits [n, V] that hold for what they have in common."""
     if list(text) == list(other):
@@ -127,7 +135,8 @@ def _divergence(
     position = next((index for index, (mine, its) in enumerate(pairs) if mine != its), len(pairs))
     if position == len(pairs):
         # One is longer.
-        return Divergence(position, math.inf, False)
+        mine, its = (spell(one[position]) if position < len(one) else ENDED for one in (text, other))
+        return Divergence(position, math.inf, False, allowed, (mine, its))
     one, two = pairs[position]
     gap = float(abs(logits[position, one] - logits[position, two]))
-    return Divergence(position, gap, gap <= allowed)
+    return Divergence(position, gap, gap <= allowed, allowed, (spell(one), spell(two)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +131,10 @@ def transformers_trace(base: Any, ids: Sequence[int]) -> Trace:
 
     # Without a configuration it keeps all of every layer, whatever its window.
     cache = DynamicCache()
+    # Older releases of transformers know it by the latter name, and newer ones warn of that, to ignore it one day.
+    name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
     with torch.inference_mode():
-        logits = base(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0].float().numpy()
+        logits = base(torch.tensor([ids]), use_cache=True, **{name: cache}).logits[0].float().numpy()
     keys, values = ([getattr(layer, kind).float().numpy() for layer in cache.layers] for kind in ("keys", "values"))
     return Trace(Computed(logits, logits[:0], keys, values))
 

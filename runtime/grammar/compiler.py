@@ -6,6 +6,7 @@ are made of here too, so that a token means the same to both.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -36,6 +37,8 @@ MOST_ITEMS = 20_000
 MOST_STATES = 32_768
 # All tokens that go on with the text may be chosen, not only those that the tokenizer would make of it.
 HEADER = '%llguidance {"no_forcing": true}\n'
+# What users call those of these kinds; others are grammars.
+NAMES = {"json_schema": "the JSON schema", "regex": "the regular expression"}
 MISSING = "llguidance is not installed, and a grammar needs it; install it with: pip install 'hidden-transfer[grammar]'"
 
 
@@ -116,10 +119,10 @@ class Compiler:
         source = HEADER + _lark(grammar)
         with self._made:
             tokenizer = self._tokenizer
-        with failures(_unusable):
+        with failures(lambda cause: _unusable(grammar, cause)):
             found = LLMatcher(tokenizer, source, log_level=0, limits=_limits())
         if found.is_error():
-            raise _unusable(one_line(found.get_error()))
+            raise _unusable(grammar, _cause(grammar, found.get_error()))
         matcher = Matcher(found, len(self._vocabulary.tokens), self._tokens_of, self._barred)
         # It is needed for the first token in any case, and takes the longest of all.
         if not matcher.allowed().any() or (found.is_stopped() and not found.is_accepting()):
@@ -202,8 +205,19 @@ def _lark(grammar: Grammar) -> str:
     return grammar.text
 
 
-def _unusable(cause: str) -> InputError:
-    return InputError(f"the grammar cannot be used: {cause}")
+def _unusable(grammar: Grammar, cause: str) -> InputError:
+    return InputError(f"{NAMES.get(grammar.kind, 'the grammar')} cannot be used: {cause}")
+
+
+def _cause(grammar: Grammar, error: str) -> str:
+    """Return what llguidance says of a grammar, in a line."""
+    told = one_line(error)
+    if grammar.kind in NAMES:
+        # The place is one in a grammar that the user has not written.
+        told = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", told)
+    # What is wrong with a regular expression is said some lines further down.
+    wrong = next((line for line in error.splitlines() if line.startswith("error: ")), "")
+    return f"{told} {one_line(wrong.removeprefix('error: '))}" if wrong else told
 
 
 def _limits() -> LLParserLimits:

@@ -18,6 +18,9 @@ CAPTIONS = {
     "texts.png": "Tokens per step by the number of texts trained on; dotted: extrapolated",
 }
 
+# Fewer texts, resampled, say nothing of how sure a number is.
+FEWEST_TEXTS = 10
+
 
 def markdown(found: dict[str, Any], plots: Sequence[str]) -> str:
     """Return the report of the numbers `found`, with the `plots` that there are beside it."""
@@ -26,8 +29,8 @@ def markdown(found: dict[str, Any], plots: Sequence[str]) -> str:
     lines = [
         f"# Transfer layers for {one_line(found['model'])}",
         "",
-        f"Layers {','.join(map(str, found['layers']))}, drafts from {head}, trained on texts of a folder of "
-        f"{found['texts']}. All numbers are of text that was kept apart, but where it says otherwise.",
+        f"Layers {','.join(map(str, found['layers']))}, drafts from {head}, trained on a folder of "
+        f"{found['texts']} texts. All numbers are of text that was kept apart, but where it says otherwise.",
         "",
         *_speed(found["speedup"]),
         "",
@@ -85,7 +88,7 @@ def _more_data(found: dict[str, Any]) -> list[str]:
         "with intervals of 95 % (texts resampled). KL by draft step: "
         f"{_listed(kl['trained_on'])} and {_listed(kl['held_out'])} nats.",
         "",
-        _verdict(Interval(**rates["32"]["gap"])),
+        _verdict(Interval(**rates["32"]["gap"])) if min(counts.values()) >= FEWEST_TEXTS else _too_few(counts),
     ]
     if curve := found["learning_curve"]:
         lines += ["", "| texts | tokens per step, 32 rows | |", "| ---: | --- | --- |"]
@@ -114,6 +117,14 @@ def _verdict(gap: Interval) -> str:
     return (
         f"No gap is to be seen at 32 rows ({gap}): more texts alone bring little, and more steps more. Both sets may "
         "be too small to tell."
+    )
+
+
+def _too_few(counts: dict[str, int]) -> str:
+    return (
+        f"These are too few texts to tell: resampling needs {FEWEST_TEXTS} of either kind, else its intervals look "
+        f"surer than they are (that of one text has no width), and here are {counts['trained_on']} and "
+        f"{counts['held_out']}. Measure on more: name a file of prompts with `--held-out`."
     )
 
 

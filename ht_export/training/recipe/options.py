@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from runtime.program import add_model, integers, pathname
+from runtime.program import add_adapter, add_model, integers, pathname
 
 
 def add_all(commands: argparse._SubParsersAction) -> None:
@@ -18,6 +18,7 @@ def add_all(commands: argparse._SubParsersAction) -> None:
         epilog="example: ht-train all ./my-model --prompts prompts.jsonl --out transfer.safetensors --hours 3",
     )
     add_model(every)
+    add_adapter(every)
     every.add_argument("--prompts", type=pathname, required=True,
                        help="JSON lines with 'prompt' (a string) or 'turns' (a list of strings)")  # fmt: skip
     every.add_argument("--out", type=pathname, required=True, help="transfer-layers file to write (.safetensors)")
@@ -59,6 +60,7 @@ def add_report(commands: argparse._SubParsersAction) -> None:
         "speed-up to expect, and what more data would bring. It is the last stage of ht-train all.",
     )
     add_model(report)
+    add_adapter(report)
     report.add_argument("--transfer", type=pathname, required=True, help="transfer-layers file")
     report.add_argument("--data", type=pathname, required=True, help="folder of the texts that it was trained on")
     report.add_argument("--held-out", type=pathname, required=True, help="folder of other texts")

@@ -36,7 +36,7 @@ def run_report(options: argparse.Namespace) -> None:
     check_writable(options.out / REPORT)
     if options.row_cost is not None:
         number("--row-cost", options.row_cost, 0, 1)
-    base = load_base_model(options.model)
+    base = load_base_model(options.model, adapters=options.adapters)
     base.model.to(fit_device(options.device))
     transfer, about = load_transfer_layers(options.transfer, base.identity())
     least = transfer.num_steps + 1

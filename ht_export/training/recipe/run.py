@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from ht_export.model.adapters import read_adapter
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.transfer import TransferLayers, load_transfer_layers
 from ht_export.progress import Whole, one_display, progress_bar
@@ -85,6 +86,8 @@ def run_all(options: argparse.Namespace, execute: Execute) -> None:
         for stage in _fit_stages(options, work, choices, pace, curve):
             _run(stage, folder, shown, execute)
         shown.say(f"wrote {options.out}; its report is {work / 'report' / 'report.md'}")
+        export = ["ht-export", *_model(options), "--transfer", str(options.out), "--out", "engine.onnx"]
+        shown.say(f"an engine with them: {shlex.join(export)}")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -122,6 +125,8 @@ def _asked(options: argparse.Namespace) -> dict[str, object]:
     )
     asked: dict[str, object] = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
     asked["model"] = asked.pop("--model")
+    # None where there are none, as in the records of earlier releases.
+    asked["--adapter"] = [read_adapter(folder).sha256 for folder in options.adapters] or None
     for name, path in (("--prompts", options.prompts), ("--held-out", options.held_out)):
         if path is not None and not path.is_file():
             raise InputError(f"{name}: no prompts file at {path}")
@@ -176,9 +181,14 @@ def _choose(options: argparse.Namespace, folder: WorkFolder, shown: Whole) -> Ch
 
 
 def _loaded(options: argparse.Namespace, dtype: str) -> BaseModel:
-    base = load_base_model(options.model, getattr(torch, dtype))
+    base = load_base_model(options.model, getattr(torch, dtype), adapters=options.adapters)
     base.model.to(fit_device(options.device))
     return base
+
+
+def _model(options: argparse.Namespace) -> list[str]:
+    """Return the words that name the model of a stage: with its adapters, which each stage merges anew."""
+    return [options.model, *(word for folder in options.adapters for word in ("--adapter", str(folder)))]
 
 
 def _data_stages(options: argparse.Namespace, work: Path, held_out: Path, choices: Choices) -> Iterator[Stage]:
@@ -186,7 +196,7 @@ def _data_stages(options: argparse.Namespace, work: Path, held_out: Path, choice
     common += ["--seed", str(options.seed), "--device", engine_device(fit_device(options.device))]
     for name, value in (("--batch-size", options.batch_size), ("--threads", options.threads)):
         common += [name, str(value)] if value is not None else []
-    words = ["data", options.model, "--prompts", str(options.prompts), "--exclude", str(held_out)]
+    words = ["data", *_model(options), "--prompts", str(options.prompts), "--exclude", str(held_out)]
     words += ["--out", str(work / "data"), "--precision", choices.precision, *common]
     words += ["--max-prompts", str(options.max_prompts)] if options.max_prompts is not None else []
     yield Stage("data", words, work / "data" / MANIFEST)
@@ -238,7 +248,7 @@ def _fit_stages(
     smaller = [work / f"fit-1-of-{part}.safetensors" for part in curve]
     for part, out in zip(curve, smaller, strict=True):
         yield _fit(out.stem, options, work, choices, pace, out, part)
-    model = [options.model, "--transfer", str(options.out)]
+    model = [*_model(options), "--transfer", str(options.out)]
     where = ["--device", options.device]
     measured = work / "eval"
     words = ["eval", *model, "--data", str(work / "held-out"), "--out", str(measured), "--store", *where]
@@ -262,7 +272,7 @@ def _fit(
     """Return the fit to all texts, or to one of so many parts of them."""
     words = [
         "fit",
-        options.model,
+        *_model(options),
         "--data",
         str(work / "data"),
         "--held-out",

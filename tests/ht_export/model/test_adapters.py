@@ -294,4 +294,12 @@ def test_transfer_layers_of_the_base_are_noted_at_the_end(
 ) -> None:
     options = ["--transfer", str(tiny_transfer), "--adapter", str(adapter), "--out", str(tmp_path / "engine.onnx")]
     assert main([str(tiny_checkpoint), *options, "--precision", "int8"]) == 0
-    assert "note: the transfer layers were trained for" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "note: the transfer layers were trained for" in told
+    assert "--measure PROMPTS tells, ht-train all --adapter trains others" in told
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Hello"}\n')
+    assert main([str(tiny_checkpoint), *options, "--measure", str(prompts)]) == 0
+    told = capsys.readouterr().err
+    assert "how often is measured below, ht-train all" in told
+    assert told.index("\nnote: ") < told.index("\ndrafts: ")

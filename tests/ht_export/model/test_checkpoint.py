@@ -9,6 +9,7 @@ from ht_export.model.known import KNOWN_MODELS, KnownModel
 from runtime.errors import InputError
 from tests.conftest import byte_tokenizer, save_checkpoint, tiny_llama
 from tests.families import tiny_model
+from tests.hostile.checkpoint_kinds import write_gguf
 
 
 def test_a_folder_gives_model_tokenizer_and_identity(tiny_checkpoint: Path) -> None:
@@ -193,3 +194,9 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
 
 def test_the_byte_tokenizer_of_the_tests_survives_a_round_trip() -> None:
     assert byte_tokenizer().decode(byte_tokenizer()("漢字").input_ids) == "漢字"
+
+
+def test_a_gguf_file_is_read_without_a_bar_in_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_gguf(tmp_path / "model.gguf")
+    load_base_model(str(tmp_path / "model.gguf"))
+    assert capsys.readouterr().err == ""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ht_export.model.checkpoint import BaseModel
+from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.transfer import load_transfer_layers
 from ht_export.training import cli
 from ht_export.training.data import MANIFESTS, AnsweredPrompt
@@ -17,6 +17,8 @@ from ht_export.training.fit import FitSettings
 from ht_export.training.recipe import pace
 from ht_export.training.recipe import run as recipe
 from ht_export.training.recipe.record import RECORDS, Pace
+from tests.conftest import tiny_llama
+from tests.ht_export.model.test_adapters import DOWN, Q, factors, lora, save
 from tests.ht_export.training.conftest import QUIET
 from tests.ht_export.training.test_fit import assert_equal
 
@@ -88,6 +90,10 @@ def test_a_user_who_has_prompts_needs_nothing_else(whole: Path) -> None:
     for name in ("loss", "top_over_steps", "tokens_per_step", "calibration", "texts"):
         assert f"({name}.png)" in report
         assert (work(whole) / "report" / f"{name}.png").read_bytes().startswith(PNG)
+    # Two held-out texts, resampled, have intervals that nobody should believe.
+    assert "too few texts to tell: resampling needs 10 of either kind" in report
+    assert "and here are 28 and 2. Measure on more" in report
+    assert "trained on a folder of 28 texts." in report
 
 
 def test_prompts_kept_apart_are_never_trained_on(whole: Path) -> None:
@@ -279,6 +285,28 @@ def test_one_prompt_cannot_be_trained_on_and_measured(
     out = tmp_path / "t.safetensors"
     assert cli.main(["all", str(tiny_checkpoint), "--prompts", str(tmp_path / "p.jsonl"), "--out", str(out)]) == 1
     assert "has 1 different prompts, of which none can be kept apart" in capsys.readouterr().err
+
+
+def test_a_model_with_an_adapter_is_trained_for_with_it(
+    tiny_checkpoint: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_llama()
+    adapter = save(tmp_path / "mine", factors(**{name: lora(model.get_submodule(name)) for name in (Q, DOWN)}))
+    out = tmp_path / "transfer.safetensors"
+    asked = command(tiny_checkpoint, prompts, out, "--adapter", str(adapter))
+    assert cli.main(asked) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    for stage in ("data", "fit", "eval", "report"):
+        assert f"ht-train {stage} {tiny_checkpoint} --adapter {adapter} --" in told
+    assert f"ht-export {tiny_checkpoint} --adapter {adapter} --transfer {out} --out engine.onnx" in told
+    merged = load_base_model(str(tiny_checkpoint), adapters=[adapter]).identity()["weights_sha256"]
+    assert load_transfer_layers(out)[1].base_model["weights_sha256"] == merged
+    assert MANIFESTS.read(work(out) / "data" / "manifest.json").base_model["weights_sha256"] == merged
+    assert (work(out) / "report" / "report.md").is_file()
+    # The same adapter, and nothing else, goes on.
+    assert cli.main(asked) == 0
+    assert cli.main(command(tiny_checkpoint, prompts, out)) == 1
+    assert "is the work of a run with another --adapter (" in capsys.readouterr().err
 
 
 def test_every_stage_leaves_what_tells_that_it_is_done(tmp_path: Path) -> None:
