@@ -45,7 +45,7 @@ ALLOWED = {
     Reading("runtime/drafting/draft_tokens.py", "read_draft_tokens", "frombuffer"): "the content of its format",
     Reading("runtime/drafting/foresight.py", "Foresight.of", "msgspec.convert"): PART,
     Reading("runtime/drafting/reliability.py", "Reliability.of", "msgspec.convert"): PART,
-    Reading("plugins/binaries.py", "KernelBinaries.from_bytes", "msgspec.json.decode"): PART,
+    Reading("plugins/kernel_index.py", "parse_index", "msgspec.json.decode"): PART,
     Reading("runtime/engines/external_weights.py", "external_weights", "FromString"): "the content of a graph",
     Reading("runtime/engines/onnxruntime.py", "_has_products_of_bytes", "read_bytes"): "one name is looked for in it",
     Reading("runtime/serving/ray.py", "key_of", "msgspec.json.decode"): "the beginning of a prompt, bounded",
@@ -70,6 +70,7 @@ ALLOWED = {
     Reading("runtime/grammar/schema.py", "prepared", "json.loads"): "the same, as it was written from it",
     Reading("runtime/grammar/calls.py", "_schema", "json.loads"): OWN,
     Reading("runtime/grammar/matcher.py", "Matcher.allowed", "frombuffer"): MEMORY,
+    Reading("runtime/cuts.py", "cuts_of", "json.loads"): MEMORY,
     Reading("runtime/escaping.py", "ControlTokens.tokenizer", "from_str"): MEMORY,
     Reading("runtime/escaping.py", "ControlTokens.tokenizer", "json.loads"): MEMORY,
     Reading(
@@ -80,6 +81,14 @@ ALLOWED = {
     Reading("ht_export/bundle.py", "_described", "json.loads"): MEMORY,
     Reading("ht_export/training/identity.py", "first_difference", "json.loads"): MEMORY,
     Reading("plugins/tensorrt_plugin.py", "_classes.TreeAttentionPlugin.get_fields_to_serialize", "frombuffer"): MEMORY,
+    Reading("ht_export/gpu_day/own_files.py", "read_json", "json.loads"): "what it has written in an earlier run",
+    Reading("ht_export/gpu_day/own_files.py", "read_json", "read_text"): "what it has written in an earlier run",
+    Reading(
+        "ht_export/gpu_day/kernels.py", "_read", "read_bytes"
+    ): "kernels that it has compiled, with hashes in a kit",
+    Reading("ht_export/gpu_day/pieces.py", "join", "open"): "pieces, by size and hash",
+    Reading("ht_export/gpu_day/pieces.py", "split", "open"): "what is packed, whatever it is",
+    Reading("ht_export/gpu_day/wheels.py", "_is_for", "read_text"): "of a package that is installed here",
     Reading("ht_export/export.py", "_write_lowered", "ir.load"): OWN,
     Reading("ht_export/graph/widen.py", "write_widened", "ir.load"): OWN,
     Reading("ht_export/quantize/gptq.py", "second_moments", "onnx.load"): OWN,

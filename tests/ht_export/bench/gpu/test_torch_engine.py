@@ -1,0 +1,64 @@
+"""The PyTorch reference as an engine: its text is that of the exported engine, alone and beside others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ht_export.bench.gpu import passes
+from ht_export.bench.gpu.engines import compare_reference, decode
+from ht_export.bench.gpu.torch_engine import TorchGenerator
+from ht_export.model.checkpoint import load_base_model
+from ht_export.model.reference import HiddenTransferModel
+from ht_export.model.transfer import load_transfer_layers
+from runtime import Generator
+from runtime.bundle.engine_file import Limits
+
+PROMPTS = ["Hello", "A longer prompt than that, of several words", "x"]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_engine: Path, tiny_checkpoint: Path, tiny_transfer: Path) -> TorchGenerator:
+    base = load_base_model(str(tiny_checkpoint))
+    transfer, _ = load_transfer_layers(tiny_transfer, base.identity())
+    model = HiddenTransferModel(base.model, transfer).requires_grad_(False)
+    return TorchGenerator(tiny_engine, model, adapt=False, max_batch=4)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_engine: Path) -> Generator:
+    return Generator(tiny_engine, threads=1, adapt=False)
+
+
+def test_its_text_is_the_exported_engines(reference: TorchGenerator, exported: Generator) -> None:
+    expected = [one.tokens for one in exported.generate(PROMPTS, max_new_tokens=12)]
+    for speculate in (True, False):
+        found = reference.generate(PROMPTS, max_new_tokens=12, speculate=speculate)
+        assert [one.tokens for one in found] == expected
+    assert reference.about.precision == "float32"
+    assert reference.engine.seconds > 0  # type: ignore[attr-defined]
+
+
+def test_it_is_checked_as_engines_on_a_gpu_are(
+    reference: TorchGenerator, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "REPEATS", 2)
+    monkeypatch.setattr(passes, "WARMUP", 1)
+    about = reference.about
+    limits = Limits(4, about.max_context, 8, about.prompt_chunk)
+    assert decode(reference, PROMPTS[:2], 8)["faults"] == []
+    found = compare_reference(reference, limits, tiny_engine, PROMPTS[:1], 8, 0)
+    assert found["faults"] == []
+    assert found["tokens"]["same"] == found["tokens"]["count"]
+    assert list(passes.pass_times(reference.engine, limits, 0, lambda: True))
+
+
+def test_on_a_cpu_it_is_computed_in_float32_alone(
+    tiny_engine: Path, tiny_checkpoint: Path, tiny_transfer: Path
+) -> None:
+    base = load_base_model(str(tiny_checkpoint), torch.bfloat16)
+    transfer, _ = load_transfer_layers(tiny_transfer, base.identity())
+    with pytest.raises(AssertionError, match="float32"):
+        TorchGenerator(tiny_engine, HiddenTransferModel(base.model, transfer.to(torch.bfloat16)), adapt=False)
