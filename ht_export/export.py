@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from ht_export.settings import ExportSettings as ExportSettings
 from ht_export.staging import put_in_place, staging_folder
 from ht_export.tensorrt.planner import DEFAULT_CHUNK, PlanSettings, PreparedPlan
 from ht_export.verify.passes import Expected, LoweredEngine, ReferenceEngine, check, difference, record
+from ht_export.versions import PROJECT, version_of
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import EngineFile, FileRecord, PlanFile
 from runtime.bundle.placing import CPU_SUFFIX
@@ -331,5 +331,5 @@ def _special_tokens(base: BaseModel) -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("hidden-transfer", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
-    return {**{name: version(name) for name in packages}, "opset": str(OPSET)}
+    packages = (PROJECT, "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+    return {**{name: version_of(name) for name in packages}, "opset": str(OPSET)}

@@ -42,6 +42,7 @@ class _Engine:
         self._dtype = dtype
         self._plan = plan
         self._opened: Any = None
+        self._warm = False
 
     def tune(self) -> dict[str, Any]:
         """Time the engine's steps and keep the sizes that pay beside it."""
@@ -69,8 +70,9 @@ class _Engine:
         generator = self._open(adapt=not self._settings.rehearsal)
         jobs = _jobs(self._settings, max(LEAST_PROMPTS, PROMPTS_OF_A_CLIENT * count))
         tokens = 4 if self._settings.rehearsal else NEW_TOKENS
-        if not self._settings.rehearsal:
+        if not self._warm and not self._settings.rehearsal:
             generator.warm_up()
+            self._warm = True
         found: dict[str, Any] = {"clients": count, "prompts": len(jobs), "max_new_tokens": tokens}
         texts = []
         for name, speculate in (("plain", False), ("speculative", True)):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ht_export.bench.gpu.check import environment
+from ht_export.bench.gpu.environment import environment
 
 
 def describe(arguments: list[str], kit: dict[str, Any] | None) -> dict[str, Any]:

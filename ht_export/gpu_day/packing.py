@@ -138,7 +138,7 @@ def _sizes(size: int, room: int, most: int) -> list[int]:
 
 
 def _commit() -> str | None:
-    from ht_export.bench.gpu.check import environment
+    from ht_export.bench.gpu.environment import environment
 
     found: str | None = environment([])["commit"]
     return found

@@ -25,6 +25,8 @@ PATIENCE = 6
 HELD_OUT_TEXTS = 60
 NEW_TOKENS, MOST_PROMPT_TOKENS = 128, 256
 ANSWERS_AT_ONCE = 64
+# Prompts that a rehearsal answers.
+REHEARSED = 3
 SWEEP_STEPS = 120
 # What an added row costs where rows are nearly free, in plain passes.
 ROW_COST = 0.003
@@ -214,9 +216,9 @@ def _answers(settings: DaySettings, name: str) -> dict[str, Any]:
 
     prompts, held_out = _prompts(settings)
     asked, excluded = (held_out, None) if name == "held-out" else (prompts, held_out)
-    tokens = 8 if settings.rehearsal else NEW_TOKENS
+    tokens = 6 if settings.rehearsal else NEW_TOKENS
     wanted = DataSettings(
-        max_prompts=4 if settings.rehearsal else None,
+        max_prompts=REHEARSED if settings.rehearsal else None,
         max_prompt_tokens=MOST_PROMPT_TOKENS,
         max_new_tokens=tokens,
         seed=settings.seed,
