@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from ht_export.bench.gpu.torch_device import StreamDevice, TorchDevice
 from runtime import Generator, bindings
 from runtime.bindings import Dtype, GraphDims
 from runtime.bundle.engine_file import Limits
@@ -32,21 +32,27 @@ from runtime.errors import InputError
 from runtime.rows import Phase
 from runtime.tree import TreeSizes
 
+if TYPE_CHECKING:
+    from plugins.binaries import KernelBinaries
+
 # A pass: the inputs of `ht_export.model.reference.HiddenTransferModel.forward`, and its outputs.
 Forward = Callable[..., Any]
 
 MAX_ROWS, MAX_BATCH = 64, 64
+# Of the usual tree, as for plans, and as many pseudo rows of each draft step.
+TREE_ROWS = 16
 SHARE = (1, 2)
 MOST_PASSES = 32
-# Types of the graph's inputs and outputs as arrays on a GPU are described, which knows no bfloat16.
-TYPES = {"int64": "<i8", "bool": "|b1", "float32": "<f4", "float16": "<f2", "bfloat16": "<i2"}
+# The first compile what they need, and allocate.
+RUNS_BEFORE_CAPTURE = 2
 
 
 class TorchEngine(DeviceEngine):
     """`forward`, whose weights are on the current CUDA device, as an engine of passes like a plan's. `kernels` commit,
     and choose; `usual` are the sizes of most passes. Prompts run without a graph.
 
-    `seconds` counts the time that the host waited for passes, or was busy launching them.
+    `seconds` counts the time that the host waited for passes, or was busy launching them. `device` makes what torch
+    does on the engine's stream.
     """
 
     def __init__(
@@ -55,13 +61,12 @@ class TorchEngine(DeviceEngine):
         dims: GraphDims,
         limits: Limits,
         usual: TreeSizes,
-        kernels: Any,
+        kernels: KernelBinaries,
         *,
         use_graphs: bool = True,
         memory_bytes: int | None = None,
+        device: Callable[[Cuda], StreamDevice] = TorchDevice,
     ) -> None:
-        import torch
-
         from plugins.choose_launch import ChooseLauncher
         from plugins.launch import CommitLauncher
 
@@ -70,7 +75,7 @@ class TorchEngine(DeviceEngine):
         self._forward = forward
         self._usual = usual
         self._use_graphs = use_graphs
-        self._stream = torch.cuda.ExternalStream(cuda.stream)
+        self._device = device(cuda)
         self._commit = CommitLauncher(kernels)
         choose = ChooseLauncher.of(kernels)
         if choose and dims.draft_size is None:
@@ -104,15 +109,12 @@ class TorchEngine(DeviceEngine):
         return bucket(batch.rows, self._usual, self._limits.max_rows)
 
     def _run(self, batch: Batch, laid_out: BatchInputs, first: int) -> None:
-        import torch
-
         self._buffers.write(laid_out)
         self._buffers.upload()
-        with torch.no_grad(), torch.cuda.stream(self._stream):
-            if batch.phase is Phase.PROMPT:
-                self._pass_over(laid_out, first)()
-            else:
-                self._captured(laid_out).run()
+        if batch.phase is Phase.PROMPT:
+            self._device.launch(self._pass_over(laid_out, first))
+        else:
+            self._captured(laid_out).run()
 
     def _captured(self, laid_out: BatchInputs) -> _Pass:
         if self._passes_of != self._addressed:
@@ -126,7 +128,7 @@ class TorchEngine(DeviceEngine):
             return self._passes[key]
         while len(self._passes) >= MOST_PASSES:
             self._passes.popitem(last=False)
-        found = self._passes[key] = _Pass(self._pass_over(laid_out, 0), self._stream, self._use_graphs, self._refuse)
+        found = self._passes[key] = _Pass(self._pass_over(laid_out, 0), self._device, self._use_graphs, self._refuse)
         return found
 
     def _refuse(self) -> None:
@@ -137,7 +139,7 @@ class TorchEngine(DeviceEngine):
         values = laid_out.dims(self.cache.capacity)
         addresses = self._buffers.addresses(self.cache, first)
         inputs, outputs = (
-            {one.name: _tensor_at(addresses[one.name], one.sizes(values), one.dtype) for one in every}
+            {one.name: self._device.tensor_at(addresses[one.name], one.sizes(values), one.dtype) for one in every}
             for every in (self.dims.inputs(), self.dims.outputs())
         )
         given = _arguments(inputs, self.dims)
@@ -156,35 +158,29 @@ class TorchEngine(DeviceEngine):
 
 @dataclass
 class _Pass:
-    """A pass of one shape, and its CUDA graph after the second run: what runs first may compile or allocate."""
+    """A pass of one shape, and its CUDA graph once it has run before."""
 
     work: Callable[[], None]
-    stream: Any
+    device: StreamDevice
     use_graphs: bool
     refuse: Callable[[], None]
-    graph: Any = None
+    replay: Callable[[], None] | None = None
     runs: int = 0
 
     def run(self) -> None:
-        """Enqueue it on the stream, which is the current one."""
-        import torch
-
+        """Enqueue it."""
         self.runs += 1
-        if self.graph is None and self.use_graphs and self.runs == 3:
-            self.stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
+        if self.replay is None and self.use_graphs and self.runs == RUNS_BEFORE_CAPTURE + 1:
             try:
-                with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                    self.work()
-                self.graph = graph
+                self.replay = self.device.capture(self.work)
             except RuntimeError:
                 # Slower without, and as right.
                 self.use_graphs = False
                 self.refuse()
-        if self.graph is None:
-            self.work()
+        if self.replay is None:
+            self.device.launch(self.work)
         else:
-            self.graph.replay()
+            self.replay()
 
 
 class HostTorchEngine(HostCacheEngine):
@@ -243,11 +239,15 @@ class TorchGenerator(Generator):
     def _open(
         self, files: EngineFiles, device: str | None, threads: int | None, gpu_memory_bytes: int | None
     ) -> Engine:
-        about = self.about
-        name = str(next(self._model.parameters()).dtype).removeprefix("torch.")
-        self.about = about = replace(about, dims=replace(about.dims, dtype=cast(Dtype, name)), precision=name)
+        weight = next(self._model.parameters())
+        name = str(weight.dtype).removeprefix("torch.")
+        dims = replace(self.about.dims, dtype=cast(Dtype, name))
+        # A graph for CPUs has a smaller tree.
+        tree = self.about.tree if weight.device.type == "cpu" else TreeSizes(TREE_ROWS, (TREE_ROWS,) * dims.num_steps)
+        self.about = about = replace(self.about, dims=dims, precision=name, tree=tree)
+        self._bundle = replace(self._bundle, about=about)
         limits = Limits(min(MAX_BATCH, self._most_batch), about.max_context, MAX_ROWS, about.prompt_chunk)
-        if next(self._model.parameters()).device.type == "cpu":
+        if weight.device.type == "cpu":
             return HostTorchEngine(self._model, about.dims, limits)
         return gpu_engine(self._model, about.dims, limits, about.tree, self._use_graphs, gpu_memory_bytes)
 
@@ -314,16 +314,3 @@ def _named(found: Any, dims: GraphDims) -> list[tuple[str, Any]]:
             (bindings.value_new(layer), found.value_new[layer]),
         ]
     return every
-
-
-def _tensor_at(address: int, shape: Sequence[int], dtype: str) -> Any:
-    """Return the tensor of this shape at a place in the GPU's memory."""
-    import torch
-
-    if not all(shape):
-        return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device="cuda")
-
-    described = {"shape": tuple(shape), "typestr": TYPES[dtype], "data": (address, False), "version": 2}
-    tensor = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=described), device="cuda")
-    assert tensor.data_ptr() == address
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from ht_export.bench.gpu import passes
 from ht_export.bench.gpu.engines import compare_reference, decode
-from ht_export.bench.gpu.torch_engine import TorchGenerator
+from ht_export.bench.gpu.torch_engine import TorchEngine, TorchGenerator
 from ht_export.model.checkpoint import load_base_model
 from ht_export.model.reference import HiddenTransferModel
 from ht_export.model.transfer import load_transfer_layers
+from plugins.binaries import KernelBinaries
 from runtime import Generator
 from runtime.bundle.engine_file import Limits
+from runtime.engines import device_cache
+from runtime.engines.cuda import Cuda
+from tests.runtime.engines.gpu_engines import kernels_of, use_driver
 
 PROMPTS = ["Hello", "A longer prompt than that, of several words", "x"]
 
@@ -53,6 +59,59 @@ def test_it_is_checked_as_engines_on_a_gpu_are(
     assert found["faults"] == []
     assert found["tokens"]["same"] == found["tokens"]["count"]
     assert list(passes.pass_times(reference.engine, limits, 0, lambda: True))
+
+
+class SimulatedTorch:
+    """Torch on the simulated GPU: on its memory, and in the order of its stream."""
+
+    graphs = 0
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._driver = cuda.driver
+
+    def tensor_at(self, address: int, shape: Sequence[int], dtype: str) -> torch.Tensor:
+        element = np.dtype(dtype)
+        if not all(shape):
+            return torch.empty(tuple(shape), dtype=getattr(torch, dtype))
+        size = int(np.prod(shape)) * element.itemsize
+        return torch.from_numpy(self._driver.at(address, size).view(element).reshape(shape))
+
+    def launch(self, work: Callable[[], None]) -> None:
+        self._driver.enqueue(work)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        SimulatedTorch.graphs += 1
+        return lambda: self._driver.enqueue(work)
+
+
+class OnSimulatedGpu(TorchGenerator):
+    """Decoding on the simulated GPU."""
+
+    def _open(self, *_: object) -> TorchEngine:
+        about = self.about
+        limits = Limits(4, about.max_context, 16, about.prompt_chunk)
+        kernels = KernelBinaries.from_bytes(kernels_of(about, with_choices=True))
+        forward = torch.no_grad()(self._model)
+        return TorchEngine(forward, about.dims, limits, about.tree, kernels, device=SimulatedTorch)
+
+
+def test_on_a_gpu_its_text_is_the_same_alone_and_beside_others(
+    reference: TorchGenerator, exported: Generator, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_driver(tiny_engine, monkeypatch)
+    # The tiny model's context would never need a second size.
+    monkeypatch.setattr(device_cache, "SMALLEST_CAPACITY", 16)
+    generator = OnSimulatedGpu(tiny_engine, reference._model, adapt=False, max_batch=4)
+    expected = [one.tokens for one in exported.generate(PROMPTS, max_new_tokens=40)]
+    for speculate in (True, False):
+        found = generator.generate(PROMPTS, max_new_tokens=40, speculate=speculate)
+        assert [one.tokens for one in found] == expected
+        alone = [generator.generate(one, max_new_tokens=40, speculate=speculate).tokens for one in PROMPTS]
+        assert alone == expected
+    assert SimulatedTorch.graphs > 2
+    assert isinstance(generator.engine, TorchEngine)
+    assert generator.engine.refused == 0
+    generator.close()
 
 
 def test_on_a_cpu_it_is_computed_in_float32_alone(
