@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from ht_export.bundle import check_tokenizer, write_correction, write_tokenizer, write_tokens_of_drafts
+from ht_export.bundle import check_tokenizer, special_tokens, write_correction, write_tokenizer, write_tokens_of_drafts
 from ht_export.graph.domains import OPSET
 from ht_export.graph.lower_cpu import can_be_lowered, lower_for_cpu
 from ht_export.graph.trace import build_graph, graph_dims
@@ -143,7 +143,7 @@ def trace(checked: Checked, folder: Path, stage: Stage) -> Traced:
         prompt_chunk=loaded.chunk,
         max_context=loaded.max_context,
         stop_tokens=tuple(base.stop_tokens()),
-        special_tokens=_special_tokens(base),
+        special_tokens=special_tokens(base),
         tokenizer=tokenizer,
         chat_template=template,
         correction=correction,
@@ -322,12 +322,6 @@ def _difference_of_weights(traced: Traced) -> float:
     """
     with in_float32(traced.graph, traced.dims) as (graph, computed):
         return difference(OnnxRuntimeEngine(graph, computed, small=True), traced.expected)
-
-
-def _special_tokens(base: BaseModel) -> dict[str, str]:
-    return {
-        name: str(token) for name, token in base.tokenizer.special_tokens_map.items() if not isinstance(token, list)
-    }
 
 
 def _versions() -> dict[str, str]:

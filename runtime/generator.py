@@ -118,7 +118,7 @@ class Generator:
             self.engine: Engine = self._open(files, device, threads, gpu_memory_bytes)
         memory = _memory(self.engine, self.about, cache_bytes, prefix_cache_bytes)
         self._preparation = Preparation(
-            self._bundle,
+            bundle,
             None,
             memory.request_rows,
             memory.option,

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ht_export.gpu_day.models import dtypes, exported, reference_generator
+from ht_export.gpu_day.models import dtypes, reference_generator
 from ht_export.gpu_day.settings import DaySettings, NotHereError
 from ht_export.gpu_day.stages import Sections
 
@@ -52,8 +52,7 @@ class _Engine:
         self._settings.on_gpu_only("tuning, which has the times of a GPU")
         generator = self._open(adapt=False)
         tuning = measure_menu(generator, None, 8, None, quiet=True)
-        path = self._path()
-        write_tuning(path, tuning)
+        write_tuning(self._plan or generator.path, tuning)
         self.close()
         menu = tuning.menu
         return {
@@ -102,9 +101,6 @@ class _Engine:
         if self._opened is not None:
             self._opened.close()
             self._opened = None
-
-    def _path(self) -> Path:
-        return self._plan or exported(self._settings)
 
     def _open(self, *, adapt: bool) -> Any:
         if self._opened is None:

@@ -72,24 +72,32 @@ def check_weights(settings: DaySettings) -> None:
             raise NotHereError(f"{name} is not installed here, nor carried")
 
 
-def reference_model(settings: DaySettings, dtype: str) -> Any:
-    """Return the PyTorch reference on the device: on a GPU with our kernel, on a CPU in float32."""
+def reference_model(settings: DaySettings, dtype: str) -> tuple[Any, Path]:
+    """Return the PyTorch reference on the device, on a GPU with our kernel, on a CPU in float32; and the files of an
+    engine that it is opened with, which need no export.
+    """
     import torch
 
     from ht_export.bench.gpu.compiled import Kernel
-    from ht_export.bench.gpu.torch_engine import reference_attention
+    from ht_export.bench.gpu.torch_bundle import write_bundle
+    from ht_export.bench.gpu.torch_engine import TREE_ROWS, reference_attention
     from ht_export.gpu_day.kernels import every_key, held_kernels
     from ht_export.model.attention import tree_attention
     from ht_export.model.checkpoint import load_base_model
     from ht_export.model.known import KNOWN_MODELS
     from ht_export.model.reference import HiddenTransferModel
     from ht_export.model.shipped import UNTRAINED, shipped_transfer, transfer_layers
+    from runtime.tree import TreeSizes
 
     check_weights(settings)
     kind = torch.float32 if settings.rehearsal else getattr(torch, dtype)
     base = load_base_model(settings.model, kind)
     chosen = shipped_transfer(settings.model) if settings.model in KNOWN_MODELS else UNTRAINED
-    transfer, _ = transfer_layers(chosen, base)
+    transfer, about = transfer_layers(chosen, base)
+    path = settings.work / "reference" / "engine.torch"
+    if not path.with_suffix(".json").is_file():
+        rows = 4 if settings.rehearsal else TREE_ROWS
+        write_bundle(base, transfer, about, TreeSizes(rows, (rows,) * transfer.num_steps), path)
     attention: Any = tree_attention
     if not settings.rehearsal:
         torch.zeros(1, device="cuda")
@@ -98,15 +106,15 @@ def reference_model(settings: DaySettings, dtype: str) -> Any:
         )
         attention = reference_attention(Kernel(held))
     model = HiddenTransferModel(base.model, transfer.to(kind), attention)
-    return model.to(settings.device).requires_grad_(False)
+    return model.to(settings.device).requires_grad_(False), path
 
 
 def reference_generator(settings: DaySettings, dtype: str, **options: Any) -> Any:
-    """Return decoding by the PyTorch reference; an engine is exported for its other files unless there is one."""
+    """Return decoding by the PyTorch reference."""
     from ht_export.bench.gpu.torch_engine import TorchGenerator
 
-    path = exported(settings)
-    return TorchGenerator(path, reference_model(settings, dtype), **options)
+    model, path = reference_model(settings, dtype)
+    return TorchGenerator(path, model, **options)
 
 
 def dtypes(settings: DaySettings) -> tuple[str, ...]:

@@ -75,6 +75,8 @@ class _Reference:
         generator = self._generator()
         count, tokens = self._sizes()
         path = fp32_engine(self._settings)
+        if not path.with_suffix(".json").is_file():
+            raise NotHereError("no fp32 engine to compare with: it was not exported")
         return compare_reference(
             generator, _limits(generator), path, example_questions(count), tokens, self._settings.seed
         )

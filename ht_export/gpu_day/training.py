@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ht_export.gpu_day.models import check_weights, dtypes, exported, reference_generator
+from ht_export.gpu_day.models import check_weights, dtypes, reference_generator
 from ht_export.gpu_day.own_files import read_json
 from ht_export.gpu_day.settings import DaySettings, NotHereError
 from ht_export.gpu_day.stages import Sections
@@ -222,7 +222,6 @@ def _answers(settings: DaySettings, name: str) -> dict[str, Any]:
         max_new_tokens=tokens,
         seed=settings.seed,
     )
-    exported(settings)
     folder = _folder(settings) / f"made-{name}"
     many = 2 if settings.rehearsal else ANSWERS_AT_ONCE
     with (

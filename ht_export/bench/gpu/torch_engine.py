@@ -225,12 +225,14 @@ class HostTorchEngine(HostCacheEngine):
 
 
 class TorchGenerator(Generator):
-    """Decoding with the PyTorch reference in the place of the exported graph at `path`, whose other files it reads.
+    """Decoding with the PyTorch reference in the place of a graph: `path` has the other files of an engine, as an
+    export writes them or `torch_bundle.write_bundle`.
 
     `model` is the base model and its transfer layers as `HiddenTransferModel`, on the device that it is to run on.
     """
 
     def __init__(self, path: Path, model: Any, *, max_batch: int = 16, use_graphs: bool = True, **options: Any) -> None:
+        self.path = path
         self._model = model
         self._use_graphs = use_graphs
         self._most_batch = max_batch
@@ -242,10 +244,7 @@ class TorchGenerator(Generator):
         weight = next(self._model.parameters())
         name = str(weight.dtype).removeprefix("torch.")
         dims = replace(self.about.dims, dtype=cast(Dtype, name))
-        # A graph for CPUs has a smaller tree.
-        tree = self.about.tree if weight.device.type == "cpu" else TreeSizes(TREE_ROWS, (TREE_ROWS,) * dims.num_steps)
-        self.about = about = replace(self.about, dims=dims, precision=name, tree=tree)
-        self._bundle = replace(self._bundle, about=about)
+        self.about = about = replace(self.about, dims=dims, precision=name)
         limits = Limits(min(MAX_BATCH, self._most_batch), about.max_context, MAX_ROWS, about.prompt_chunk)
         if weight.device.type == "cpu":
             return HostTorchEngine(self._model, about.dims, limits)

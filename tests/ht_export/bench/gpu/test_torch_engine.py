@@ -11,26 +11,33 @@ import torch
 
 from ht_export.bench.gpu import passes
 from ht_export.bench.gpu.engines import compare_reference, decode
+from ht_export.bench.gpu.torch_bundle import write_bundle
 from ht_export.bench.gpu.torch_engine import TorchEngine, TorchGenerator
 from ht_export.model.checkpoint import load_base_model
 from ht_export.model.reference import HiddenTransferModel
+from ht_export.model.shipped import transfer_layers
 from ht_export.model.transfer import load_transfer_layers
 from plugins.binaries import KernelBinaries
 from runtime import Generator
 from runtime.bundle.engine_file import Limits
 from runtime.engines import device_cache
 from runtime.engines.cuda import Cuda
+from runtime.errors import EngineFileError
+from runtime.tree import TreeSizes
 from tests.runtime.engines.gpu_engines import kernels_of, use_driver
 
 PROMPTS = ["Hello", "A longer prompt than that, of several words", "x"]
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_engine: Path, tiny_checkpoint: Path, tiny_transfer: Path) -> TorchGenerator:
+def reference(tiny_checkpoint: Path, tiny_transfer: Path, tmp_path_factory: pytest.TempPathFactory) -> TorchGenerator:
+    """The reference with files of its own: nothing was exported for it."""
     base = load_base_model(str(tiny_checkpoint))
-    transfer, _ = load_transfer_layers(tiny_transfer, base.identity())
+    transfer, about = transfer_layers(tiny_transfer, base)
+    path = tmp_path_factory.mktemp("reference") / "engine.torch"
+    write_bundle(base, transfer, about, TreeSizes(4, (4, 2, 2)), path)
     model = HiddenTransferModel(base.model, transfer).requires_grad_(False)
-    return TorchGenerator(tiny_engine, model, adapt=False, max_batch=4)
+    return TorchGenerator(path, model, adapt=False, max_batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +52,11 @@ def test_its_text_is_the_exported_engines(reference: TorchGenerator, exported: G
         assert [one.tokens for one in found] == expected
     assert reference.about.precision == "float32"
     assert reference.engine.seconds > 0  # type: ignore[attr-defined]
+
+
+def test_its_files_are_no_engine_for_anything_else(reference: TorchGenerator) -> None:
+    with pytest.raises(EngineFileError, match="cannot load"):
+        Generator(reference.path, adapt=False)
 
 
 def test_it_is_checked_as_engines_on_a_gpu_are(
