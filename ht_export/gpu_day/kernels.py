@@ -76,8 +76,12 @@ def _compiled(keys: Sequence[KernelKey], architectures: Sequence[int]) -> Iterat
     if not keys:
         return
     workers = min(len(keys), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
         yield from zip(keys, pool.map(_compile, keys, itertools.repeat(tuple(architectures))), strict=False)
+    finally:
+        # Where it is interrupted, what has not begun never does.
+        pool.shutdown(cancel_futures=True)
 
 
 def _compile(key: KernelKey, architectures: Sequence[int]) -> KernelBinaries:
