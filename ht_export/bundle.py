@@ -31,6 +31,13 @@ def check_tokenizer(base: BaseModel) -> None:
     _template(base)
 
 
+def special_tokens(base: BaseModel) -> dict[str, str]:
+    """Return the names that a chat template has for special tokens, and their texts."""
+    return {
+        name: str(token) for name, token in base.tokenizer.special_tokens_map.items() if not isinstance(token, list)
+    }
+
+
 def write_tokenizer(base: BaseModel, folder: Path, stem: str) -> tuple[FileRecord, FileRecord | None]:
     """Write the tokenizer, and the chat template if there is one. Raises `InputError` as `check_tokenizer` does."""
     described, template = _described(base), _template(base)

@@ -36,15 +36,23 @@ def main() -> int:
     if len(sys.argv) != 3:
         print("usage: python -m ht_export.example_prompts OUT.jsonl HELD_OUT.jsonl", file=sys.stderr)
         return 2
-    for path, topics in zip(sys.argv[1:], (TOPICS, HELD_OUT_TOPICS), strict=True):
+    for path, count in write_examples(Path(sys.argv[1]), Path(sys.argv[2])).items():
+        print(f"{path}: {count} prompts")
+    return 0
+
+
+def write_examples(prompts: Path, held_out: Path) -> dict[Path, int]:
+    """Write both files; return how many prompts each has."""
+    counts = {}
+    for path, topics in ((prompts, TOPICS), (held_out, HELD_OUT_TOPICS)):
         rows = [
             {"id": f"{topic}: {task}", "task": task, "prompt": question.format(topic)}
             for topic in topics
             for task, question in QUESTIONS.items()
         ]
-        Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        print(f"{path}: {len(rows)} prompts")
-    return 0
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        counts[path] = len(rows)
+    return counts
 
 
 if __name__ == "__main__":

@@ -5,14 +5,13 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 
-from ht_export.bundle import check_tokenizer, write_correction, write_tokenizer, write_tokens_of_drafts
+from ht_export.bundle import check_tokenizer, special_tokens, write_correction, write_tokenizer, write_tokens_of_drafts
 from ht_export.graph.domains import OPSET
 from ht_export.graph.lower_cpu import can_be_lowered, lower_for_cpu
 from ht_export.graph.trace import build_graph, graph_dims
@@ -35,6 +34,7 @@ from ht_export.settings import ExportSettings as ExportSettings
 from ht_export.staging import put_in_place, staging_folder
 from ht_export.tensorrt.planner import DEFAULT_CHUNK, PlanSettings, PreparedPlan
 from ht_export.verify.passes import Expected, LoweredEngine, ReferenceEngine, check, difference, record
+from ht_export.versions import PROJECT, version_of
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import EngineFile, FileRecord, PlanFile
 from runtime.bundle.placing import CPU_SUFFIX
@@ -143,7 +143,7 @@ def trace(checked: Checked, folder: Path, stage: Stage) -> Traced:
         prompt_chunk=loaded.chunk,
         max_context=loaded.max_context,
         stop_tokens=tuple(base.stop_tokens()),
-        special_tokens=_special_tokens(base),
+        special_tokens=special_tokens(base),
         tokenizer=tokenizer,
         chat_template=template,
         correction=correction,
@@ -326,12 +326,6 @@ def _difference_of_weights(traced: Traced) -> float:
         return difference(OnnxRuntimeEngine(graph, computed, small=True), traced.expected)
 
 
-def _special_tokens(base: BaseModel) -> dict[str, str]:
-    return {
-        name: str(token) for name, token in base.tokenizer.special_tokens_map.items() if not isinstance(token, list)
-    }
-
-
 def _versions() -> dict[str, str]:
-    packages = ("hidden-transfer", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
-    return {**{name: version(name) for name in packages}, "opset": str(OPSET)}
+    packages = (PROJECT, "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+    return {**{name: version_of(name) for name in packages}, "opset": str(OPSET)}

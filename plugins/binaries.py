@@ -7,10 +7,6 @@ import struct
 import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Annotated
-
-import msgspec
-from msgspec import Meta
 
 # Types, head sizes and GPU architectures (SM) that there are kernels for.
 PLUGIN_DTYPES = ("float16", "bfloat16")
@@ -112,6 +108,9 @@ class KernelBinaries:
     @classmethod
     def from_bytes(cls, data: bytes) -> KernelBinaries:
         """Return the kernels of `to_bytes`. Raises `ValueError` when they are damaged or of another version."""
+        # What checks them is needed to read kernels, and neither to compile nor to launch them.
+        from plugins.kernel_index import parse_index
+
         if len(data) < _HEADER.size:
             raise ValueError("damaged kernels (they are cut short)")
         magic, version, size = _HEADER.unpack_from(data)
@@ -121,8 +120,8 @@ class KernelBinaries:
             raise ValueError(f"kernels of version {version}, and this release reads version {VERSION}")
         try:
             content = _decompressed(data[_HEADER.size :])
-            index = msgspec.json.decode(content[:size], type=_Index)
-        except (zlib.error, msgspec.MsgspecError, ValueError, RecursionError) as error:
+            index = parse_index(content[:size])
+        except (zlib.error, ValueError, RecursionError) as error:
             raise ValueError(f"damaged kernels ({error})") from error
         kernels: dict[int, dict[Variant, Kernel]] = {}
         start = size
@@ -130,33 +129,11 @@ class KernelBinaries:
             cubin = content[start : start + entry.size]
             start += entry.size
             kernel = Kernel(entry.entry, entry.threads, entry.shared_memory, cubin)
-            kernels.setdefault(entry.sm, {})[Variant(entry.block_m, entry.split, entry.form)] = kernel
+            form = Form(entry.form.windowed, entry.form.capped)
+            kernels.setdefault(entry.sm, {})[Variant(entry.block_m, entry.split, form)] = kernel
         if start != len(content):
             raise ValueError("damaged kernels (they are cut short)")
         return cls(index.dtype, index.head_dim, kernels)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A kernel as the index has it; its cubin of `size` bytes comes after those before it."""
-
-    sm: Annotated[int, Meta(ge=10, le=999)]
-    block_m: Annotated[int, Meta(ge=0, le=1024)]
-    split: bool
-    form: Form
-    entry: Annotated[str, Meta(pattern=r"^\w{1,255}\Z")]
-    threads: Annotated[int, Meta(ge=1, le=1024)]
-    shared_memory: Annotated[int, Meta(ge=0, le=1 << 20)]
-    size: Annotated[int, Meta(ge=1, le=MOST_CONTENT)]
-
-
-@dataclass(frozen=True)
-class _Index:
-    """What comes before the cubins."""
-
-    dtype: Annotated[str, Meta(pattern=r"^(float32|float16|bfloat16)\Z")]
-    head_dim: Annotated[int, Meta(ge=1, le=1024)]
-    kernels: tuple[_Entry, ...]
 
 
 def _decompressed(data: bytes) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Self, Unpack, overload
 from runtime import tokenizer
 from runtime.answer import GenerationChunk, GenerationResult
 from runtime.bundle.engine_file import EngineFile
-from runtime.bundle.reading import read_bundle
+from runtime.bundle.reading import EngineFiles, read_bundle
 from runtime.bundle.tuning_file import Tuning
 from runtime.chat.tools import Tool
 from runtime.checks import check_threads, number, whole
@@ -115,7 +115,7 @@ class Generator:
         self._token_bytes = TokenBytes(bundle.tokenizer)
         self.about: EngineFile = bundle.about
         with bundle.files as files:
-            self.engine: Engine = open_engine(files, self.about, device, threads, gpu_memory_bytes)
+            self.engine: Engine = self._open(files, device, threads, gpu_memory_bytes)
         memory = _memory(self.engine, self.about, cache_bytes, prefix_cache_bytes)
         self._preparation = Preparation(
             bundle,
@@ -141,6 +141,12 @@ class Generator:
         self._service = Service(Scheduler(self.engine, limits, batch_menus=menus), max_queue)
         # Also at the interpreter's end, for programs that never close it.
         self._close = weakref.finalize(self, self._service.close)
+
+    def _open(
+        self, files: EngineFiles, device: str | None, threads: int | None, gpu_memory_bytes: int | None
+    ) -> Engine:
+        """Return what runs the passes: another where an engine that is measured is none of a file."""
+        return open_engine(files, self.about, device, threads, gpu_memory_bytes)
 
     def __reduce__(self) -> NoReturn:
         # What `pickle`, `copy` and process pools report of anything that they cannot handle is a TypeError.

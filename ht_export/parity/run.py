@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from ht_export.prompts import evenly, read_conversations
 from ht_export.quantize.precision import PRECISIONS
 from ht_export.verify.passes import Computed, Expected, record
 from ht_export.verify.traces import GraphTracer, ReferenceTracer, Trace, transformers_trace
+from ht_export.versions import PROJECT, version_of
 from runtime.bundle.engine_file import EngineFile, read_engine_file
 from runtime.checks import MOST_THREADS, whole
 from runtime.engines.protocol import Batch
@@ -232,6 +232,6 @@ def _conditions(settings: ParitySettings, about: EngineFile, base: BaseModel, pr
         "prompts": prompts if answered else None,
         "new_tokens": settings.max_new_tokens if answered else None,
         "machine": platform.machine(),
-        **{name: version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
-        "hidden-transfer": version("hidden-transfer"),
+        **{name: version_of(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
+        PROJECT: version_of(PROJECT),
     }

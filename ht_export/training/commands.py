@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from ht_export.training.merging import merge
 from ht_export.training.plots import plot_acceptance, plot_sweep
 from ht_export.training.skip_search import Found, SearchSettings, search
 from ht_export.training.sweep import SweepSettings, default_placements, recommendation, sweep, table
+from ht_export.versions import PROJECT, version_of
 from runtime import Generator
 from runtime.bundle.engine_file import MOST_BATCH
 from runtime.checks import number, whole
@@ -96,7 +96,7 @@ def run_fit(options: argparse.Namespace) -> None:
             f"--draft-prompts {options.draft_prompts} are words for a draft head; say how many tokens it has: "
             "--draft-size 8192"
         )
-    versions = {"hidden-transfer": version("hidden-transfer"), "torch": torch.__version__}
+    versions = {"hidden-transfer": version_of(PROJECT), "torch": torch.__version__}
     # A launcher's processes share the work, each on its own device; one of them speaks.
     # They wait for one of them to fill a feature cache, far longer than collectives do by default.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))

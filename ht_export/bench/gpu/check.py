@@ -7,16 +7,14 @@ here may import these.
 from __future__ import annotations
 
 import argparse
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ht_export.bench.gpu.engines import engine_part
+from ht_export.bench.gpu.environment import environment
 from ht_export.bench.gpu.kernel import kernel_part
 from ht_export.bench.gpu.parts import Sections, isolated
 from runtime.checks import MOST_REPEATS
@@ -47,7 +45,6 @@ From a clone, where nothing but torch, Triton and cuda-bindings is installed: py
 Exits with 1 when a check fails, an engine cannot run, or nothing could be checked at all.
 """
 NO_ENGINES = "none given; make one with: ht-export smollm2-135m --out engine.plan, then add: --engine engine.plan"
-PACKAGES = ("torch", "triton", "cuda-bindings", "tensorrt", "tensorrt-rtx", "onnxruntime-gpu", "onnxruntime", "numpy")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,30 +139,6 @@ def _engine(text: str) -> Path:
     if path.suffix not in (".plan", ".onnx"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a .plan nor an .onnx engine")
     return path
-
-
-def environment(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the device and the versions of everything that matters; `arguments` are those of `ht-bench`."""
-    found: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["ht-bench", *arguments]),
-        "python": platform.python_version(),
-    }
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    found["gpu"] = _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
-    found["commit"] = _output("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
-    return found
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def is_skipped(part: dict[str, Any]) -> bool:

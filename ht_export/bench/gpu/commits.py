@@ -115,7 +115,7 @@ class CompiledCommit:
     def _launcher(self, head_dim: int) -> Any:
         import torch
 
-        from plugins.binaries import COMMIT_ARCHITECTURES, KernelBinaries, best_architecture
+        from plugins.binaries import COMMIT_ARCHITECTURES, best_architecture
         from plugins.compile import compile_commit
         from plugins.launch import CommitLauncher
 
@@ -123,6 +123,5 @@ class CompiledCommit:
             note(f"compiling the kernel that commits, head size {head_dim}")
             sm = best_architecture(*torch.cuda.get_device_capability(), COMMIT_ARCHITECTURES)
             assert sm is not None
-            binaries = compile_commit("float16", head_dim, [sm])
-            self._launchers[head_dim] = CommitLauncher(KernelBinaries.from_bytes(binaries.to_bytes()))
+            self._launchers[head_dim] = CommitLauncher(compile_commit("float16", head_dim, [sm]))
         return self._launchers[head_dim]

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ht_export.bench.gpu.parts import note
-from plugins.binaries import Form
+from plugins.binaries import Form, KernelBinaries
 from plugins.launch import Scores
+
+# Type, head size and form of compiled kernels.
+KernelKey = tuple[str, int, Form]
 
 
 class Kernel:
-    """The compiled kernels for this GPU, called with torch tensors."""
+    """The compiled kernels for this GPU, called with torch tensors: those `held`, others are compiled when they are
+    needed.
+    """
 
-    def __init__(self) -> None:
-        self._launchers: dict[tuple[str, int, Form], Any] = {}
+    def __init__(self, held: Mapping[KernelKey, KernelBinaries] | None = None) -> None:
+        self._held = held or {}
+        self._launchers: dict[KernelKey, Any] = {}
 
     def __call__(self, inputs: dict[str, Any], scores: Scores) -> Any:
         """Return the output for the inputs of `make_inputs`."""
@@ -26,36 +32,62 @@ class Kernel:
         """Return the output, and what computes it from `inputs` as they are then, on torch's stream."""
         import torch
 
-        from plugins.launch import Buffers, Shapes, workspace_size
-
-        query, cache = inputs["query"], inputs["key_cache"]
-        batch, query_heads, rows, head_dim = query.shape
-        shapes = Shapes(batch, query_heads, cache.shape[1], rows, cache.shape[2], head_dim)
-        form = Form("first_visible" in inputs, bool(scores.softcap))
-        launcher = self._launcher(str(query.dtype).removeprefix("torch."), head_dim, form)
+        output = torch.full_like(inputs["query"], torch.nan)
         # Not a number, so that what is not written shows.
-        workspace = torch.full((workspace_size(shapes, launcher.multiprocessors) // 4,), torch.nan, device=query.device)
-        output = torch.full_like(query, torch.nan)
+        workspace = self._workspace(inputs, scores).fill_(torch.nan)
+        return output, lambda: self._enqueue(inputs, output, workspace, scores)
 
-        def launch() -> None:
-            addresses = {name: tensor.data_ptr() for name, tensor in inputs.items()}
-            buffers = Buffers(**addresses, output=output.data_ptr())
-            launcher(shapes, buffers, workspace.data_ptr(), scores, torch.cuda.current_stream().cuda_stream)
-
-        return output, launch
-
-    def _launcher(self, dtype: str, head_dim: int, form: Form) -> Any:
+    def attend(self, inputs: dict[str, Any], scores: Scores) -> Any:
+        """Return the output, and enqueue nothing but what computes it."""
         import torch
 
-        from plugins.binaries import ARCHITECTURES, KernelBinaries, best_architecture
-        from plugins.compile import compile_kernels
+        output = torch.empty_like(inputs["query"])
+        self._enqueue(inputs, output, self._workspace(inputs, scores), scores)
+        return output
+
+    def _workspace(self, inputs: dict[str, Any], scores: Scores) -> Any:
+        import torch
+
+        from plugins.launch import workspace_size
+
+        launcher = self._launcher(inputs, scores)
+        size = workspace_size(_shapes(inputs), launcher.multiprocessors) // 4
+        return torch.empty(size, dtype=torch.float32, device=inputs["query"].device)
+
+    def _enqueue(self, inputs: dict[str, Any], output: Any, workspace: Any, scores: Scores) -> None:
+        import torch
+
+        from plugins.launch import Buffers
+
+        addresses = {name: tensor.data_ptr() for name, tensor in inputs.items()}
+        buffers = Buffers(**addresses, output=output.data_ptr())
+        stream = torch.cuda.current_stream().cuda_stream
+        self._launcher(inputs, scores)(_shapes(inputs), buffers, workspace.data_ptr(), scores, stream)
+
+    def _launcher(self, inputs: dict[str, Any], scores: Scores) -> Any:
+        import torch
+
+        from plugins.binaries import ARCHITECTURES, best_architecture
         from plugins.launch import Launcher
 
-        key = (dtype, head_dim, form)
+        dtype, head_dim = str(inputs["query"].dtype).removeprefix("torch."), inputs["query"].shape[3]
+        key = (dtype, head_dim, Form("first_visible" in inputs, bool(scores.softcap)))
         if key not in self._launchers:
-            note(f"compiling the kernels for {dtype}, head size {head_dim}, {form}")
-            sm = best_architecture(*torch.cuda.get_device_capability(), ARCHITECTURES)
-            assert sm is not None
-            binaries = compile_kernels(dtype, head_dim, [sm], forms=[form])
-            self._launchers[key] = Launcher(KernelBinaries.from_bytes(binaries.to_bytes()))
+            binaries = self._held.get(key)
+            if binaries is None:
+                from plugins.compile import compile_kernels
+
+                note(f"compiling the kernels for {dtype}, head size {head_dim}, {key[2]}")
+                sm = best_architecture(*torch.cuda.get_device_capability(), ARCHITECTURES)
+                assert sm is not None
+                binaries = compile_kernels(dtype, head_dim, [sm], forms=[key[2]])
+            self._launchers[key] = Launcher(binaries)
         return self._launchers[key]
+
+
+def _shapes(inputs: dict[str, Any]) -> Any:
+    from plugins.launch import Shapes
+
+    batch, query_heads, rows, head_dim = inputs["query"].shape
+    kv_heads, capacity = inputs["key_cache"].shape[1:3]
+    return Shapes(batch, query_heads, kv_heads, rows, capacity, head_dim)
