@@ -7,13 +7,11 @@ python scripts/gpu_day.py run --kit gpu-kit --results results        on the mach
 
 from __future__ import annotations
 
+import runpy
 import sys
 from pathlib import Path
 
-# From a clone, where the project is not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from ht_export.gpu_day.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    # From a clone, where the project is not installed.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    runpy.run_module("ht_export.gpu_day", run_name="__main__")
