@@ -42,6 +42,8 @@ QUICK_BATCH_SECONDS = 6.0
 QUICK_BATCH_REPEATS = 8
 # Rows of a pass that fills the cache.
 FILL_CHUNK = 64
+# Draft steps behind these are tried and left out.
+FIRST_STEPS = 3
 # The quantile of the repeats that counts: what disturbs a pass makes it longer only.
 QUANTILE = 0.25
 
@@ -73,7 +75,8 @@ def menu_sizes(default: TreeSizes) -> tuple[TreeSizes, ...]:
     """Return the sizes worth measuring where `default` are the engine's own, plain decoding first, then those.
 
     Trees of up to twice the rows, each without pseudo rows, with some for its likeliest ends, and with one for every
-    node in the proportions of `default`.
+    node in the proportions of `default`; where there are more draft steps than `FIRST_STEPS`, with those alone as well:
+    the drafts of later ones are right less often, and their pseudo rows cost as much.
     """
     steps = len(default.pseudo_rows)
     most = 2 * default.tree_rows
@@ -86,6 +89,8 @@ def menu_sizes(default: TreeSizes) -> tuple[TreeSizes, ...]:
         few = tuple(min(2, count, own) for own in whole)
         one = tuple(min(1, own) for own in whole)
         found += [TreeSizes(count, pseudo) for pseudo in ((0,) * steps, one, few, whole)]
+        later = (0,) * (steps - FIRST_STEPS)
+        found += [TreeSizes(count, (*pseudo[:FIRST_STEPS], *later)) for pseudo in (few, whole)]
     return tuple(dict.fromkeys(found))
 
 

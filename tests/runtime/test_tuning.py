@@ -150,6 +150,12 @@ def test_a_menu_has_plain_decoding_the_engines_own_sizes_and_others_within_twice
     assert TreeSizes(2, (0,) * steps) in sizes
 
 
+def test_late_draft_steps_can_be_left_out() -> None:
+    sizes = menu_sizes(TreeSizes(4, (4, 2, 2, 2)))
+    for late in (0, 2):
+        assert {TreeSizes(6, (2, 2, 2, late)), TreeSizes(8, (8, 4, 4, 2 * late))} <= set(sizes)
+
+
 @pytest.mark.parametrize("context", [0, 1, 100, 300])
 def test_passes_are_timed_at_the_context_asked_for(clock: Clock, context: int) -> None:
     engine = TimedEngine(clock, lambda rows, length: 0.01 * len(rows.position_ids) + 1e-5 * length)
