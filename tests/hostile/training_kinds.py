@@ -162,7 +162,9 @@ def _records(folder: Path) -> Kind:
     made.choose(Choices((2, 3), 40, "fp32", "float32", 2, 8, 4))
     made.set_pace(Pace(20, 2, 5, 0.5))
     made.finish("data", "0" * 64)
-    options = argparse.Namespace(model="tiny", prompts=Path("p"), out=Path("o"), device="cpu", threads=1, seed=0)
+    options = argparse.Namespace(
+        model="tiny", adapters=[], prompts=Path("p"), out=Path("o"), device="cpu", threads=1, seed=0
+    )
 
     def use(case: Case) -> None:
         record = WorkFolder(folder, asked).record
