@@ -14,9 +14,10 @@ import onnx_ir as ir
 from ht_export.bundle import check_tokenizer, special_tokens, write_correction, write_tokenizer, write_tokens_of_drafts
 from ht_export.graph.domains import OPSET
 from ht_export.graph.lower_cpu import can_be_lowered, lower_for_cpu
-from ht_export.graph.trace import build_graph, graph_dims
+from ht_export.graph.trace import build_graph
 from ht_export.graph.widen import in_float32
 from ht_export.model.checkpoint import BaseModel, load_base_model
+from ht_export.model.dims import graph_dims
 from ht_export.model.float32 import computing_in_float32
 from ht_export.model.reference import HiddenTransferModel
 from ht_export.model.shipped import UNTRAINED as UNTRAINED

@@ -7,7 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -15,17 +15,15 @@ from onnxscript import BOOL, FLOAT, INT64, script
 from onnxscript import opset23 as op
 from onnxscript.values import Opset
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from ht_export.graph.domains import DOMAIN, DOMAIN_VERSION, OPSET
 from ht_export.graph.fuse import simplify, use_fused_operators
 from ht_export.graph.layers import TracedLayers
 from ht_export.graph.lazy_weights import cast_weights, hollow, transposed, written_as
 from ht_export.model.attention import LayerAttention
-from ht_export.model.families import head_dim
+from ht_export.model.dims import graph_dims
 from ht_export.model.reference import HiddenTransferModel
-from ht_export.model.transfer import TransferLayers
-from runtime.bindings import Dtype, GraphDims
+from runtime.bindings import GraphDims
 
 
 @script(Opset(DOMAIN, DOMAIN_VERSION), default_opset=op)  # type: ignore[untyped-decorator]
@@ -79,21 +77,6 @@ def WindowedTreeAttention(  # noqa: N802 (the operator's name)
 
 
 FUNCTIONS = {"TreeAttention": TreeAttention, "WindowedTreeAttention": WindowedTreeAttention}
-
-
-def graph_dims(config: PretrainedConfig, transfer: TransferLayers, dtype: str = "float32") -> GraphDims:
-    """Return the fixed dimensions of the graph of a base model with transfer layers, in the precision `dtype`."""
-    return GraphDims(
-        num_layers=config.num_hidden_layers,
-        query_heads=config.num_attention_heads,
-        key_value_heads=config.num_key_value_heads,
-        head_dim=head_dim(config),
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        transfer_layers=transfer.layers,
-        dtype=cast(Dtype, dtype),
-        draft_size=transfer.draft_size or None,
-    )
 
 
 def build_graph(model: HiddenTransferModel, dtype: torch.dtype | None = None, *, as_stored: bool = False) -> ir.Model:

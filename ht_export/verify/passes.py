@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ht_export.graph.trace import graph_dims
+from ht_export.model.dims import graph_dims
 from ht_export.model.reference import HiddenTransferModel
 from ht_export.verify.random_trees import random_chain, random_ends, random_tree
 from runtime import bindings

@@ -14,11 +14,11 @@ from runtime.engines.buffers import DeviceResult, PassBuffers
 from runtime.engines.choosing import DeviceChoices
 from runtime.engines.cuda import Cuda, DeviceMemoryError
 from runtime.engines.device_cache import CacheBudget, DeviceCache, KeptDeviceRows, capacities, slot_of, source_of
-from runtime.engines.layout import BatchInputs, stack
+from runtime.engines.layout import BatchInputs, shared_sizes, stack
 from runtime.engines.places import PlacedSlot
 from runtime.engines.protocol import Batch, Freshness, Kept, Result, Slot
 from runtime.errors import EngineError, InputError
-from runtime.rows import Outputs, lay_out
+from runtime.rows import Outputs, Phase, lay_out
 from runtime.tree import TreeSizes, chain
 
 UNLIMITED = 1 << 40
@@ -127,9 +127,9 @@ class DeviceEngine(ABC):
         self._buffers.download_logits(len(laid_out.pseudo) * laid_out.logit_count)
         return None
 
-    @abstractmethod
     def _check(self, batch: Batch) -> None:
         """Raise `InputError` for a batch that does not fit."""
+        check_rows(batch, self._limits)
 
     @abstractmethod
     def _places(self, batch: Batch) -> tuple[int, bool]:
@@ -157,6 +157,14 @@ class DeviceEngine(ABC):
         rows = [batch.rows[own[place]] if place in own else idle for place in range(count)]
         lengths = [slots[own[place]].length if place in own else 0 for place in range(count)]
         return stack(rows, lengths, self.dims.join_order, self._sizes(batch))
+
+
+def check_rows(batch: Batch, limits: Limits) -> None:
+    """Raise `InputError` for a batch of more rows than `limits` allow."""
+    sizes = shared_sizes(batch.rows)
+    most = limits.chunk if batch.phase is Phase.PROMPT else limits.max_rows
+    if (rows := max(sizes.tree_rows, *sizes.pseudo_rows)) > most:
+        raise InputError(f"a pass of {rows} rows; this engine takes at most {most}, use fewer")
 
 
 def _budget(

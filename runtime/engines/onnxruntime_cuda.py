@@ -16,11 +16,10 @@ from runtime.engines.buffers import DeviceResult
 from runtime.engines.cuda import Cuda
 from runtime.engines.device_engine import DeviceEngine
 from runtime.engines.external_weights import GraphFiles
-from runtime.engines.layout import BatchInputs, shared_sizes
+from runtime.engines.layout import BatchInputs
 from runtime.engines.onnxruntime import Provider, check_bindings, open_session, path_of, running
 from runtime.engines.protocol import Batch
 from runtime.errors import InputError
-from runtime.rows import Phase
 from runtime.tree import TreeSizes
 
 PROVIDER = "CUDAExecutionProvider"
@@ -72,12 +71,6 @@ class OnnxRuntimeCudaEngine(DeviceEngine):
             )
         limits = Limits(MAX_BATCH, max_context, max(MAX_ROWS, tree.tree_rows), chunk)
         super().__init__(cuda, dims, limits, memory_bytes, SHARE)
-
-    def _check(self, batch: Batch) -> None:
-        sizes = shared_sizes(batch.rows)
-        most = self._limits.chunk if batch.phase is Phase.PROMPT else self._limits.max_rows
-        if (rows := max(sizes.tree_rows, *sizes.pseudo_rows)) > most:
-            raise InputError(f"a pass of {rows} rows; this engine takes at most {most}, use fewer")
 
     def _places(self, batch: Batch) -> tuple[int, bool]:
         # Without graphs any number of requests does as well as another, and one may be wherever it is.

@@ -8,8 +8,6 @@ which is captured as a CUDA graph and replayed; also in the number of requests.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -22,12 +20,11 @@ from plugins.tensorrt_plugin import VERSION, failures, register
 from runtime import bindings
 from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import PlanFile
-from runtime.engines.buffers import DeviceResult
+from runtime.engines.capturing_engine import CapturingEngine
 from runtime.engines.choosing import DeviceChoices
 from runtime.engines.cuda import Cuda
-from runtime.engines.device_cache import DeviceCache, in_places
-from runtime.engines.device_engine import DeviceEngine
-from runtime.engines.layout import BatchInputs, bucket, shared_sizes
+from runtime.engines.device_cache import DeviceCache
+from runtime.engines.layout import BatchInputs, shared_sizes
 from runtime.engines.plans import RuntimeCache, check_device, deserialise, import_product, make_logger
 from runtime.engines.protocol import Batch
 from runtime.errors import EngineError, EngineFileError, InputError
@@ -38,12 +35,9 @@ VERIFICATION, PROMPT = 0, 1
 # Of the memory that is free once weights, scratch memory and buffers are there, the share for keys and values: passes
 # of many requests need some of the rest, and so do contexts and graphs.
 SHARE = (3, 4)
-# Shapes that are held with a context and a graph, each of which takes some memory: a few sizes of trees, times six
-# capacities or numbers of requests that are in use for a time.
-MOST_PASSES = 32
 
 
-class TensorRTEngine(DeviceEngine):
+class TensorRTEngine(CapturingEngine["_CapturedPass"]):
     """The plan at `path`; `about` is what `engine.json` says of it, `plan_hash` its SHA-256, `usual` the sizes of most
     passes. Keys and values take up to `memory_bytes` of the GPU's memory, None for `SHARE` of what is free.
     `use_graphs=False` launches every kernel of every pass, for comparison.
@@ -66,7 +60,6 @@ class TensorRTEngine(DeviceEngine):
         gpu: int = 0,
         memory_bytes: int | None = None,
     ) -> None:
-        self._usual = usual
         self._trt = import_product(about)
         cuda = Cuda(gpu)
         check_device(path, about, cuda)
@@ -75,7 +68,7 @@ class TensorRTEngine(DeviceEngine):
             _register_plugin(self._trt, path, about)
         self._runtime, self._engine = deserialise(self._trt, self._log, path, about, opened)
         try:
-            self._commit = CommitLauncher(kernels)
+            commit = CommitLauncher(kernels)
             choose = ChooseLauncher.of(kernels)
             choose_drafts = None if dims.draft_size is None else ChooseLauncher.of(kernels, CHOOSE_DRAFTS)
         except ValueError as error:
@@ -84,37 +77,17 @@ class TensorRTEngine(DeviceEngine):
         self._use_graphs = use_graphs
         # Contexts run one after the other, and so can share it.
         self._scratch = cuda.allocate(int(self._engine.device_memory_size_v2))
-        super().__init__(cuda, dims, about.limits, memory_bytes, SHARE)
+        super().__init__(cuda, dims, about.limits, memory_bytes, SHARE, usual, commit)
         if choose and dims.draft_size is None:
             self._choices = DeviceChoices(cuda, choose, dims.vocab_size)
         elif choose and choose_drafts:
             self._choices = DeviceChoices(cuda, choose, dims.vocab_size, (choose_drafts, dims.draft_width))
         self._prompt: _Context | None = None
-        # The least recently used first.
-        self._passes: OrderedDict[tuple[int, ...], _CapturedPass] = OrderedDict()
-        self._passes_of = self._addressed
-        # The shapes that came again and could not be captured.
-        self.refused = 0
 
     @property
     def captured(self) -> tuple[int, int]:
         """The number of shapes that are captured as a CUDA graph, and of all shapes of decoding that are held."""
         return sum(one.graph is not None for one in self._passes.values()), len(self._passes)
-
-    @property
-    def _addressed(self) -> tuple[int, int]:
-        """What the addresses of passes follow from: graphs hold for one such pair alone."""
-        return self._buffers.generation, self.cache.generation
-
-    def _places(self, batch: Batch) -> tuple[int, bool]:
-        # Prompts have no graph, whose addresses must stay: one of them may be wherever it is.
-        together = len(batch) > 1 or batch.phase is Phase.DECODE
-        return in_places(len(batch), self.max_batch), together
-
-    def _sizes(self, batch: Batch) -> TreeSizes | None:
-        if batch.phase is Phase.PROMPT:
-            return None
-        return bucket(batch.rows, self._usual, self._limits.max_rows)
 
     def _run(self, batch: Batch, laid_out: BatchInputs, first: int) -> None:
         self._buffers.write(laid_out)
@@ -125,33 +98,17 @@ class TensorRTEngine(DeviceEngine):
             self._prompt.set_shapes(laid_out, self.cache, first)
             self._prompt.enqueue()
             return
-        found = self._pass(laid_out)
+        found = self._pass(laid_out, lambda: self._captured(laid_out))
         found.run()
         if found.runs == 2:
             # Rare, and by then whatever this shape needs has been compiled.
             self._runtime_cache.save()
             self.refused += self._use_graphs and found.graph is None
 
-    def _commit_rows(self, result: DeviceResult, accepted: Sequence[Sequence[int]]) -> None:
-        commit = self._buffers.commit(self.cache, result.first, result.laid_out.sizes, accepted)
-        self._commit(commit, self._cuda.stream)
-
-    def _pass(self, laid_out: BatchInputs) -> _CapturedPass:
-        if self._passes_of != self._addressed:
-            # Memory that they read or write is somewhere else now.
-            self._passes.clear()
-            self._passes_of = self._addressed
-        sizes = laid_out.sizes
-        key = (len(laid_out.pseudo), sizes.tree_rows, *sizes.pseudo_rows, self.cache.capacity)
-        if key in self._passes:
-            self._passes.move_to_end(key)
-            return self._passes[key]
-        while len(self._passes) >= MOST_PASSES:
-            self._passes.popitem(last=False)
+    def _captured(self, laid_out: BatchInputs) -> _CapturedPass:
         context = _Context(self, VERIFICATION)
         context.set_shapes(laid_out, self.cache, 0)
-        found = self._passes[key] = _CapturedPass(self._cuda, context, self._use_graphs)
-        return found
+        return _CapturedPass(self._cuda, context, self._use_graphs)
 
     def _check(self, batch: Batch) -> None:
         limits = self._limits

@@ -10,38 +10,15 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plugins.compile import tunings
-from plugins.kernel import attention_kernel, combine_kernel, commit_rows_kernel
-from plugins.launch import POINTER, Buffers, Commit, Launch, Scores, Shapes, commit_launch, launches, workspace_size
+from ht_export.bench.gpu.interpreted import InterpretedKernel
+from plugins.kernel import commit_rows_kernel
+from plugins.launch import POINTER, Commit, Scores, commit_launch
 from plugins.reference import tree_attention
 from runtime.rows import lay_out
 from runtime.tree import Tree
 from tests.strategies import trees
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-
-
-def run(launch: Launch, shapes: Shapes, tensors: dict[int, torch.Tensor], upcast: bool) -> None:
-    """Do in the interpreter what the launcher does on a GPU."""
-    kernel = attention_kernel if launch.variant.block_m else combine_kernel
-    # All but the two pointers to scratch memory, which only compiled kernels have.
-    arguments = [tensors[value] if kind is POINTER else value for value, kind in launch.arguments[:-2]]
-    width = triton.next_power_of_2(shapes.head_dim)
-    if kernel is combine_kernel:
-        kernel[launch.grid](*arguments, D=shapes.head_dim, BLOCK_D=width, BLOCK_SPLITS=32)
-        return
-    block_m = launch.variant.block_m
-    kernel[launch.grid](
-        *arguments,
-        D=shapes.head_dim,
-        BLOCK_D=width,
-        BLOCK_M=block_m,
-        BLOCK_N=tunings(shapes.head_dim, block_m)[0].block_n,
-        SPLIT=launch.variant.split,
-        WINDOWED=launch.variant.form.windowed,
-        CAPPED=launch.variant.form.capped,
-        UPCAST=upcast,
-    )
 
 
 @settings(deadline=None, max_examples=40)
@@ -72,7 +49,6 @@ def test_the_kernel_computes_its_definition(
     rng = np.random.default_rng(seed)
     group, kv_heads = heads
     rows = len(tree)
-    shapes = Shapes(batch, group * kv_heads, kv_heads, rows, capacity, head_dim)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(dtype)
@@ -94,21 +70,8 @@ def test_the_kernel_computes_its_definition(
         # Rows behind the valid ones must not be read.
         inputs["key_cache"][b, :, length:] = float("nan")
         inputs["value_cache"][b, :, length:] = float("nan")
-    output = torch.full_like(inputs["query"], float("nan"))
-    workspace = torch.full((max(1, workspace_size(shapes, multiprocessors) // 4),), float("nan"))
-    # Addresses of the launches stand for tensors here: multiples of 1000 for inputs, byte offsets for the workspace.
-    named = {**inputs, "output": output}
-    addresses = {name: -1000 * (index + 1) for index, name in enumerate(named)}
-    base = 1 << 40
-    tensors = {addresses[name]: tensor for name, tensor in named.items()}
-    tensors[addresses["tree_mask"]] = inputs["tree_mask"].view(torch.int8)
-    tensors[0] = workspace
     scores = Scores(1 / math.sqrt(head_dim), softcap)
-    for launch in launches(shapes, Buffers(**addresses), base, scores, multiprocessors):
-        for value, kind in launch.arguments[:-2]:
-            if kind is POINTER and value >= base:
-                tensors[value] = workspace[(value - base) // 4 :]
-        run(launch, shapes, tensors, upcast=dtype != torch.float32)
+    output = InterpretedKernel(multiprocessors)(inputs, scores)
     arrays: list[Any] = [tensor.float().numpy() for tensor in list(inputs.values())[:5]]
     first = inputs["first_visible"].numpy() if windowed else None
     arrays += [lengths.numpy(), inputs["tree_mask"].numpy(), scores.scale, first, softcap]

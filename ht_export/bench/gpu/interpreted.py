@@ -17,7 +17,10 @@ STEP, WORKSPACE = 1000, 1 << 40
 
 
 class InterpretedKernel:
-    """As `ht_export.bench.gpu.compiled.Kernel`, on the CPU."""
+    """As `ht_export.bench.gpu.compiled.Kernel`, on the CPU, as if for a GPU of so many multiprocessors."""
+
+    def __init__(self, multiprocessors: int = MULTIPROCESSORS) -> None:
+        self._multiprocessors = multiprocessors
 
     def __call__(self, inputs: dict[str, Any], scores: Scores) -> Any:
         """Return the output for the inputs of `make_inputs`."""
@@ -33,7 +36,7 @@ class InterpretedKernel:
         kv_heads, capacity = inputs["key_cache"].shape[1:3]
         shapes = Shapes(batch, query_heads, kv_heads, rows, capacity, head_dim)
         output = torch.full_like(inputs["query"], torch.nan)
-        workspace = torch.full((max(1, workspace_size(shapes, MULTIPROCESSORS) // 4),), torch.nan)
+        workspace = torch.full((max(1, workspace_size(shapes, self._multiprocessors) // 4),), torch.nan)
 
         def launch() -> None:
             named = {**inputs, "output": output}
@@ -41,7 +44,7 @@ class InterpretedKernel:
             tensors = {addresses[name]: tensor for name, tensor in named.items()}
             tensors[addresses["tree_mask"]] = inputs["tree_mask"].view(torch.int8)
             tensors[0] = workspace
-            for one in launches(shapes, Buffers(**addresses), WORKSPACE, scores, MULTIPROCESSORS):
+            for one in launches(shapes, Buffers(**addresses), WORKSPACE, scores, self._multiprocessors):
                 for value, kind in one.arguments[:-2]:
                     if kind is POINTER and value >= WORKSPACE:
                         tensors[value] = workspace[(value - WORKSPACE) // 4 :]

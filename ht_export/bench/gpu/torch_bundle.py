@@ -8,10 +8,9 @@ from typing import Any
 
 from ht_export.bundle import special_tokens, write_correction, write_tokenizer, write_tokens_of_drafts
 from ht_export.model.checkpoint import BaseModel
-from ht_export.model.families import head_dim
+from ht_export.model.dims import graph_dims
 from ht_export.model.transfer import TransferLayers
 from ht_export.versions import PROJECT, version_of
-from runtime.bindings import GraphDims
 from runtime.bundle.engine_file import EngineFile, FileRecord
 from runtime.bundle.places import engine_file_path
 from runtime.tree import TreeSizes
@@ -31,19 +30,9 @@ def write_bundle(
     folder.mkdir(parents=True, exist_ok=True)
     note = {"graph": "none: the PyTorch reference computes its passes", "transfer": about_transfer["sha256"]}
     path.write_text(json.dumps({**note, "base_model": base.identity()}), encoding="utf-8")
-    config = base.model.config
     tokenizer, template = write_tokenizer(base, folder, stem)
     EngineFile(
-        dims=GraphDims(
-            num_layers=config.num_hidden_layers,
-            query_heads=config.num_attention_heads,
-            key_value_heads=config.num_key_value_heads,
-            head_dim=head_dim(config),
-            hidden_size=config.hidden_size,
-            vocab_size=config.vocab_size,
-            transfer_layers=transfer.layers,
-            draft_size=transfer.draft_size or None,
-        ),
+        dims=graph_dims(base.model.config, transfer),
         precision="float32",
         tree=tree,
         prompt_chunk=CHUNK,

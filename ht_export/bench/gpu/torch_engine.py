@@ -6,8 +6,7 @@ GPU for which there is no plan and no ONNX Runtime, and is what those are compar
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -21,12 +20,12 @@ from runtime.bindings import Dtype, GraphDims
 from runtime.bundle.engine_file import Limits
 from runtime.bundle.reading import EngineFiles
 from runtime.engines.buffers import DeviceResult
+from runtime.engines.capturing_engine import CapturingEngine
 from runtime.engines.choosing import DeviceChoices
 from runtime.engines.cuda import Cuda
-from runtime.engines.device_cache import in_places
-from runtime.engines.device_engine import DeviceEngine
+from runtime.engines.device_engine import check_rows
 from runtime.engines.host_cache import HostCacheEngine, HostResult, caches_of
-from runtime.engines.layout import BatchInputs, bucket, shared_sizes, stack
+from runtime.engines.layout import BatchInputs, stack
 from runtime.engines.protocol import Batch, Engine
 from runtime.errors import InputError
 from runtime.rows import Phase
@@ -42,12 +41,11 @@ MAX_ROWS, MAX_BATCH = 64, 64
 # Of the usual tree, as for plans, and as many pseudo rows of each draft step.
 TREE_ROWS = 16
 SHARE = (1, 2)
-MOST_PASSES = 32
 # The first compile what they need, and allocate.
 RUNS_BEFORE_CAPTURE = 2
 
 
-class TorchEngine(DeviceEngine):
+class TorchEngine(CapturingEngine["_Pass"]):
     """`forward`, whose weights are on the current CUDA device, as an engine of passes like a plan's. `kernels` commit,
     and choose; `usual` are the sizes of most passes. Prompts run without a graph.
 
@@ -71,23 +69,14 @@ class TorchEngine(DeviceEngine):
         from plugins.launch import CommitLauncher
 
         cuda = Cuda()
-        super().__init__(cuda, dims, limits, memory_bytes, SHARE)
+        super().__init__(cuda, dims, limits, memory_bytes, SHARE, usual, CommitLauncher(kernels))
         self._forward = forward
-        self._usual = usual
         self._use_graphs = use_graphs
         self._device = device(cuda)
-        self._commit = CommitLauncher(kernels)
         choose = ChooseLauncher.of(kernels)
         if choose and dims.draft_size is None:
             self._choices = DeviceChoices(cuda, choose, dims.vocab_size)
-        self._passes: OrderedDict[tuple[int, ...], _Pass] = OrderedDict()
-        self._passes_of = self._addressed
-        self.refused = 0
         self.seconds = 0.0
-
-    @property
-    def _addressed(self) -> tuple[int, int]:
-        return self._buffers.generation, self.cache.generation
 
     def run(self, batch: Batch) -> DeviceResult:
         """See `Engine.run`."""
@@ -96,40 +85,16 @@ class TorchEngine(DeviceEngine):
         self.seconds += perf_counter() - begun
         return found
 
-    def _check(self, batch: Batch) -> None:
-        _check_rows(batch, self._limits)
-
-    def _places(self, batch: Batch) -> tuple[int, bool]:
-        together = len(batch) > 1 or batch.phase is Phase.DECODE
-        return in_places(len(batch), self.max_batch), together
-
-    def _sizes(self, batch: Batch) -> TreeSizes | None:
-        if batch.phase is Phase.PROMPT:
-            return None
-        return bucket(batch.rows, self._usual, self._limits.max_rows)
-
     def _run(self, batch: Batch, laid_out: BatchInputs, first: int) -> None:
         self._buffers.write(laid_out)
         self._buffers.upload()
         if batch.phase is Phase.PROMPT:
             self._device.launch(self._pass_over(laid_out, first))
         else:
-            self._captured(laid_out).run()
+            self._pass(laid_out, lambda: self._captured(laid_out)).run()
 
     def _captured(self, laid_out: BatchInputs) -> _Pass:
-        if self._passes_of != self._addressed:
-            # Memory that they read or write is somewhere else now.
-            self._passes.clear()
-            self._passes_of = self._addressed
-        sizes = laid_out.sizes
-        key = (len(laid_out.pseudo), sizes.tree_rows, *sizes.pseudo_rows, self.cache.capacity)
-        if key in self._passes:
-            self._passes.move_to_end(key)
-            return self._passes[key]
-        while len(self._passes) >= MOST_PASSES:
-            self._passes.popitem(last=False)
-        found = self._passes[key] = _Pass(self._pass_over(laid_out, 0), self._device, self._use_graphs, self._refuse)
-        return found
+        return _Pass(self._pass_over(laid_out, 0), self._device, self._use_graphs, self._refuse)
 
     def _refuse(self) -> None:
         self.refused += 1
@@ -150,10 +115,6 @@ class TorchEngine(DeviceEngine):
                 outputs[name].copy_(tensor)
 
         return run
-
-    def _commit_rows(self, result: DeviceResult, accepted: Sequence[Sequence[int]]) -> None:
-        commit = self._buffers.commit(self.cache, result.first, result.laid_out.sizes, accepted)
-        self._commit(commit, self._cuda.stream)
 
 
 @dataclass
@@ -198,7 +159,7 @@ class HostTorchEngine(HostCacheEngine):
         """See `Engine.run`: requests one after the other, as each has a cache of its own size."""
         import torch
 
-        _check_rows(batch, self._limits)
+        check_rows(batch, self._limits)
         begun = perf_counter()
         laid_out = stack(batch.rows, batch.lengths, self.dims.join_order)
         found: list[Any] = []
@@ -281,13 +242,6 @@ def reference_attention(kernel: Any) -> Callable[..., Any]:
         return kernel.attend(named, Scores(how.scale, how.softcap or 0.0))
 
     return attend
-
-
-def _check_rows(batch: Batch, limits: Limits) -> None:
-    sizes = shared_sizes(batch.rows)
-    most = limits.chunk if batch.phase is Phase.PROMPT else limits.max_rows
-    if (rows := max(sizes.tree_rows, *sizes.pseudo_rows)) > most:
-        raise InputError(f"a pass of {rows} rows; this engine takes at most {most}, use fewer")
 
 
 def _arguments(inputs: dict[str, Any], dims: GraphDims) -> list[Any]:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from ht_export.graph.lower_cpu import lower_for_cpu
-from ht_export.graph.trace import build_graph, graph_dims
+from ht_export.graph.trace import build_graph
+from ht_export.model.dims import graph_dims
 from ht_export.model.reference import HiddenTransferModel
 from runtime.bindings import GraphDims
 from runtime.engines import dense_cache

@@ -12,8 +12,9 @@ import torch
 
 from ht_export.export import ExportSettings, export
 from ht_export.graph.lower_cpu import lower_for_cpu
-from ht_export.graph.trace import build_graph, graph_dims
+from ht_export.graph.trace import build_graph
 from ht_export.graph.widen import in_float32
+from ht_export.model.dims import graph_dims
 from ht_export.model.reference import HiddenTransferModel
 from ht_export.quantize.precision import STORED_IN_PLANS
 from ht_export.quantize.weights import quantise

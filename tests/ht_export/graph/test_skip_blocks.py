@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ht_export.graph.skip_blocks import skip_blocks
-from ht_export.graph.trace import build_graph, graph_dims
+from ht_export.graph.trace import build_graph
 from ht_export.model.blocks import Blocks
+from ht_export.model.dims import graph_dims
 from ht_export.model.reference import HiddenTransferModel
 from ht_export.model.skipping import without
 from runtime.engines.onnxruntime import OnnxRuntimeEngine

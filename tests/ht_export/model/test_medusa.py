@@ -13,8 +13,9 @@ from torch.nn.functional import silu
 
 from ht_export.export import ExportSettings, export
 from ht_export.graph.lower_cpu import lower_for_cpu
-from ht_export.graph.trace import build_graph, graph_dims
+from ht_export.graph.trace import build_graph
 from ht_export.model.checkpoint import load_base_model
+from ht_export.model.dims import graph_dims
 from ht_export.model.families import decoder_parts
 from ht_export.model.reference import HiddenTransferModel, draft_head
 from ht_export.model.transfer import (

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ht_export.graph.trace import build_graph, graph_dims
+from ht_export.graph.trace import build_graph
+from ht_export.model.dims import graph_dims
 from ht_export.model.reference import HiddenTransferModel
 from ht_export.quantize.prepare import prepare
 from ht_export.quantize.products import products

@@ -24,7 +24,8 @@ from ht_export import export as export_module
 from ht_export.export import UNTRAINED, ExportSettings, Untrained, export
 from ht_export.graph import trace as trace_module
 from ht_export.graph.lower_cpu import lower_for_cpu
-from ht_export.graph.trace import build_graph, graph_dims
+from ht_export.graph.trace import build_graph
+from ht_export.model.dims import graph_dims
 from ht_export.model.reference import HiddenTransferModel
 from ht_export.quantize.formats import NBits, Storage
 from ht_export.quantize.grid import BLOCK, packed_blocks

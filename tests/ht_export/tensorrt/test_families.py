@@ -17,7 +17,7 @@ import onnx
 import pytest
 
 from ht_export.export import UNTRAINED, ExportSettings, export
-from ht_export.graph.trace import graph_dims
+from ht_export.model.dims import graph_dims
 from ht_export.model.reference import HiddenTransferModel
 from ht_export.tensorrt.graph import attention_forms, write_for_tensorrt
 from ht_export.verify.passes import ReferenceEngine, check, record

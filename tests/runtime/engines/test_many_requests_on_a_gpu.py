@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from runtime import EngineError, EngineFileError, Generator, InputError, Sampling, Tokens, TreeSizes
 from runtime.decode import DecodingState
 from runtime.drafting.sizing import FixedSizes
-from runtime.engines import tensorrt
+from runtime.engines import capturing_engine
 from runtime.engines.device_engine import DeviceEngine
 from runtime.engines.places import PlacedSlot
 from runtime.engines.protocol import Batch
@@ -314,7 +314,7 @@ def test_few_graphs_are_held_and_those_used_last(
 ) -> None:
     plan = make_plan(tiny_engine, tmp_path, MANY, monkeypatch)
     driver = use_gpu(plan, monkeypatch)
-    monkeypatch.setattr(tensorrt, "MOST_PASSES", 3)
+    monkeypatch.setattr(capturing_engine, "MOST_PASSES", 3)
     generator = Generator(plan)
     engine = generator.engine
     assert isinstance(engine, TensorRTEngine)
