@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -57,19 +58,29 @@ def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> dict[Specialisation,
     return pickle.loads(done.stdout)
 
 
-def left_in(cache: Path) -> list[str]:
-    """Return what is left of work that was not finished: temporary files, processes, files in the cache."""
-    temporary = [path.name for path in Path(tempfile.gettempdir()).iterdir()]
-    # Tests before may have left processes of their own: one that a library keeps, say.
-    running = [str(one) for one in psutil.Process().children() if "compile_worker" in " ".join(one.cmdline())]
-    return [*temporary, *running, *map(str, cache.glob("*/tmp.*"))]
+@pytest.fixture
+def started() -> Callable[[], list[psutil.Process]]:
+    """The processes that this test has started and that are there; of tests before, some may be there as well."""
+    earlier = set(psutil.Process().children())
+    return lambda: [child for child in psutil.Process().children() if child not in earlier]
+
+
+@pytest.fixture
+def left(cold: Path, started: Callable[[], list[psutil.Process]]) -> Callable[[], list[str]]:
+    """What is left of work that was not finished: temporary files, processes, files in the cache."""
+
+    def found() -> list[str]:
+        temporary = [path.name for path in Path(tempfile.gettempdir()).iterdir()]
+        return [*temporary, *map(str, started()), *map(str, cold.glob("*/tmp.*"))]
+
+    return found
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_kernels_are_the_same_however_many_processes_compile_them(
     workers: int,
     one_by_one: dict[Specialisation, Kernel],
-    cold: Path,
+    left: Callable[[], list[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -82,7 +93,7 @@ def test_kernels_are_the_same_however_many_processes_compile_them(
     found = compile_all([*FEW, FEW[0]], workers, lambda done, total: told.append((done, total)))
     assert told == [(done, 4) for done in range(5)]
     assert found == one_by_one
-    assert left_in(cold) == []
+    assert left() == []
 
 
 @pytest.mark.parametrize(
@@ -95,34 +106,40 @@ def test_kernels_are_the_same_however_many_processes_compile_them(
         (Specialisation(COLLECT, 80, vocab_size=-1), r"^choices among -1 tokens, SM 8\.0: [^\n]+$"),
     ],
 )
-def test_a_kernel_that_cannot_be_compiled_is_one_error(cold: Path, odd: Specialisation, message: str) -> None:
+def test_a_kernel_that_cannot_be_compiled_is_one_error(
+    left: Callable[[], list[str]], odd: Specialisation, message: str
+) -> None:
     with pytest.raises(CompilationError, match=message):
         compile_all([*FEW, odd], 2)
-    assert left_in(cold) == []
+    assert left() == []
 
 
-def test_a_process_that_is_killed_is_one_error(cold: Path) -> None:
+def test_a_process_that_is_killed_is_one_error(
+    left: Callable[[], list[str]], started: Callable[[], list[psutil.Process]]
+) -> None:
     def kill(done: int, total: int) -> None:
         if done == 1:
-            for child in psutil.Process().children():
+            for child in started():
                 child.kill()
 
     with pytest.raises(CompilationError, match=r": the compiler was killed with SIGKILL, likely for want of memory$"):
         compile_all(FEW, 1, kill)
-    assert left_in(cold) == []
+    assert left() == []
 
 
-def test_an_interruption_ends_all_processes_and_leaves_nothing_half_written(cold: Path) -> None:
+def test_an_interruption_ends_all_processes_and_leaves_nothing_half_written(
+    cold: Path, left: Callable[[], list[str]], started: Callable[[], list[psutil.Process]]
+) -> None:
     def interrupt(done: int, total: int) -> None:
         if done == 1:
             # As where a process is ended while it writes: the first one, whose kernel is the longest.
-            busy = min(psutil.Process().children(), key=lambda child: child.create_time())
+            busy = min(started(), key=lambda child: child.create_time())
             (cold / "entry" / f"tmp.pid_{busy.pid}_1").mkdir(parents=True)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         compile_all([LONG, *FEW[:1]], 2, interrupt)
-    assert left_in(cold) == []
+    assert left() == []
     # What was finished is kept, whole: nothing is compiled again.
     compiled = {path: path.stat().st_mtime_ns for path in cold.glob("*/*.cubin")}
     assert len(compiled) == 1
