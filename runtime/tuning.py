@@ -44,6 +44,9 @@ QUICK_BATCH_REPEATS = 8
 FILL_CHUNK = 64
 # Draft steps behind these are tried and left out.
 FIRST_STEPS = 3
+# Products of 7 to 12 rows take the same time in ONNX Runtime's kernels for AVX-512, so that a tree of 12 may pay where
+# one of 8 does.
+MOST_TIMES = 3
 # The quantile of the repeats that counts: what disturbs a pass makes it longer only.
 QUANTILE = 0.25
 
@@ -74,12 +77,12 @@ def device_name(engine: Engine, threads: int | None) -> str:
 def menu_sizes(default: TreeSizes) -> tuple[TreeSizes, ...]:
     """Return the sizes worth measuring where `default` are the engine's own, plain decoding first, then those.
 
-    Trees of up to twice the rows, each without pseudo rows, with some for its likeliest ends, and with one for every
-    node in the proportions of `default`; where there are more draft steps than `FIRST_STEPS`, with those alone as well:
-    the drafts of later ones are right less often, and their pseudo rows cost as much.
+    Trees of up to `MOST_TIMES` the rows, each without pseudo rows, with some for its likeliest ends, and with one for
+    every node in the proportions of `default`; where there are more draft steps than `FIRST_STEPS`, with those alone as
+    well: the drafts of later ones are right less often, and their pseudo rows cost as much.
     """
     steps = len(default.pseudo_rows)
-    most = 2 * default.tree_rows
+    most = MOST_TIMES * default.tree_rows
     rows = sorted(
         {count for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if count <= most} | {default.tree_rows}
     )
@@ -254,10 +257,12 @@ def quick(
     new_drafter: NewDrafter = default_drafter,
 ) -> Tuning:
     """Measure `engine` for at most some seconds."""
-    room = max_context - 2 * default.tree_rows - 1
+    plain, own, *others = menu_sizes(default)
+    sizes = [plain, own, *(one for one in others if one.tree_rows < max_context)]
+    room = max_context - max(one.tree_rows for one in sizes) - 1
     contexts = sorted({max(0, min(context, room)) for context in QUICK_CONTEXTS})
     start = time.perf_counter()
-    menu = measure(engine, menu_sizes(default), contexts, QUICK_REPEATS, QUICK_SECONDS, new_drafter=new_drafter)
+    menu = measure(engine, sizes, contexts, QUICK_REPEATS, QUICK_SECONDS, new_drafter=new_drafter)
     batches = quick_batches(engine, default, contexts[:1], new_drafter)
     about = {"seconds": round(time.perf_counter() - start, 2), "repeats": QUICK_REPEATS}
     return Tuning(device, engine_sha256, menu, about=about, batches=tuple(batches))
@@ -302,7 +307,7 @@ def load_or_measure(
         found = quick(engine, about.tree, about.max_context, device, about.identity, new_drafter)
     elif found is not None and on_cpu and together and not found.batches:
         # Measured by an earlier release, or by itself.
-        contexts = [min(QUICK_CONTEXTS[0], about.max_context - 2 * about.tree.tree_rows - 1)]
+        contexts = [max(0, min(QUICK_CONTEXTS[0], about.max_context - about.tree.tree_rows - 1))]
         found = replace(found, batches=tuple(quick_batches(engine, about.tree, contexts, new_drafter)))
     else:
         return found

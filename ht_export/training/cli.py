@@ -157,8 +157,9 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit.add_argument("--steps", type=int, default=500, help="optimizer steps (default: 500)")
     _add_batches(fit)
     _add_loss(fit)
-    fit.add_argument("--draft-prompts", type=pathname, help="with --draft-size, file of prompts whose tokens come next "
-                     "after those of the answers: words that so few answers do not have (default: none)")  # fmt: skip
+    fit.add_argument("--draft-prompts", type=pathname, help="with --draft-size or --loss-size, file of prompts whose "
+                     "tokens come next after those of the answers: words that so few answers do not have "
+                     "(default: none)")  # fmt: skip
     fit.add_argument("--patience", type=int, default=0, help="stop after so many held-out measurements in a row that "
                      "bring nothing, and keep the best weights (default: 0, never)")  # fmt: skip
     fit.add_argument("--checkpoint", type=pathname, help="checkpoint file (default: OUT with .checkpoint added)")
@@ -283,6 +284,9 @@ def _add_batches(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--draft-size", type=int, help="choose drafts from so many tokens, the most frequent of the "
                         "data, as ht-train draft-head does (default: the whole vocabulary)")  # fmt: skip
+    parser.add_argument("--loss-size", type=int, help="have the loss run over so many tokens alone, the most frequent "
+                        "of the data, and choose drafts from the whole vocabulary: steps take less time where that "
+                        "is large (default: the whole vocabulary)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="draws texts and anchors (default: 0)")
 
 

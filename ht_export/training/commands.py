@@ -91,10 +91,10 @@ def run_fit(options: argparse.Namespace) -> None:
     checkpoint = options.checkpoint or Path(f"{options.out}.checkpoint")
     check_writable(checkpoint)
     _check_outputs(options.out, checkpoint)
-    if options.draft_prompts and options.draft_size is None:
+    if options.draft_prompts and options.draft_size is None and options.loss_size is None:
         raise InputError(
-            f"--draft-prompts {options.draft_prompts} are words for a draft head; say how many tokens it has: "
-            "--draft-size 8192"
+            f"--draft-prompts {options.draft_prompts} are words for a draft head, or for the loss; say how many tokens "
+            "it has: --draft-size 8192 or --loss-size 16384"
         )
     versions = {"hidden-transfer": version_of(PROJECT), "torch": torch.__version__}
     # A launcher's processes share the work, each on its own device; one of them speaks.
@@ -332,6 +332,7 @@ def _batches_and_loss(options: argparse.Namespace) -> dict[str, Any]:
         "loss_choice": options.loss_choice,
         "seed": options.seed,
         "draft_size": options.draft_size,
+        "loss_size": options.loss_size,
     }
 
 

@@ -48,7 +48,8 @@ class FitSettings:
     processes. `init` "file" begins with transfer layers trained before; steps that those lack begin by ridge
     regression. `patience` is how many held-out measurements
     in a row may bring nothing before the fit stops; 0 never stops it. With a `draft_size` drafts are chosen from so
-    many tokens, those that the data has most of; None takes those of the start, or the whole vocabulary. `drafter`
+    many tokens, those that the data has most of; None takes those of the start, or the whole vocabulary. With a
+    `loss_size` the loss runs over so many tokens, and drafts are chosen from the whole vocabulary. `drafter`
     "medusa" trains Medusa heads by the same loss; they begin as the identity and have no token correction.
     """
 
@@ -72,6 +73,7 @@ class FitSettings:
     seed: int = 0
     draft_size: int | None = None
     drafter: Drafter = "transfer"
+    loss_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequences", "anchors", "accumulate", "learning_rate", "max_gradient_norm"):
@@ -86,6 +88,11 @@ class FitSettings:
         for name, allowed in (("init", INITIALISATIONS), ("schedule", SCHEDULES), ("drafter", DRAFTERS)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)}")
+        if self.draft_size is not None and self.loss_size is not None:
+            raise InputError(
+                f"a draft head of {self.draft_size} tokens has the loss run over these alone; leave loss_size "
+                f"{self.loss_size} out, or draft_size, to choose drafts from the whole vocabulary"
+            )
         if self.drafter == "medusa" and self.init == "ridge":
             raise InputError("Medusa heads are no regression: they begin as the identity; leave --init ridge out")
         if self.step_weights is not None and len(self.step_weights) != len(self.layers):
@@ -93,6 +100,11 @@ class FitSettings:
                 f"step_weights has {len(self.step_weights)} numbers for {len(self.layers)} draft steps; give one each"
             )
         _ = self.objective
+
+    @property
+    def head_size(self) -> int | None:
+        """How many tokens the loss runs over; None for those of the start, or the whole vocabulary."""
+        return self.draft_size if self.loss_size is None else self.loss_size
 
     @property
     def objective(self) -> Objective:
@@ -167,12 +179,13 @@ def fit(
         )
     torch.manual_seed(settings.seed)
     draft_tokens = start.draft_tokens if start else None
-    if settings.draft_size is not None:
+    if settings.head_size is not None:
         vocab_size = base.model.config.vocab_size
-        draft_tokens = choose_draft_tokens(data, settings.draft_size, vocab_size, base.stop_tokens(), draft_texts)
+        draft_tokens = choose_draft_tokens(data, settings.head_size, vocab_size, base.stop_tokens(), draft_texts)
     if draft_tokens is not None:
         share = covered(draft_tokens, data)
-        report(f"drafts are chosen from {len(draft_tokens)} tokens, {share:.2%} of those of the answers")
+        what = "drafts are chosen from" if settings.loss_size is None else "the loss runs over"
+        report(f"{what} {len(draft_tokens)} tokens, {share:.2%} of those of the answers")
     hidden_size = base.model.config.hidden_size
     transfer = new_drafter(settings.drafter, settings.layers, hidden_size, settings.correction_rank, draft_tokens)
     transfer.check_layers(base.model.config.num_hidden_layers)
@@ -223,6 +236,8 @@ def fit(
         )
     if settings.patience and state.best:
         transfer.load_state_dict(state.best)
+    if settings.loss_size is not None:
+        transfer.draft_tokens = None
     speed = state.anchors / state.seconds if state.seconds else 0.0
     best_step = state.best_step if settings.patience else state.step
     return transfer, FitReport(state.step, best_step, speed, state.peak_memory)
@@ -383,6 +398,8 @@ def _run_identity(settings: FitSettings, base: BaseModel, data: Sequence[Answere
         del run["drafter"]
     if not settings.loss_choice:
         del run["loss_choice"]
+    if settings.loss_size is None:
+        del run["loss_size"]
     run["dtype"] = str(base.model.dtype)
     return run
 

@@ -235,8 +235,9 @@ def recommendation(rows: Sequence[SweepRow], row_cost: float) -> str:
 def _common(settings: FitSettings) -> dict[str, Any]:
     """Return what all fits have in common; of what earlier releases did not have, only what is asked for."""
     common = {name: value for name, value in asdict(settings).items() if name not in ("layers", "steps")}
-    if settings.draft_size is None:
-        del common["draft_size"]
+    for size in ("draft_size", "loss_size"):
+        if common[size] is None:
+            del common[size]
     return common
 
 

@@ -31,7 +31,9 @@ Size = Annotated[int, Meta(ge=0, le=LARGEST_SIZE)]
 
 @dataclass(frozen=True)
 class Choices:
-    """What a run was begun with, as the options of the stages' commands have it. `draft_size` None is no draft head."""
+    """What a run was begun with, as the options of the stages' commands have it. `draft_size` None is no draft head,
+    `loss_size` None a loss over all tokens that are drafted.
+    """
 
     layers: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=MOST_STEPS)]
     draft_size: Annotated[int, Meta(ge=1, le=MOST_VOCABULARY)] | None
@@ -40,6 +42,13 @@ class Choices:
     sequences: Annotated[int, Meta(ge=1, le=MOST_REPEATS)]
     anchors: Annotated[int, Meta(ge=1, le=MOST_REPEATS)]
     accumulate: Annotated[int, Meta(ge=1, le=MOST_REPEATS)]
+    # Earlier releases did not say it.
+    loss_size: Annotated[int, Meta(ge=1, le=MOST_VOCABULARY)] | None = None
+
+    @property
+    def head_size(self) -> int | None:
+        """How many tokens the loss runs over, None for all."""
+        return self.loss_size or self.draft_size
 
 
 def layers_of(base: BaseModel, steps: int | None, device: str) -> tuple[int, ...]:
@@ -55,6 +64,13 @@ def draft_size_of(base: BaseModel) -> int | None:
     return DRAFT_SIZE if large else None
 
 
+def loss_size_of(base: BaseModel, draft_size: int | None) -> int | None:
+    """Return how many tokens the loss runs over where drafts come from the whole vocabulary, None for all: what is
+    learned from the most frequent ones serves the others, as vectors of all of them are projections of the head.
+    """
+    return DRAFT_SIZE if draft_size is None and base.model.config.vocab_size >= 2 * DRAFT_SIZE else None
+
+
 def precision_of(base: BaseModel) -> Literal["fp32", "int8"]:
     """Return the precision of the engine that answers the prompts."""
     weights = sum(parameter.numel() for parameter in base.model.parameters())
@@ -65,7 +81,7 @@ def within_memory(base: BaseModel, choices: Choices, correction_rank: int, longe
     """Return `choices` with fewer sequences at once, and more batches a step, until the memory is there for texts of
     up to `longest` tokens; then with fewer anchors. What is left of too little memory is for `fit` to refuse.
     """
-    head = None if choices.draft_size is None else torch.arange(choices.draft_size)
+    head = None if choices.head_size is None else torch.arange(choices.head_size)
     transfer = TransferLayers(choices.layers, base.model.config.hidden_size, correction_rank, head)
     room = MEMORY_SHARE * free_memory(base.model.device)
 

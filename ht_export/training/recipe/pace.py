@@ -55,7 +55,7 @@ def seconds_per_step(
             log=clock,
             report=lambda _: None,
         )
-    head = None if settings.draft_size is None else torch.arange(settings.draft_size)
+    head = None if settings.head_size is None else torch.arange(settings.head_size)
     transfer = TransferLayers(settings.layers, base.model.config.hidden_size, settings.correction_rank, head)
     begun = perf_counter()
     evaluate(base, transfer.to(base.model.device), held_out)

@@ -159,6 +159,7 @@ def _choose(options: argparse.Namespace, folder: WorkFolder, shown: Whole) -> Ch
         sequences=options.sequences or choosing.SEQUENCES,
         anchors=options.anchors or choosing.ANCHORS,
         accumulate=1,
+        loss_size=choosing.loss_size_of(base, draft_size),
     )
     TransferLayers(wanted.layers, 1).check_layers(base.model.config.num_hidden_layers)
     if draft_size is not None and draft_size >= base.model.config.vocab_size:
@@ -172,6 +173,7 @@ def _choose(options: argparse.Namespace, folder: WorkFolder, shown: Whole) -> Ch
         choices = choosing.within_memory(base, wanted, DEFAULT_CORRECTION_RANK, longest)
     folder.choose(choices)
     head = f"a draft head of {draft_size} tokens" if draft_size else "no draft head"
+    head += f", a loss over {choices.loss_size} tokens" if choices.loss_size else ""
     shown.say(
         f"chosen for {base.name} on {device}: layers {','.join(map(str, choices.layers))}, {head}, answers in "
         f"{choices.precision}, fit in {choices.dtype}, steps of {choices.accumulate} x {choices.sequences} texts with "
@@ -225,6 +227,7 @@ def _set_pace(options: argparse.Namespace, folder: WorkFolder, choices: Choices,
         accumulate=choices.accumulate,
         correction_rank=DEFAULT_CORRECTION_RANK,
         draft_size=choices.draft_size,
+        loss_size=choices.loss_size,
     )
     shown.say("timing some steps of the fit")
     with progress_bar() as progress:
@@ -283,8 +286,9 @@ def _fit(
     words += ["--layers", ",".join(map(str, choices.layers)), "--steps", str(pace.steps)]
     words += ["--sequences", str(choices.sequences), "--anchors", str(choices.anchors)]
     words += ["--accumulate", str(choices.accumulate), "--dtype", choices.dtype, "--device", options.device]
-    if choices.draft_size is not None:
-        words += ["--draft-size", str(choices.draft_size), "--draft-prompts", str(options.prompts)]
+    if choices.head_size is not None:
+        name = "--loss-size" if choices.loss_size is not None else "--draft-size"
+        words += [name, str(choices.head_size), "--draft-prompts", str(options.prompts)]
     words += ["--seed", str(options.seed), "--evaluate-every", str(pace.evaluate_every)]
     words += ["--checkpoint-every", str(pace.checkpoint_every), "--checkpoint", str(work / f"{name}.checkpoint")]
     if part is None:

@@ -126,6 +126,26 @@ def test_the_loss_is_kl_over_the_draft_tokens_weighted_by_their_probability(
     torch.testing.assert_close(again.gradient, found.gradient, rtol=1e-5, atol=1e-7)
 
 
+def test_a_loss_over_the_frequent_tokens_trains_what_a_draft_head_does_and_drafts_from_the_whole_vocabulary(
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, draft_size=40, steps=4)
+    told: list[str] = []
+    head, _ = fit(base, sequences, settings, tmp_path / "a", QUIET, report=told.append)
+    frequent = replace(settings, draft_size=None, loss_size=40)
+    whole, _ = fit(base, sequences, frequent, tmp_path / "b", QUIET, report=told.append)
+    assert head.draft_size == 40
+    assert whole.draft_tokens is None
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(tensor, head.state_dict()[name], rtol=0, atol=0)
+    assert told[0].startswith("drafts are chosen from 40 tokens, ")
+    assert any(line.startswith("the loss runs over 40 tokens, ") for line in told)
+    with pytest.raises(InputError, match="of a run with another loss_size"):
+        fit(base, sequences, replace(frequent, loss_size=41), tmp_path / "b", QUIET, report=lambda _: None)
+    with pytest.raises(InputError, match="leave loss_size 40 out, or draft_size"):
+        replace(settings, loss_size=40)
+
+
 def test_a_feature_cache_runs_the_whole_head_over_the_answers_once(
     base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path
 ) -> None:
@@ -293,9 +313,18 @@ def test_the_commands_choose_a_head_and_measure_it(
     asked, _ = load_transfer_layers(more)
     assert worded.draft_tokens.tolist() == asked.draft_tokens.tolist()  # type: ignore[union-attr]
 
+    places[places.index(str(tmp_path / "worded.safetensors"))] = str(tmp_path / "frequent.safetensors")
+    assert cli.main(["fit", model, *places, "--loss-size", "50", "--draft-prompts", str(prompts), *SHORT]) == 0
+    frequent, about = load_transfer_layers(tmp_path / "frequent.safetensors")
+    assert frequent.draft_tokens is None
+    assert about.recipe["loss_size"] == 50
+    assert "draft_head" not in about.recipe
+
     sweep = ["sweep", model, "--data", str(data_folder), "--held-out", str(held_out_folder)]
     options = ["--out", str(tmp_path / "sweep"), "--steps", "2", "--rungs", "1", "--placement", "2,3"]
     assert cli.main([*sweep, *options, "--draft-size", "50", *SHORT]) == 0
+    options[1] = str(tmp_path / "frequent")
+    assert cli.main([*sweep, *options, "--loss-size", "50", *SHORT]) == 0
     assert "Recommended" in capsys.readouterr().out
 
 
