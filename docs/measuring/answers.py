@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from ht_export.training.data import read_data
 from ht_export.training.generate import DataSettings, Part, generate_data
 from runtime import Generator
 from runtime.files import write_json
+from runtime.tuning import cpu_name
 
 
 @dataclass
@@ -106,7 +109,16 @@ def main() -> None:
             f"{same} of {len(way.answers)} answers are its"
         )
     if arguments.json:
-        write_json(arguments.json, {"batch": arguments.batch, "threads": arguments.threads, "ways": rows})
+        conditions = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "device": cpu_name(arguments.threads),
+            "model": base.name,
+            "prompts": arguments.count,
+            "max_new_tokens": arguments.max_new_tokens,
+            "batch": arguments.batch,
+            "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime")},
+        }
+        write_json(arguments.json, {"conditions": conditions, "ways": rows})
 
 
 @torch.inference_mode()
