@@ -388,20 +388,23 @@ def _optimizer(transfer: TransferLayers, settings: FitSettings) -> torch.optim.O
 
 def _run_identity(settings: FitSettings, base: BaseModel, data: Sequence[AnsweredPrompt]) -> dict[str, Any]:
     """Return what a resumed run must have in common with the run of its checkpoint."""
-    run = {**asdict(settings), "base model": base.weights_sha256, "data": fingerprint(data)}
+    run = {**compared(settings), "base model": base.weights_sha256, "data": fingerprint(data)}
     # Where they decide nothing about a step they may differ: a run can be made longer.
     del run["patience"]
     if settings.schedule == "constant":
         del run["steps"]
-    # Checkpoints of earlier releases, which had no other, do not say them.
-    if settings.drafter == "transfer":
-        del run["drafter"]
-    if not settings.loss_choice:
-        del run["loss_choice"]
-    if settings.loss_size is None:
-        del run["loss_size"]
     run["dtype"] = str(base.model.dtype)
+    # None where there is none: a checkpoint that says one is of another run.
+    run |= {"start": None, "draft_texts": None}
     return run
+
+
+def compared(settings: FitSettings) -> dict[str, Any]:
+    """Return the settings by which a run is told from another: None for what nobody asks for of those that files of
+    earlier releases do not say.
+    """
+    drafter = None if settings.drafter == DRAFTERS[0] else settings.drafter
+    return {**asdict(settings), "drafter": drafter, "loss_choice": settings.loss_choice or None}
 
 
 def _stopping(state: FitState, settings: FitSettings, evaluate_every: int) -> bool:

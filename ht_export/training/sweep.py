@@ -22,7 +22,7 @@ from ht_export.training.cost import RowCosts, best_choice
 from ht_export.training.data import AnsweredPrompt, fingerprint
 from ht_export.training.evaluate import predict, statistics
 from ht_export.training.features import FeatureCache
-from ht_export.training.fit import FitSettings, fit
+from ht_export.training.fit import FitSettings, compared, fit
 from ht_export.training.identity import first_difference
 from runtime.errors import InputError
 from runtime.files import write_json
@@ -233,12 +233,8 @@ def recommendation(rows: Sequence[SweepRow], row_cost: float) -> str:
 
 
 def _common(settings: FitSettings) -> dict[str, Any]:
-    """Return what all fits have in common; of what earlier releases did not have, only what is asked for."""
-    common = {name: value for name, value in asdict(settings).items() if name not in ("layers", "steps")}
-    for size in ("draft_size", "loss_size"):
-        if common[size] is None:
-            del common[size]
-    return common
+    """Return what all fits have in common."""
+    return {name: value for name, value in compared(settings).items() if name not in ("layers", "steps")}
 
 
 def _name(layers: Placement) -> str:

@@ -293,6 +293,31 @@ def test_step_weights_decide_what_is_learned(base: BaseModel, sequences: list[An
     assert not torch.equal(only_first.linears[0].weight, untrained.linears[0].weight)
 
 
+TEXTS = [AnsweredPrompt(str(number), "", [1, 5], list(range(40 + number, 60))) for number in range(4)]
+
+
+@pytest.mark.parametrize("asked", [{"loss_choice": 0.5}, {"loss_size": 40}, {"draft_size": 40}, {"draft_texts": [[7]]}])
+def test_a_checkpoint_with_another_loss_is_refused_by_a_run_that_does_not_ask_for_it(
+    base: BaseModel, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    plain: dict[str, Any] = {
+        "layers": (2,),
+        "steps": 1,
+        "sequences": 2,
+        "anchors": 4,
+        "init": "identity",
+        "correction_rank": 0,
+    }
+    texts = {"draft_texts": asked["draft_texts"]} if "draft_texts" in asked else {}
+    more = {} if texts else asked
+    checkpoint = tmp_path / "checkpoint"
+    fit(base, TEXTS, FitSettings(**{**plain, **more}), checkpoint, QUIET, **texts)
+    with pytest.raises(InputError, match=f"is the checkpoint of a run with another {next(iter(asked))} "):
+        fit(base, TEXTS, FitSettings(**plain), checkpoint, QUIET)
+    # As they were: it goes on.
+    fit(base, TEXTS, FitSettings(**{**plain, **more}), checkpoint, QUIET, **texts)
+
+
 def test_a_checkpoint_of_another_run_is_refused(
     base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path
 ) -> None:
