@@ -26,6 +26,7 @@ from ht_export.model.transfer import TransferLayers
 from ht_export.training.batches import make_batch
 from ht_export.training.data import AnsweredPrompt
 from ht_export.training.drafts import draft_hidden, run_context
+from ht_export.training.losses import CHUNK_ROWS
 from runtime.drafting.correction import SHORTLIST, corrected
 from runtime.drafting.drafts import DraftStep
 from runtime.drafting.foresight import USUAL
@@ -81,13 +82,14 @@ def fit_foresight(
     steps = transfer.num_steps
     drawn: list[list[list[Races]]] = [[[] for _ in range(steps)] for _ in temperatures]
     rng = np.random.default_rng([seed, 2])
-    bar = progress.add_task("foreseeing draws", total=len(texts)) if progress else None
+    anchors = sum(len(text.answer) - steps for text in texts)
+    bar = progress.add_task("foreseeing draws", total=anchors) if progress else None
     for drafts, logits in _shortlists(base, transfer, texts):
         for of_temperature, temperature in zip(drawn, temperatures, strict=True):
             for k in range(steps):
                 of_temperature[k].append(_races([one[k] for one in drafts], logits[:, k], temperature, rng))
         if progress and bar is not None:
-            progress.advance(bar)
+            progress.advance(bar, len(drafts))
     return [
         {
             "temperature": temperature,
@@ -107,8 +109,8 @@ def _some(data: Sequence[AnsweredPrompt]) -> Sequence[AnsweredPrompt]:
 def _shortlists(
     base: BaseModel, transfer: TransferLayers, texts: Sequence[AnsweredPrompt]
 ) -> Iterator[tuple[list[list[DraftStep]], Tensor]]:
-    """Yield for each text the corrected shortlists of every anchor and step, and the base model's logits [A, K, V] of
-    what they stand for.
+    """Yield for the anchors of each text, up to `CHUNK_ROWS` at a time, the corrected shortlists of every step, and the
+    base model's logits [A, K, V] of what they stand for: those of a whole text would be too large.
     """
     parts = decoder_parts(base.model)
     correction = None
@@ -120,20 +122,21 @@ def _shortlists(
         batch = make_batch([text], transfer.num_steps, None, None).to(base.model.device)
         context = run_context(base.model, transfer.layers, batch.input_ids)
         hidden = draft_hidden(base.model, transfer, context, batch.anchors)[0]
-        best = head(normed_drafts(base.model, transfer, hidden)).float().softmax(-1)
-        best = best.topk(min(SHORTLIST, best.shape[-1]), dim=-1)
-        tokens = best.indices if read_by is None else read_by.tokens[best.indices]
-        found, shares = tokens.cpu().numpy(), best.values.double().cpu().numpy()
-        anchors = batch.anchors[0].cpu().numpy()
-        ids = np.array(text.tokens)
-        drafts = []
-        for row, anchor in enumerate(anchors.tolist()):
-            steps = [DraftStep(*step) for step in zip(found[row], shares[row], strict=True)]
-            after = corrected(steps, correction, found.shape[-1])
-            drafts.append([after.after(k, int(ids[anchor + 1 + k])) for k in range(len(steps))])
+        normed = normed_drafts(base.model, transfer, hidden)
         states = context.hidden[len(parts.layers)][0]
-        rows = batch.anchors[0][:, None] + torch.arange(1, transfer.num_steps + 1, device=states.device)
-        yield drafts, _logits(parts, states, rows)
+        ids = np.array(text.tokens)
+        for anchors, of_drafts in zip(batch.anchors[0].split(CHUNK_ROWS), normed.split(CHUNK_ROWS), strict=True):
+            best = head(of_drafts).float().softmax(-1)
+            best = best.topk(min(SHORTLIST, best.shape[-1]), dim=-1)
+            tokens = best.indices if read_by is None else read_by.tokens[best.indices]
+            found, shares = tokens.cpu().numpy(), best.values.double().cpu().numpy()
+            drafts = []
+            for row, anchor in enumerate(anchors.tolist()):
+                steps = [DraftStep(*step) for step in zip(found[row], shares[row], strict=True)]
+                after = corrected(steps, correction, found.shape[-1])
+                drafts.append([after.after(k, int(ids[anchor + 1 + k])) for k in range(len(steps))])
+            rows = anchors[:, None] + torch.arange(1, transfer.num_steps + 1, device=states.device)
+            yield drafts, _logits(parts, states, rows)
 
 
 def _logits(parts: DecoderParts, states: Tensor, rows: Tensor) -> Tensor:

@@ -69,3 +69,17 @@ def test_transfer_layers_get_foresight_for_each_step_and_temperature(
     assert all(len(one["steps"]) == 3 for one in found)
     foresight = Foresight.of({"foresight": found})
     assert len(foresight.at(0.7)) == 3
+
+
+def test_a_long_text_has_logits_for_64_anchors_at_a_time(base: BaseModel) -> None:
+    rows: list[int] = []
+    head = base.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, given, made: rows.append(made[..., 0].numel()))
+    try:
+        found = fit_foresight(base, random_transfer((1, 2)), [AnsweredPrompt("0", "", [1], list(range(3, 203)))])
+    finally:
+        hook.remove()
+    assert len(found[0]["steps"]) == 2
+    # Drafts are two rows an anchor, and the base model's own rows one, with those after the last anchor.
+    assert sum(rows) == 2 * 198 + 198 + 4
+    assert max(rows) == 2 * 64
