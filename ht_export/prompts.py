@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakKeyDictionary
 
 from ht_export.foreign import foreign_code
@@ -15,6 +15,8 @@ from runtime.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,10 @@ def without_duplicates(
     return kept
 
 
-def evenly(prompts: Sequence[Conversation], count: int) -> list[Conversation]:
-    """Return `count` of `prompts`, or all if there are fewer, spread evenly over them."""
-    count = min(count, len(prompts))
-    return [prompts[index * len(prompts) // count] for index in range(count)]
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """Return `count` of `items`, or all if there are fewer, spread evenly over them."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Iterable[str], answers: Iterable[str] = ()) -> list[int]:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from rich.progress import Progress
 
-from ht_export.model.blocks import MOST_DRAFTED, SKIPPED_BLOCKS, SkippedBlocks, write_skipped_blocks
+from ht_export.model.blocks import SKIPPED_BLOCKS, SkippedBlocks, write_skipped_blocks
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.transfer import (
     DRAFTERS,
@@ -28,7 +28,7 @@ from ht_export.model.transfer import (
     save_transfer_layers,
 )
 from ht_export.progress import progress_bar, stage_display
-from ht_export.prompts import read_conversations
+from ht_export.prompts import evenly, read_conversations
 from ht_export.settings import ExportSettings
 from ht_export.training.acceptance import measure_acceptance
 from ht_export.training.data import MANIFEST, AnsweredPrompt, read_data
@@ -44,7 +44,7 @@ from ht_export.training.sweep import SweepSettings, default_placements, recommen
 from ht_export.versions import PROJECT, version_of
 from runtime import Generator
 from runtime.bundle.engine_file import MOST_BATCH
-from runtime.checks import number, whole
+from runtime.checks import whole
 from runtime.drafting.correction import SHORTLIST
 from runtime.errors import InputError
 from runtime.files import atomic_path, check_readable, check_writable, unwritable, write_json
@@ -87,6 +87,8 @@ def run_merge(options: argparse.Namespace) -> None:
 
 def run_fit(options: argparse.Namespace) -> None:
     """Train transfer layers and write them with what is known about them."""
+    if options.max_texts is not None:
+        whole("--max-texts", options.max_texts, 1)
     check_writable(options.out)
     checkpoint = options.checkpoint or Path(f"{options.out}.checkpoint")
     check_writable(checkpoint)
@@ -120,7 +122,7 @@ def run_fit(options: argparse.Namespace) -> None:
     settings = FitSettings(layers=layers, steps=options.steps, patience=options.patience, drafter=drafter, **chosen)
     data = _read_all(options.data, base, len(layers) + 1)
     if options.max_texts is not None:
-        data = spread(data, options.max_texts)
+        data = evenly(data, options.max_texts)
     held_out = read_data(options.held_out, base, len(layers) + 1) if options.held_out else []
     _check_apart(data, held_out, options)
     texts = _encoded(options.draft_prompts, base)
@@ -258,11 +260,7 @@ def run_skip_blocks(options: argparse.Namespace) -> None:
     check_writable(options.out)
     if options.out.exists():
         SKIPPED_BLOCKS.read(options.out)
-    settings = SearchSettings(options.budget, options.row_cost, options.seed)
-    if options.draft_tokens is not None:
-        whole("--draft-tokens", options.draft_tokens, 1, MOST_DRAFTED)
-    if options.confidence is not None:
-        number("--confidence", options.confidence, 0, 1)
+    settings = SearchSettings(options.budget, options.row_cost, options.seed, options.draft_tokens, options.confidence)
     base = _load(options)
     data = spread(_read_all(options.data, base, 2), options.texts)
     with progress_bar() as progress:
@@ -274,16 +272,14 @@ def run_skip_blocks(options: argparse.Namespace) -> None:
 
         found, evaluated = search(base, data, settings, tell)
     about = {
+        **asdict(settings),
         **found.described(),
         "evaluated": evaluated,
-        **asdict(settings),
         "texts": len(data),
         "answer_tokens": sum(len(sequence.answer) for sequence in data),
         "dtype": options.dtype,
     }
-    draft_tokens = found.draft_tokens if options.draft_tokens is None else options.draft_tokens
-    confidence = found.confidence if options.confidence is None else options.confidence
-    written = SkippedBlocks.of(found.blocks, base.identity(), draft_tokens, confidence, about)
+    written = SkippedBlocks.of(found.blocks, base.identity(), found.draft_tokens, found.confidence, about)
     write_skipped_blocks(options.out, written)
     print(
         f"wrote {options.out}: drafts without {len(written.attention)} attention and {len(written.mlp)} MLP blocks, up "

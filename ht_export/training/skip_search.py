@@ -29,7 +29,7 @@ from ht_export.model.skipping import all_blocks, block_weights, without
 from ht_export.training.batches import make_batch
 from ht_export.training.data import AnsweredPrompt
 from ht_export.training.drafts import run_context
-from runtime.checks import whole
+from runtime.checks import number, whole
 from runtime.errors import InputError
 
 # Tokens drafted in a row, and confidences to stop at, that are tried for every set.
@@ -47,18 +47,34 @@ Block = tuple[str, int]
 @dataclass(frozen=True)
 class SearchSettings:
     """A search of `budget` evaluations, drawn by `seed`. A drafted token adds `row_cost` of a plain pass to the pass
-    that verifies it.
+    that verifies it. `draft_tokens` and `confidence` None are those that are best for a set.
     """
 
     budget: int = 240
     row_cost: float = 0.05
     seed: int = 0
+    draft_tokens: int | None = None
+    confidence: float | None = None
 
     def __post_init__(self) -> None:
         whole("--budget", self.budget, 1, MOST_BUDGET)
         whole("--seed", self.seed, 0)
         if not 0 <= self.row_cost < math.inf:
             raise InputError(f"--row-cost must be at least 0, not {self.row_cost}")
+        if self.draft_tokens is not None:
+            whole("--draft-tokens", self.draft_tokens, 1, MOST_DRAFTED)
+        if self.confidence is not None:
+            number("--confidence", self.confidence, 0, 1)
+
+    @property
+    def drafted(self) -> tuple[int, ...]:
+        """The numbers of tokens in a row that are tried for every set."""
+        return DRAFTED if self.draft_tokens is None else (self.draft_tokens,)
+
+    @property
+    def confidences(self) -> tuple[float, ...]:
+        """The confidences to stop at that are tried for every set."""
+        return CONFIDENCES if self.confidence is None else (self.confidence,)
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,7 @@ def search(
                 return None
             if len(seen) == settings.budget:
                 return None
-            seen[chosen] = evaluate_blocks(base, data, found, draft_cost(base, weights, chosen), settings.row_cost)
+            seen[chosen] = evaluate_blocks(base, data, found, draft_cost(base, weights, chosen), settings)
             tell(len(seen), max(seen.values(), key=lambda one: one.speedup))
         return seen[chosen]
 
@@ -158,16 +174,16 @@ def draft_cost(base: BaseModel, weights: dict[Block, int], chosen: frozenset[Blo
 
 
 def evaluate_blocks(
-    base: BaseModel, data: Sequence[AnsweredPrompt], blocks: Blocks, cost: float, row_cost: float
+    base: BaseModel, data: Sequence[AnsweredPrompt], blocks: Blocks, cost: float, settings: SearchSettings
 ) -> Found:
     """Return what drafts without `blocks`, of this `cost` each, are worth on `data`."""
     sights = list(look(base, data, blocks))
     agreement = float(np.concatenate([sight.right for sight in sights]).mean())
     best: Found | None = None
-    for most in DRAFTED:
-        for confidence in CONFIDENCES:
+    for most in settings.drafted:
+        for confidence in settings.confidences:
             steps, tokens, drafted = passes(sights, most, confidence)
-            speedup = tokens / (steps + drafted * (cost + row_cost))
+            speedup = tokens / (steps + drafted * (cost + settings.row_cost))
             if best is None or speedup > best.speedup:
                 best = Found(blocks, most, confidence, speedup, tokens / steps, agreement, cost)
     assert best is not None

@@ -11,7 +11,7 @@ from ht_export.model.checkpoint import BaseModel
 from ht_export.model.skipping import block_weights
 from ht_export.training import cli
 from ht_export.training.data import AnsweredPrompt
-from ht_export.training.skip_search import SearchSettings, Sight, draft_cost, look, passes, search
+from ht_export.training.skip_search import SearchSettings, Sight, draft_cost, evaluate_blocks, look, passes, search
 
 
 def sight(right: str, sure: list[float] | None = None) -> Sight:
@@ -44,6 +44,15 @@ def test_a_whole_model_agrees_with_its_own_text(base: BaseModel, sequences: list
     assert [len(one.right) for one in found] == [len(one.answer) for one in sequences[:3]]
     assert np.concatenate([one.right for one in found]).mean() > 0.95
     assert all(((one.sure > 0) & (one.sure <= 1.0001)).all() for one in found)
+
+
+def test_a_set_is_worth_what_it_is_with_the_tokens_and_confidence_that_are_given(base: BaseModel) -> None:
+    text = [AnsweredPrompt("0", "", [1, 5], list(range(40, 60)))]
+    settings = SearchSettings(draft_tokens=7, confidence=0.3)
+    found = evaluate_blocks(base, text, Blocks(mlp=(1,)), 0.5, settings)
+    assert (found.draft_tokens, found.confidence) == (7, 0.3)
+    steps, tokens, drafted = passes(list(look(base, text, Blocks(mlp=(1,)))), 7, 0.3)
+    assert found.speedup == tokens / (steps + drafted * 0.55)
 
 
 def test_the_best_of_what_was_evaluated_is_found_within_the_budget(
