@@ -196,5 +196,17 @@ def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[Ans
     return sequences
 
 
+def is_whole(folder: Path) -> bool:
+    """Return whether a data folder is finished, with every shard there. Raises `InputError` for a damaged manifest."""
+    shards = MANIFESTS.read(folder / MANIFEST).shards
+    return shards is not None and all((folder / name).is_file() for name in shards)
+
+
+def long_answers(folder: Path, min_answer_tokens: int) -> int:
+    """Return how many answers of a finished data folder have at least so many tokens. Raises `InputError`."""
+    shards = MANIFESTS.read(folder / MANIFEST).shards or ()
+    return sum(len(one.answer) >= min_answer_tokens for name in shards for one in _read_shard(folder / name))
+
+
 def _read_shard(path: Path) -> list[AnsweredPrompt]:
     return [sequence for _, sequence in SHARDS.lines(path)]

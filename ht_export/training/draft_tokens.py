@@ -27,14 +27,7 @@ def choose_draft_tokens(
 
     Raises `InputError` where the size is none that a part of the vocabulary can have.
     """
-    # A model may name tokens beyond its vocabulary: it never chooses them.
-    stops = sorted({token for token in stop_tokens if token < vocab_size})
-    least = max(1, len(stops))
-    if not least <= size < vocab_size:
-        raise InputError(
-            f"the size of the draft head must be at least {least}{' (the stop tokens)' if stops else ''} and less than "
-            f"the model's vocabulary of {vocab_size} tokens, not {size}; 8192 is usual"
-        )
+    stops = check_draft_size(size, vocab_size, stop_tokens)
     answers = _counts((one.answer for one in data), vocab_size)
     prompts = _counts(chain((one.prompt for one in data), texts), vocab_size)
     prompts[answers > 0] = 0
@@ -43,6 +36,21 @@ def choose_draft_tokens(
     # The last key counts first.
     order = np.lexsort((ids, -prompts, -answers, ~is_stop))
     return torch.from_numpy(np.sort(order[:size]))
+
+
+def check_draft_size(size: int, vocab_size: int, stop_tokens: Iterable[int]) -> list[int]:
+    """Return the stop tokens, all of which a draft head has, ascending. Raises `InputError` where `size` is none that a
+    part of the vocabulary can have.
+    """
+    # A model may name tokens beyond its vocabulary: it never chooses them.
+    stops = sorted({token for token in stop_tokens if token < vocab_size})
+    least = max(1, len(stops))
+    if not least <= size < vocab_size:
+        raise InputError(
+            f"the size of the draft head must be at least {least}{' (the stop tokens)' if stops else ''} and less than "
+            f"the model's vocabulary of {vocab_size} tokens, not {size}; 8192 is usual"
+        )
+    return stops
 
 
 def covered(tokens: Tensor, data: Sequence[AnsweredPrompt]) -> float:

@@ -33,6 +33,7 @@ def add_all(commands: argparse._SubParsersAction) -> None:
     every.add_argument("--curve", action="store_true", help="fit half and a quarter of the texts too, to tell what "
                        "more would bring; the time is shared")  # fmt: skip
     every.add_argument("--max-prompts", type=int, help="train on this many, drawn at random (default: all)")
+    every.add_argument("--max-prompt-tokens", type=int, help="leave out longer prompts (default: 256)")
     every.add_argument("--max-new-tokens", type=int, default=128, help="length limit of an answer (default: 128)")
     every.add_argument("--layers", type=integers, help="transfer layer of each draft step, 0-based (default: all at "
                        "two thirds of the depth)")  # fmt: skip

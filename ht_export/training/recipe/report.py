@@ -29,6 +29,8 @@ from runtime.files import atomic_path, check_writable, write_json
 
 REPORT, NUMBERS = "report.md", "report.json"
 ROWS = (16, 32)
+# Statistics that the report shows.
+SHOWN = ("top", "kl", "tokens_per_step", "ranks", "calibration")
 
 
 def run_report(options: argparse.Namespace) -> None:
@@ -48,10 +50,19 @@ def run_report(options: argparse.Namespace) -> None:
     if options.row_cost is not None:
         cost = RowCost(options.row_cost, "given")
     smaller = sorted((_smaller(path, base) for path in options.curve), key=lambda one: one[0])
+    sizes = [texts for texts, _ in smaller]
+    if smaller:
+        sizes.append(_texts_of(about, f"--transfer {options.transfer}"))
+        if len(set(sizes)) < len(sizes) or sizes != sorted(sizes):
+            raise InputError(
+                f"--curve needs fits to fewer texts each, and to fewer than {sizes[-1]}; these have {sizes[:-1]}"
+            )
     with progress_bar() as progress:
-        found = _numbers(base, transfer, about, data, held_out, cost, smaller, progress)
-    if not about.acceptance:
-        # Nobody measured all of them.
+        curve = [layers for _, layers in smaller]
+        found = _numbers(base, transfer, data, held_out, cost, curve, sizes, progress)
+    stored, measured = ({name: one.get(name) for name in SHOWN} for one in (about.acceptance, found["measured"]))
+    if not _alike(stored, measured):
+        # Nobody measured all of them, or not all that is shown.
         about = TransferFile(about.base_model, about.recipe, found.pop("measured"))
     found = {
         "model": about.base_model["name"],
@@ -75,23 +86,47 @@ def run_report(options: argparse.Namespace) -> None:
 def _smaller(path: Path, base: BaseModel) -> tuple[int, TransferLayers]:
     """Return transfer layers of a fit to fewer texts, and how many."""
     transfer, about = load_transfer_layers(path, base.identity())
-    texts = about.recipe.get("data", {}).get("sequences") if isinstance(about.recipe.get("data"), dict) else None
+    return _texts_of(about, f"--curve {path}"), transfer
+
+
+def _texts_of(about: TransferFile, told: str) -> int:
+    """Return how many texts the file `told` was trained on. Raises `InputError` where it does not say."""
+    data = about.recipe.get("data")
+    texts = data.get("sequences") if isinstance(data, dict) else None
     if not isinstance(texts, int) or texts < 1:
-        raise InputError(f"--curve {path}: its recipe does not say how many texts it was trained on; fit it again")
-    return texts, transfer
+        raise InputError(f"{told}: its recipe does not say how many texts it was trained on; fit it again")
+    return texts
+
+
+def _alike(found: Any, wanted: Any) -> bool:
+    """Return whether statistics of a file have the form of those `wanted`, by which they are shown."""
+    if isinstance(wanted, dict):
+        same = isinstance(found, dict) and found.keys() == wanted.keys()
+        return same and all(_alike(found[key], value) for key, value in wanted.items())
+    if isinstance(wanted, list):
+        # By draft step, or bins, of which there may be any number.
+        bins = bool(wanted) and isinstance(wanted[0], dict) and "count" in wanted[0]
+        return (
+            isinstance(found, list)
+            and (bins or len(found) == len(wanted))
+            and all(_alike(one, wanted[0]) for one in found)
+        )
+    return isinstance(found, int | float)
 
 
 def _numbers(
     base: BaseModel,
     transfer: TransferLayers,
-    about: TransferFile,
     data: Sequence[AnsweredPrompt],
     held_out: Sequence[AnsweredPrompt],
     cost: RowCost,
-    smaller: Sequence[tuple[int, TransferLayers]],
+    smaller: Sequence[TransferLayers],
+    sizes: Sequence[int],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Return what is computed here, as JSON values."""
+    """Return what is computed here, as JSON values. `sizes` are the texts that the fits of a learning curve had, those
+    `smaller` and the whole one; none without a curve.
+    """
 
     def drafts_of(layers: TransferLayers, texts: Sequence[AnsweredPrompt]) -> list[TextPredictions]:
         layers.to(base.model.device)
@@ -125,14 +160,8 @@ def _numbers(
         },
         "learning_curve": None,
     }
-    own = about.recipe.get("data", {}).get("sequences") if isinstance(about.recipe.get("data"), dict) else None
-    if smaller and isinstance(own, int):
-        counts = [Counts.of(drafts_of(layers, held_out), ROWS[-1]) for _, layers in smaller]
-        sizes = [*(texts for texts, _ in smaller), own]
-        if len(set(sizes)) < len(sizes) or sizes != sorted(sizes):
-            raise InputError(
-                f"--curve needs fits to fewer texts each, and to fewer than {own}; these have {sizes[:-1]}"
-            )
+    if smaller:
+        counts = [Counts.of(drafts_of(layers, held_out), ROWS[-1]) for layers in smaller]
         points = learning_curve(sizes, [*counts, by_rows[str(ROWS[-1])][1]], transfer.num_steps + 1)
         found["learning_curve"] = {
             "measured": len(sizes),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
+import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ from ht_export.model.transfer import TransferLayers, load_transfer_layers
 from ht_export.progress import Whole, one_display, progress_bar
 from ht_export.prompts import read_conversations
 from ht_export.training.commands import DEFAULT_CORRECTION_RANK, check_out, spread
-from ht_export.training.data import MANIFEST, MANIFESTS, read_data
+from ht_export.training.data import MANIFEST, is_whole, long_answers, read_data
+from ht_export.training.draft_tokens import check_draft_size
 from ht_export.training.fit import FitSettings
 from ht_export.training.machine import engine_device, fit_device, has_bfloat16
 from ht_export.training.recipe import choices as choosing
@@ -29,6 +32,7 @@ from ht_export.training.recipe.choices import Choices
 from ht_export.training.recipe.pace import MEASUREMENTS, pace_for, pace_of, seconds_per_step
 from ht_export.training.recipe.record import RECORD, Pace, WorkFolder
 from ht_export.training.recipe.report import NUMBERS
+from runtime.bundle.places import engine_file_path
 from runtime.checks import MOST_REPEATS, number, whole
 from runtime.errors import InputError
 from runtime.files import check_writable, sha256_file
@@ -47,24 +51,35 @@ PARTS = (4, 2)
 
 @dataclass(frozen=True)
 class Stage:
-    """A command of `ht-train`, and the file that tells by its fingerprint whether what it left is still there."""
+    """A command of `ht-train`, and the file that tells by its fingerprint whether what it left is still there.
+
+    It leaves the files `also`, too, and statistics in the transfer layers that are `measured`.
+    """
 
     name: str
     words: list[str]
     left: Path
     quiet: bool = False
+    also: tuple[Path, ...] = ()
+    measured: Path | None = None
 
     def fingerprint(self) -> str | None:
-        """Return what tells the stage's outcome from another; None where there is none."""
-        if not self.left.is_file():
+        """Return what tells the stage's outcome from another; None where there is none, or some of it is lost."""
+        if not all(path.is_file() for path in (self.left, *self.also)):
             return None
-        if self.left.suffix == ".safetensors":
-            # By its weights: what is measured of them later is written into the file too.
-            try:
+        try:
+            if self.left.suffix == ".safetensors":
+                # By its weights: what is measured of them later is written into the file too.
                 return load_transfer_layers(self.left)[0].digest()
-            except InputError:
+            if self.left.name == MANIFEST and not is_whole(self.left.parent):
                 return None
-        return sha256_file(self.left)
+            found = sha256_file(self.left)
+            if self.measured is None:
+                return found
+            acceptance = json.dumps(load_transfer_layers(self.measured)[1].acceptance, sort_keys=True)
+            return hashlib.sha256((found + acceptance).encode()).hexdigest()
+        except InputError:
+            return None
 
 
 def run_all(options: argparse.Namespace, execute: Execute) -> None:
@@ -80,7 +95,8 @@ def run_all(options: argparse.Namespace, execute: Execute) -> None:
     with one_display("all stages", 5 + len(curve)) as shown:
         held_out = _held_out(options, work, shown)
         choices = folder.record.choices or _choose(options, folder, shown)
-        for stage in _data_stages(options, work, held_out, choices):
+        answering = "held-out" not in folder.record.done
+        for stage in _data_stages(options, work, held_out, choices, answering):
             _run(stage, folder, shown, execute)
         pace = folder.record.pace or _set_pace(options, folder, choices, 1 + len(curve), shown)
         for stage in _fit_stages(options, work, choices, pace, curve):
@@ -93,7 +109,8 @@ def run_all(options: argparse.Namespace, execute: Execute) -> None:
 def _check(options: argparse.Namespace) -> None:
     if options.hours is not None:
         number("--hours", options.hours, 1e-6, MOST_HOURS)
-    for name in ("steps", "sequences", "anchors", "draft_steps", "max_prompts", "max_new_tokens", "batch_size"):
+    counts = "steps", "sequences", "anchors", "draft_steps", "batch_size"
+    for name in (*counts, "max_prompts", "max_prompt_tokens", "max_new_tokens"):
         value = getattr(options, name)
         if value is not None:
             whole(f"--{name.replace('_', '-')}", value, 1, MOST_REPEATS)
@@ -113,6 +130,8 @@ def _asked(options: argparse.Namespace) -> dict[str, object]:
         "draft_steps",
         "draft_size",
         "max_prompts",
+        # None, where nobody says it, as in the records of earlier releases.
+        "max_prompt_tokens",
         "max_new_tokens",
         "precision",
         "dtype",
@@ -167,9 +186,11 @@ def _choose(options: argparse.Namespace, folder: WorkFolder, shown: Whole) -> Ch
             f"--draft-size must be less than the model's vocabulary of {base.model.config.vocab_size} tokens, not "
             f"{draft_size}; 0 is for all of it"
         )
+    if draft_size is not None:
+        check_draft_size(draft_size, base.model.config.vocab_size, base.stop_tokens())
     choices = wanted
     if options.sequences is None and options.anchors is None:
-        longest = LONGEST_PROMPT + options.max_new_tokens
+        longest = _longest_prompt(options) + options.max_new_tokens
         choices = choosing.within_memory(base, wanted, DEFAULT_CORRECTION_RANK, longest)
     folder.choose(choices)
     head = f"a draft head of {draft_size} tokens" if draft_size else "no draft head"
@@ -180,6 +201,10 @@ def _choose(options: argparse.Namespace, folder: WorkFolder, shown: Whole) -> Ch
         f"{choices.anchors} anchors each"
     )
     return choices
+
+
+def _longest_prompt(options: argparse.Namespace) -> int:
+    return LONGEST_PROMPT if options.max_prompt_tokens is None else int(options.max_prompt_tokens)
 
 
 def _loaded(options: argparse.Namespace, dtype: str) -> BaseModel:
@@ -193,16 +218,20 @@ def _model(options: argparse.Namespace) -> list[str]:
     return [options.model, *(word for folder in options.adapters for word in ("--adapter", str(folder)))]
 
 
-def _data_stages(options: argparse.Namespace, work: Path, held_out: Path, choices: Choices) -> Iterator[Stage]:
-    common = ["--max-new-tokens", str(options.max_new_tokens), "--max-prompt-tokens", str(LONGEST_PROMPT)]
+def _data_stages(
+    options: argparse.Namespace, work: Path, held_out: Path, choices: Choices, answering: bool
+) -> Iterator[Stage]:
+    """Yield the stages that make texts; `answering` says that the engine of the first is needed still."""
+    common = ["--max-new-tokens", str(options.max_new_tokens), "--max-prompt-tokens", str(_longest_prompt(options))]
     common += ["--seed", str(options.seed), "--device", engine_device(fit_device(options.device))]
     for name, value in (("--batch-size", options.batch_size), ("--threads", options.threads)):
         common += [name, str(value)] if value is not None else []
     words = ["data", *_model(options), "--prompts", str(options.prompts), "--exclude", str(held_out)]
     words += ["--out", str(work / "data"), "--precision", choices.precision, *common]
     words += ["--max-prompts", str(options.max_prompts)] if options.max_prompts is not None else []
-    yield Stage("data", words, work / "data" / MANIFEST)
-    words = ["data", str(_engine(work, choices)), "--prompts", str(held_out), "--out", str(work / "held-out"), *common]
+    engine = _engine(work, choices)
+    yield Stage("data", words, work / "data" / MANIFEST, also=(engine_file_path(engine),) if answering else ())
+    words = ["data", str(engine), "--prompts", str(held_out), "--out", str(work / "held-out"), *common]
     yield Stage("held-out", words, work / "held-out" / MANIFEST)
 
 
@@ -247,15 +276,17 @@ def _set_pace(options: argparse.Namespace, folder: WorkFolder, choices: Choices,
 def _fit_stages(
     options: argparse.Namespace, work: Path, choices: Choices, pace: Pace, curve: Sequence[int]
 ) -> Iterator[Stage]:
+    # Before any of them, as with too few texts nothing would come of the others.
+    parts = _parts(work / "data", len(choices.layers) + 1, curve)
     yield _fit("fit", options, work, choices, pace, options.out)
     smaller = [work / f"fit-1-of-{part}.safetensors" for part in curve]
-    for part, out in zip(curve, smaller, strict=True):
-        yield _fit(out.stem, options, work, choices, pace, out, part)
+    for texts, out in zip(parts, smaller, strict=True):
+        yield _fit(out.stem, options, work, choices, pace, out, texts)
     model = [*_model(options), "--transfer", str(options.out)]
     where = ["--device", options.device]
     measured = work / "eval"
     words = ["eval", *model, "--data", str(work / "held-out"), "--out", str(measured), "--store", *where]
-    yield Stage("eval", words, measured / "eval.json", quiet=True)
+    yield Stage("eval", words, measured / "eval.json", quiet=True, measured=options.out)
     words = ["report", *model, "--data", str(work / "data"), "--held-out", str(work / "held-out"), "--log"]
     words += [str(work / "log"), "--engine", str(_engine(work, choices)), "--out", str(work / "report"), *where]
     words += ["--threads", str(options.threads)] if options.threads is not None else []
@@ -270,9 +301,9 @@ def _fit(
     choices: Choices,
     pace: Pace,
     out: Path,
-    part: int | None = None,
+    texts: int | None = None,
 ) -> Stage:
-    """Return the fit to all texts, or to one of so many parts of them."""
+    """Return the fit to all texts, or to so many of them."""
     words = [
         "fit",
         *_model(options),
@@ -287,20 +318,28 @@ def _fit(
     words += ["--sequences", str(choices.sequences), "--anchors", str(choices.anchors)]
     words += ["--accumulate", str(choices.accumulate), "--dtype", choices.dtype, "--device", options.device]
     if choices.head_size is not None:
-        name = "--loss-size" if choices.loss_size is not None else "--draft-size"
-        words += [name, str(choices.head_size), "--draft-prompts", str(options.prompts)]
+        size = "--loss-size" if choices.loss_size is not None else "--draft-size"
+        words += [size, str(choices.head_size), "--draft-prompts", str(options.prompts)]
     words += ["--seed", str(options.seed), "--evaluate-every", str(pace.evaluate_every)]
     words += ["--checkpoint-every", str(pace.checkpoint_every), "--checkpoint", str(work / f"{name}.checkpoint")]
-    if part is None:
+    if texts is None:
         words += ["--log", str(work / "log")]
     else:
-        words += ["--max-texts", str(_part_of(work / "data", part))]
+        words += ["--max-texts", str(texts)]
     return Stage(name, words, out)
 
 
-def _part_of(data: Path, part: int) -> int:
-    """Return how many texts one of so many parts of a data folder has."""
-    return max(1, (MANIFESTS.read(data / MANIFEST).sequences or 0) // part)
+def _parts(data: Path, min_answer_tokens: int, curve: Sequence[int]) -> list[int]:
+    """Return how many texts each fit to one of so many parts of a data folder has. Raises `InputError` for too few."""
+    if not curve:
+        return []
+    texts = long_answers(data, min_answer_tokens)
+    if texts < max(curve):
+        raise InputError(
+            f"--curve fits a quarter of the texts too, and {data} has {texts} answers of at least {min_answer_tokens} "
+            "tokens; give more prompts, or leave --curve out, with another --work"
+        )
+    return [texts // part for part in curve]
 
 
 def _run(stage: Stage, folder: WorkFolder, shown: Whole, execute: Execute) -> None:

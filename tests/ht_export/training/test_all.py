@@ -3,21 +3,24 @@
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ht_export.model.checkpoint import BaseModel, load_base_model
-from ht_export.model.transfer import load_transfer_layers
+from ht_export.model.transfer import TransferFile, load_transfer_layers, save_transfer_layers
 from ht_export.training import cli
-from ht_export.training.data import MANIFESTS, AnsweredPrompt
+from ht_export.training.data import MANIFESTS, AnsweredPrompt, DataFolder
 from ht_export.training.fit import FitSettings
-from ht_export.training.recipe import pace
+from ht_export.training.recipe import pace, report
 from ht_export.training.recipe import run as recipe
+from ht_export.training.recipe.choices import Choices
 from ht_export.training.recipe.record import RECORDS, Pace
-from tests.conftest import tiny_llama
+from runtime.errors import InputError
+from tests.conftest import random_transfer, tiny_llama
 from tests.ht_export.model.test_adapters import DOWN, Q, factors, lora, save
 from tests.ht_export.training.conftest import QUIET
 from tests.ht_export.training.test_fit import assert_equal
@@ -86,14 +89,14 @@ def test_a_user_who_has_prompts_needs_nothing_else(whole: Path) -> None:
     assert curve["measured"] == 3
     assert [point["texts"] for point in curve["points"]] == [7, 14, 28, 56, 280]
     assert all(point["low"] <= point["value"] <= point["high"] <= 3 for point in curve["points"])
-    report = (work(whole) / "report" / "report.md").read_text()
+    told = (work(whole) / "report" / "report.md").read_text()
     for name in ("loss", "top_over_steps", "tokens_per_step", "calibration", "texts"):
-        assert f"({name}.png)" in report
+        assert f"({name}.png)" in told
         assert (work(whole) / "report" / f"{name}.png").read_bytes().startswith(PNG)
     # Two held-out texts, resampled, have intervals that nobody should believe.
-    assert "too few texts to tell: resampling needs 10 of either kind" in report
-    assert "and here are 28 and 2. Measure on more" in report
-    assert "trained on a folder of 28 texts." in report
+    assert "too few texts to tell: resampling needs 10 of either kind" in told
+    assert "and here are 28 and 2. Measure on more" in told
+    assert "trained on a folder of 28 texts." in told
 
 
 def test_prompts_kept_apart_are_never_trained_on(whole: Path) -> None:
@@ -225,6 +228,120 @@ def test_the_commands_that_are_printed_are_the_stages(
     assert_equal(load_transfer_layers(whole)[0], load_transfer_layers(tmp_path / "by-hand.safetensors")[0])
 
 
+def folder_of(path: Path, *answer_lengths: int) -> Path:
+    """Make a data folder with answers of so many tokens, a shard each."""
+    folder = DataFolder(path, {"base_model": {"name": "tiny", "weights_sha256": "0"}})
+    for number, length in enumerate(answer_lengths):
+        folder.write_shard(0, number, [AnsweredPrompt(str(number), "", [1], [5] * length)])
+    folder.finish(sequences=len(answer_lengths))
+    return path
+
+
+CHOICES = Choices(
+    (2, 3), draft_size=None, precision="fp32", dtype="float32", sequences=2, anchors=8, accumulate=1
+)  # fmt: skip
+
+
+def fits(work: Path, choices: Choices, *options: str) -> list[recipe.Stage]:
+    """Return the fits of a run and what comes after them."""
+    asked = ["all", "model", "--prompts", "prompts.jsonl", "--out", str(work / "t.safetensors"), *options]
+    parsed = cli.build_parser().parse_args(asked)
+    return list(recipe._fit_stages(parsed, work, choices, Pace(6, 3, 3), recipe.PARTS if parsed.curve else ()))
+
+
+def said(stages: Sequence[recipe.Stage], option: str) -> list[str]:
+    """Return what an option is in each stage that has it."""
+    return [stage.words[stage.words.index(option) + 1] for stage in stages if option in stage.words]
+
+
+@pytest.mark.parametrize("head", [{}, {"draft_size": 40}, {"loss_size": 40}])
+def test_each_fit_has_a_name_and_a_checkpoint_of_its_own(tmp_path: Path, head: dict[str, Any]) -> None:
+    folder_of(tmp_path / "data", *[9] * 8)
+    found = fits(tmp_path, replace(CHOICES, **head), "--curve")
+    assert [stage.name for stage in found] == ["fit", "fit-1-of-4", "fit-1-of-2", "eval", "report"]
+    assert [Path(path).name for path in said(found, "--checkpoint")] == [
+        "fit.checkpoint",
+        "fit-1-of-4.checkpoint",
+        "fit-1-of-2.checkpoint",
+    ]
+    for name, size in head.items():
+        assert said(found, f"--{name.replace('_', '-')}") == [str(size)] * 3
+
+
+def test_a_curve_has_half_and_a_quarter_of_the_texts_that_are_trained_on(tmp_path: Path) -> None:
+    # Answers that are shorter than the draft steps and the certain token are not.
+    folder_of(tmp_path / "data", *[9] * 9, 2, 2, 2)
+    assert said(fits(tmp_path, CHOICES, "--curve"), "--max-texts") == ["2", "4"]
+    assert said(fits(tmp_path, CHOICES), "--max-texts") == []
+
+
+def test_too_few_texts_for_a_curve_are_told_before_any_fit(tmp_path: Path) -> None:
+    folder_of(tmp_path / "data", 9, 9, 9, 2)
+    with pytest.raises(InputError, match="has 3 answers of at least 3 tokens; give more prompts, or leave --curve out"):
+        fits(tmp_path, CHOICES, "--curve")
+
+
+def test_a_folder_that_has_lost_a_shard_is_not_done(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "data", 9, 9)
+    stage = recipe.Stage("data", [], folder / "manifest.json", also=(tmp_path / "engine.json",))
+    assert stage.fingerprint() is None
+    (tmp_path / "engine.json").touch()
+    assert stage.fingerprint() is not None
+    (folder / "shard-0-00001.jsonl").unlink()
+    assert stage.fingerprint() is None
+    (folder / "manifest.json").write_text("{")
+    assert stage.fingerprint() is None
+
+
+def test_layers_that_have_lost_what_was_measured_are_measured_again(tmp_path: Path) -> None:
+    out, about = tmp_path / "t.safetensors", tmp_path / "eval.json"
+    about.write_text("{}")
+    stage = recipe.Stage("eval", [], about, measured=out)
+    assert stage.fingerprint() is None
+    transfer, model = random_transfer((2, 3)), {"hidden_size": 32, "num_layers": 4}
+    save_transfer_layers(out, transfer, TransferFile(model, acceptance={"dtype": "float32"}))
+    measured = stage.fingerprint()
+    assert measured is not None
+    assert measured == stage.fingerprint()
+    save_transfer_layers(out, transfer, TransferFile(model, acceptance={"dtype": "bfloat16"}))
+    assert stage.fingerprint() not in (None, measured)
+
+
+def test_long_prompts_are_left_out_as_the_user_says(tmp_path: Path) -> None:
+    asked = ["all", "model", "--prompts", "prompts.jsonl", "--out", "t.safetensors"]
+    for more, longest in ([], "256"), (["--max-prompt-tokens", "1000"], "1000"):
+        options = cli.build_parser().parse_args([*asked, *more])
+        found = list(recipe._data_stages(options, tmp_path, tmp_path / "held-out.jsonl", CHOICES, answering=True))
+        assert said(found, "--max-prompt-tokens") == [longest, longest]
+        # The held-out prompts are answered by the first stage's engine.
+        assert found[0].also == (tmp_path / "data" / "engine-fp32" / "engine.json",)
+
+
+STATISTICS = {
+    "top": {"1": [0.5, 0.4]},
+    "calibration": [{"error": 0.1, "bins": [{"count": 1, "predicted": 0.5, "observed": 1.0}]}] * 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "shown"),
+    [
+        ({}, True),
+        ({"calibration": [{"error": 0, "bins": STATISTICS["calibration"][0]["bins"] * 3}] * 2}, True),  # type: ignore[index]
+        ({"top": {"1": [0.5]}}, False),
+        ({"top": {"1": ["a", "b"]}}, False),
+        ({"top": {"2": [0.5, 0.4]}}, False),
+        ({"top": {"1": [0.5, 0.4], "2": "more"}}, False),
+        ({"top": [0.5, 0.4]}, False),
+        ({"calibration": None}, False),
+        ({"calibration": [{"error": 0.1}] * 2}, False),
+        ({"calibration": [{"error": 0.1, "bins": [7]}] * 2}, False),
+    ],
+)
+def test_statistics_that_a_report_cannot_show_are_measured_anew(changed: dict[str, Any], shown: bool) -> None:
+    assert report._alike({**STATISTICS, **changed}, STATISTICS) is shown
+
+
 def test_a_slow_machine_is_not_timed_for_long(
     base: BaseModel, sequences: list[AnsweredPrompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,6 +378,7 @@ def test_steps_fill_the_time_within_bounds() -> None:
         (["--prompts", "nowhere.jsonl"], "no prompts file at nowhere.jsonl"),
         (["--layers", "2,9"], "transfer layer 9 does not exist in a model of 4 layers"),
         (["--draft-size", "100000"], "--draft-size must be less than the model's vocabulary of "),
+        (["--max-prompt-tokens", "0"], "--max-prompt-tokens must be at least 1, not 0"),
     ],
 )
 def test_a_users_mistake_is_one_line_before_any_work(
