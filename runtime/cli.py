@@ -24,8 +24,9 @@ def build_parser() -> Parser:
     """Return the parser of `ht-generate`."""
     parser = Parser(
         prog="ht-generate",
-        description="Generate text with an exported engine by draft-and-verify decoding. The text is exactly that of "
-        "plain decoding (--plain); only the number of engine passes differs.",
+        description="Generate text with an exported engine by draft-and-verify decoding. With a float32 engine the "
+        "text is that of plain decoding (--plain), in fewer passes; docs/exactness.md has what other precisions "
+        "promise.",
         epilog='example: ht-generate engine.onnx "Why is the sky blue?" --temperature 0.8 --top-p 0.95 --seed 7',
     )
     parser.add_argument("engine", type=pathname, help="engine file made by ht-export (.onnx or .plan)")
@@ -38,7 +39,9 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--plain", action="store_true", help="decode one token a pass, without speculation")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming the text")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="of the answer, at most (default: 256)"
+    )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may repeat")
     parser.add_argument(
         "--device",

@@ -45,9 +45,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(work=run, interrupted="interrupted; nothing was written")
     parser.add_argument("engine", type=pathname, help="an .onnx engine of --precision fp16")
-    parser.add_argument("--precision", choices=STORED_IN_PLANS, required=True)
+    parser.add_argument("--precision", choices=STORED_IN_PLANS, required=True, help="of the plan's weights")
     parser.add_argument("--calibrate", type=pathname, metavar="PROMPTS", help="as in ht-export")
-    parser.add_argument("--out", type=pathname, required=True)
+    parser.add_argument("--out", type=pathname, required=True, help="engine file to write (.onnx)")
 
 
 def run(options: argparse.Namespace) -> int:

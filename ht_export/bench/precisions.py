@@ -43,14 +43,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "example: ht-bench precisions --prompts prompts.jsonl --threads 2 --json out.json fp32.onnx int8.onnx int4.onnx"
     )
     parser.set_defaults(work=compare, interrupted="interrupted; nothing was written")
-    parser.add_argument("engines", type=pathname, nargs="+")
-    parser.add_argument("--prompts", type=pathname, required=True)
+    parser.add_argument(
+        "engines", type=pathname, nargs="+", help="engines of one model; the first is what the others are compared with"
+    )
+    parser.add_argument("--prompts", type=pathname, required=True, help="JSON lines with 'prompt' or 'turns'")
     parser.add_argument("--count", type=int, default=20, help="prompts to answer (default: 20)")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="of each answer (default: 128)")
     parser.add_argument("--windows", type=int, default=40, help="windows of text for the perplexity (default: 40)")
     parser.add_argument("--repeats", type=int, default=3, help="timed answers to each prompt (default: 3)")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=pathname)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all physical cores)")
+    parser.add_argument("--json", type=pathname, help="write results here")
 
 
 def compare(options: argparse.Namespace) -> int:

@@ -43,10 +43,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "example: ht-bench random-checkpoint FOLDER --shape llama-2-7b"
     parser.set_defaults(work=write, interrupted="interrupted; the folder is not complete")
-    parser.add_argument("folder", type=pathname)
-    parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
+    parser.add_argument("folder", type=pathname, help="folder to write, as one of Hugging Face")
+    parser.add_argument("--shape", choices=sorted(SHAPES), required=True, help="the model whose shape it has")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    dtypes = ("bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", choices=dtypes, default="bfloat16", help="of the weights (default: bfloat16)")
 
 
 def write(options: argparse.Namespace) -> int:

@@ -67,6 +67,14 @@ def test_the_page_of_commands_is_what_they_say() -> None:
     assert COMMANDS.PAGE.read_text(encoding="utf-8") == COMMANDS.page(), "write it again: python docs/commands.py"
 
 
+def test_every_option_of_every_command_says_what_it_is(programs: dict[str, argparse.ArgumentParser]) -> None:
+    for program in programs.values():
+        for parser in (program, *COMMANDS.subcommands(program).values()):
+            for action in parser._actions:
+                if not isinstance(action, argparse._SubParsersAction):
+                    assert action.help, f"{parser.prog}: {action.option_strings or action.dest} has no help"
+
+
 def test_a_mistyped_option_is_found(programs: dict[str, argparse.ArgumentParser]) -> None:
     with pytest.raises(SystemExit) as end:
         _check(["ht-bench", "tune", "engine.onnx", "--thread-count", "2"], programs)
