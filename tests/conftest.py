@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 import torch._dynamo.config
@@ -212,6 +213,22 @@ def quick_tracing() -> Iterator[None]:
         patch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", False)
         # Its table of operators is the same for every graph.
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_a_session() -> Iterator[None]:
+    """Let ONNX Runtime have one thread where a test asks for no number: it would take all cores, in each of the
+    processes that share them, and threads that wait for each other spin.
+    """
+
+    class Options(onnxruntime.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", Options)
         yield
 
 
