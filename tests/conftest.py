@@ -14,9 +14,10 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 import torch._dynamo.config
@@ -27,9 +28,11 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ht_export.export import ExportSettings, export
+from ht_export.graph import trace
 from ht_export.model.checkpoint import load_base_model
 from ht_export.model.transfer import Drafter, TransferFile, TransferLayers, new_drafter, save_transfer_layers
 from tests.families import tiny_model
+from tests.tracing import once_a_run
 
 TINY = {
     "hidden_size": 32,
@@ -53,6 +56,7 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+EXPORTED = trace._exported
 
 
 # The longest tests come first, so that at the end no process works alone; SmolLM2's tests share an engine.
@@ -205,13 +209,36 @@ def own_copy(factory: pytest.TempPathFactory, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quick_tracing() -> Iterator[None]:
-    """Let the tracer be quicker with tiny models; their graphs are the same to the byte."""
+def quick_tracing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let the tracer be quicker with tiny models, and trace what is alike once a run; their graphs are the same."""
     with pytest.MonkeyPatch.context() as patch:
         # Its cache from one layer to the next is worth less than it costs when there are few.
         patch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", False)
         # Its table of operators is the same for every graph.
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
+        patch.setattr(trace, "_exported", once_a_run(EXPORTED, partial(shared, tmp_path_factory)))
+        yield
+
+
+@pytest.fixture
+def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of tracing itself: what is traced is so for this test, whatever was before."""
+    monkeypatch.setattr(trace, "_exported", EXPORTED)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_a_session() -> Iterator[None]:
+    """Let ONNX Runtime have one thread where a test asks for no number: it would take all cores, in each of the
+    processes that share them, and threads that wait for each other spin.
+    """
+
+    class Options(onnxruntime.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", Options)
         yield
 
 

@@ -83,7 +83,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def generator(engine: Path) -> Generator:
-    return Generator(engine, threads=2)
+    return Generator(engine, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def passes_over_text(engine: Engine, tokens: list[int]) -> Iterator[tuple[np.nda
 def of_the_portable_graph(engine: Path, base: BaseModel) -> tuple[list[int], Passes]:
     """A text of some hundred tokens, and what the portable graph computes of it."""
     tokens = base.tokenizer((Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8")).input_ids[:400]
-    portable = OnnxRuntimeEngine(engine, read_engine_file(engine).dims, threads=2)
+    portable = OnnxRuntimeEngine(engine, read_engine_file(engine).dims, threads=1)
     return tokens, list(passes_over_text(portable, tokens))
 
 
@@ -192,7 +192,7 @@ def test_the_graph_for_the_cpu_computes_what_the_portable_one_does_after_hundred
     about = read_engine_file(engine)
     assert about.parity["of_the_cpu_graph"] < 1e-4
     tokens, expected = of_the_portable_graph
-    lowered = OnnxRuntimeCpuEngine(engine.with_name("engine.cpu.onnx"), about.dims, threads=2)
+    lowered = OnnxRuntimeCpuEngine(engine.with_name("engine.cpu.onnx"), about.dims, threads=1)
     for found, wanted in zip(passes_over_text(lowered, tokens), expected, strict=True):
         for ours, theirs in zip(found, wanted, strict=True):
             assert abs(ours - theirs).max() < 1e-4 * abs(theirs).max()
@@ -217,7 +217,7 @@ def test_quantised_weights_mostly_choose_the_same_tokens(
     lower_for_cpu(model, dims)
     ir.save(model, tmp_path / "engine.cpu.onnx")
     tokens, expected = of_the_portable_graph
-    quantised = passes_over_text(OnnxRuntimeCpuEngine(tmp_path / "engine.cpu.onnx", dims, threads=2), tokens)
+    quantised = passes_over_text(OnnxRuntimeCpuEngine(tmp_path / "engine.cpu.onnx", dims, threads=1), tokens)
     same = [
         ours.argmax(axis=-1) == theirs.argmax(axis=-1)
         for found, wanted in zip(quantised, expected, strict=True)

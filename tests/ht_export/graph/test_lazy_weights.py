@@ -34,7 +34,7 @@ def test_a_hollow_model_has_the_shapes_and_the_precision_and_no_memory() -> None
     torch.testing.assert_close(dict(model.named_parameters()), before)
 
 
-def test_a_traced_model_is_freed_with_its_scope() -> None:
+def test_a_traced_model_is_freed_with_its_scope(traced_anew: None) -> None:
     """The tracer and the rewriter keep the last graph that they made."""
 
     def scope() -> dict[int, str]:

@@ -1,23 +1,16 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import shutil
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import onnx_ir as ir
 import pytest
-import torch
 
-from ht_export import export as export_module
 from ht_export.export import ExportSettings, export
-from ht_export.graph.trace import build_graph
 from ht_export.model.checkpoint import load_base_model
-from ht_export.model.reference import HiddenTransferModel
 from ht_export.model.transfer import TransferFile, save_transfer_layers
 from ht_export.tensorrt.graph import write_for_tensorrt
 from ht_export.tensorrt.planner import PlanSettings
@@ -42,30 +35,6 @@ def wide_transfer(tmp_path_factory: pytest.TempPathFactory, wide_checkpoint: Pat
         save_transfer_layers(folder / "wide.safetensors", random_transfer((3, 1, 3)), about)
 
     return shared(tmp_path_factory, "wide-transfer", build) / "wide.safetensors"
-
-
-@pytest.fixture(scope="package", autouse=True)
-def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let exports here trace each graph once a run: tracing takes longer than all the rest of building a tiny plan.
-
-    What is read back is what the export that traced the graph wrote and checked.
-    """
-
-    def traced(model: HiddenTransferModel, dtype: torch.dtype | None = None, *, as_stored: bool = False) -> ir.Model:
-        digest = hashlib.sha256(repr((model.base.config, model.transfer.layers, dtype, as_stored)).encode())
-        for name, tensor in model.state_dict().items():
-            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-
-        def write(folder: Path) -> None:
-            graph = build_graph(model, dtype, as_stored=as_stored)
-            ir.save(graph, folder / "engine.onnx", external_data="engine.onnx.data")
-
-        folder = shared(tmp_path_factory, f"graph-{digest.hexdigest()[:16]}", write)
-        return ir.external_data.load_to_model(ir.load(folder / "engine.onnx"))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_module, "build_graph", traced)
-        yield
 
 
 def build(checkpoint: Path, transfer: Path, out: Path, plan: PlanSettings = PLAN, precision: str = "fp16") -> None:

@@ -19,12 +19,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from cuda.bindings import driver as real
 from numpy.typing import NDArray
 
 from runtime.bindings import BYTES, GraphDims
 from runtime.bundle.engine_file import PlanFile
+from runtime.engines.onnxruntime import open_session
 from tests.runtime.engines import simulated_choices
 
 Work = Callable[[], None]
@@ -362,8 +362,8 @@ def simulated_tensorrt(driver: SimulatedDriver, dims: GraphDims, about: PlanFile
 
 
 @cache
-def _session(graph: Path) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+def _session(graph: Path) -> Any:
+    return open_session(graph, ["CPUExecutionProvider"], threads=1)
 
 
 def _allocate(held: dict[int, Any], size: int) -> int:
