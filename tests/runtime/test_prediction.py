@@ -119,7 +119,7 @@ def test_requests_that_make_room_for_each_other_keep_their_predictions(
 
 def test_what_is_expected_of_an_answer_takes_none_of_its_room(tiny_engine: Path, generator: Generator) -> None:
     row = generator.engine.row_bytes
-    with Generator(tiny_engine, threads=1, cache_bytes=row * 130, prefix_cache_bytes=0) as small:
+    with Generator(tiny_engine, threads=1, cache_bytes=row * 140, prefix_cache_bytes=0) as small:
         for most in (None, 60):
             without = small.generate("Hello", max_new_tokens=most)
             found = small.generate("Hello", max_new_tokens=most, prediction=Tokens(without.tokens))
