@@ -105,9 +105,11 @@ def test_twine_finds_nothing_wrong_with_the_wheel(wheel: Path) -> None:
 
 @pytest.mark.network
 def test_an_environment_without_torch_and_transformers_generates(
-    wheel: Path, tiny_engine: Path, tmp_path: Path
+    wheel: Path, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Install the wheel as a user of the runtime does, and decode with it."""
+    # Pip would find the package that it leads to, and install nothing.
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     environment = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     programs = environment / ("Scripts" if sys.platform == "win32" else "bin")
