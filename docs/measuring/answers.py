@@ -1,7 +1,7 @@
 """Answers to prompts by `ht-train data` and by `transformers.generate` in batches: tokens/s, and which are the same.
 
-python docs/measuring/answers.py MODEL --prompts FILE --work DIR [--count 128] [--max-new-tokens 128] [--threads 2]
-    [--batch 32] [--engine NAME=ENGINE ...] [--json FILE]
+python docs/measuring/answers.py MODEL --prompts FILE --work DIR --engine NAME=ENGINE [--engine NAME=ENGINE ...]
+    [--count 128] [--parts 2] [--max-new-tokens 128] [--batch 32] [--threads 2] [--json FILE]
 
 The ways take turns, part by part of the prompts, in one process; loading is not counted, tokens are those of answers.
 A batch of `transformers` has prompts of like length, padded on the left, and ends when all of its answers have.
