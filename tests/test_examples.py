@@ -8,6 +8,7 @@ import gc
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,18 +60,18 @@ def test_compare(tiny_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny_engine", "draft_head_engine"])
-def test_plain_onnxruntime(name: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_onnxruntime(name: str, request: pytest.FixtureRequest) -> None:
     engine = request.getfixturevalue(name)
     plain = example("plain_onnxruntime")
     with Generator(engine, adapt=False) as generator:
         ids = list(generator.encode("Hello, tea."))
         expected = generator.generate(Tokens(ids), max_new_tokens=24).tokens
     for drafts in (True, False):
-        tokens, passes = plain.generate(plain.Engine(engine), ids, 24, drafts)
+        tokens, passes = plain.generate(engine, ids, 24, drafts)
         assert tokens == expected
         assert passes <= len(tokens) if drafts else passes == len(tokens)
-    plain.main([str(engine), "Hello"])
-    assert " passes]" in capsys.readouterr().out
+    command = [sys.executable, str(EXAMPLES / "plain_onnxruntime.py"), str(engine), "Hello"]
+    assert " passes]" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_node(tiny_engine: Path) -> None:
