@@ -14,6 +14,7 @@ from ht_export.settings import ExportSettings
 from runtime.bundle.engine_file import read_engine_file
 from runtime.bundle.places import ENGINE_SUFFIXES, engine_file_path
 from runtime.errors import InputError
+from runtime.files import sha256_file
 
 
 def data_engine(
@@ -40,9 +41,14 @@ def data_engine(
     if engine_file_path(engine).is_file():
         base = load_base_model(model, adapters=adapters)
         about = read_engine_file(engine)
-        if about.base_model == base.identity() and about.precision == name_of(precision):
-            return engine
-        raise InputError(f"{engine} is an engine of another model; choose a new folder, or delete that one")
+        if about.base_model != base.identity() or about.precision != name_of(precision):
+            raise InputError(f"{engine} is an engine of another model; choose a new folder, or delete that one")
+        if transfer is not None and about.transfer.get("sha256") != sha256_file(transfer):
+            raise InputError(
+                f"{engine} has other transfer layers than {transfer}; leave --transfer out, or delete the engine (the "
+                "answers are the same)"
+            )
+        return engine
     engine.parent.mkdir(parents=True, exist_ok=True)
     drafts = transfer if transfer is not None or model in KNOWN_MODELS else UNTRAINED
     export(model, drafts, engine, ExportSettings(precision=precision, adapters=adapters), stage)

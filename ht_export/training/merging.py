@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ht_export.training.data import MANIFEST, MANIFESTS, Manifest
+from ht_export.training.data import MANIFEST, MANIFESTS, Manifest, read_shard
 from ht_export.training.identity import first_difference
 from runtime.errors import InputError
 from runtime.files import atomic_path, write_json
@@ -17,8 +17,8 @@ from runtime.files import atomic_path, write_json
 def merge(parts: Sequence[Path], out: Path) -> int:
     """Copy the shards of `parts`, all the parts of one whole, to the new folder `out`; return the number of answers.
 
-    The manifest comes last: until then `out` is no data folder. Raises `InputError` where a part is unfinished, is
-    missing or comes twice, or was made otherwise than the first.
+    The manifest comes last: until then `out` is no data folder. Raises `InputError` where a part is unfinished, cut
+    short or missing, comes twice, or was made otherwise than the first.
     """
     if (out / MANIFEST).exists():
         raise InputError(f"{out} is a data folder already; choose a new one")
@@ -49,6 +49,12 @@ def _read(part: Path) -> Manifest:
     missing = [name for name in manifest.shards or () if not (part / name).is_file()]
     if manifest.shards is None or missing:
         raise InputError(f"{part} is not finished; run ht-train data again with the same settings")
+    written = sum(len(read_shard(part / name)) for name in manifest.shards)
+    if written != manifest.sequences:
+        raise InputError(
+            f"{part} holds {written} of {manifest.sequences} answers; a shard was cut short: delete the shards and make "
+            "the data again"
+        )
     return manifest
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from ht_export.model.checkpoint import BaseModel, load_base_model
+from ht_export.progress import stage_display
 from ht_export.prompts import encode_chat
 from ht_export.training.data import AnsweredPrompt, DataFolder, fingerprint, read_data
+from ht_export.training.engine import data_engine
 from ht_export.training.generate import DataSettings, Part, encode, generate_data
 from ht_export.training.merging import merge
 from runtime import Generator
@@ -136,10 +138,26 @@ def test_parts_are_the_whole(
     generate_data(answering, prompts_file, tmp_path / "short", other, QUIET)
     with pytest.raises(InputError, match="was made with another max_new_tokens than"):
         merge([parts[0], tmp_path / "short"], tmp_path / "two")
-    next(parts[1].glob("shard-*")).unlink()
+    cut = next(parts[1].glob("shard-*"))
+    cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(InputError, match="a shard was cut short"):
+        merge(parts, tmp_path / "two")
+    cut.unlink()
     with pytest.raises(InputError, match="is not finished; run ht-train data again"):
         merge(parts, tmp_path / "two")
     assert not (tmp_path / "two").exists()
+
+
+def test_an_engine_that_is_there_has_the_transfer_layers_asked_for(
+    tiny_checkpoint: Path, tiny_transfer: Path, tiny_engine: Path, draft_head_transfer: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_engine.parent, tmp_path / "engine-fp32")
+    with stage_display() as stage:
+        engine = data_engine(str(tiny_checkpoint), tmp_path, None, tiny_transfer, stage)
+        assert engine == tmp_path / "engine-fp32" / "engine.onnx"
+        assert data_engine(str(tiny_checkpoint), tmp_path, "fp32", None, stage) == engine
+        with pytest.raises(InputError, match="has other transfer layers than"):
+            data_engine(str(tiny_checkpoint), tmp_path, None, draft_head_transfer, stage)
 
 
 def test_a_part_without_prompts(answering: Generator, prompts_file: Path, tmp_path: Path) -> None:
