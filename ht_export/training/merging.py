@@ -52,8 +52,8 @@ def _read(part: Path) -> Manifest:
     written = sum(len(read_shard(part / name)) for name in manifest.shards)
     if written != manifest.sequences:
         raise InputError(
-            f"{part} holds {written} of {manifest.sequences} answers; a shard was cut short: delete the shards and make "
-            "the data again"
+            f"{part} holds {written} of {manifest.sequences} answers; a shard was cut short: delete the shards and "
+            "make the data again"
         )
     return manifest
 
