@@ -118,12 +118,12 @@ def step_variant(
         before = parts.embed(ids[places[:, k]])
         shifts.append(trained.contexts(k, before, normed[:, k], ids[places[:, k] - 1]))
     assert trained.transfer.correction is not None
-    read = normed + trained.transfer.correction.candidates(torch.stack(shifts, 1))
+    read = normed.float() + trained.transfer.correction.candidates(torch.stack(shifts, 1))
     gradient, by_step = gradients(read.detach(), head, wanted, variant, done)
     roots, grads = [read], [gradient]
     if variant.consistency:
         states = context.hidden[len(parts.layers)].flatten(0, 1)[places]
-        distance = 1 - cosine_similarity(normed, parts.norm(states), dim=-1)
+        distance = 1 - cosine_similarity(normed.float(), parts.norm(states).float(), dim=-1)
         roots.append(variant.consistency * distance.mean(0).sum())
         grads.append(torch.ones(()))
     torch.autograd.backward(roots, grads)
@@ -174,7 +174,7 @@ def gradients(
         for k in range(variant.steps):
             index = chunk.index[:, k]
             target, mass = chunk.probabilities[index], chunk.mass[index]
-            logs = head(read[rows, k]).float().log_softmax(-1)
+            logs = head(read[rows, k].to(head.weight.dtype)).float().log_softmax(-1)
             totals[k] += (torch.special.xlogy(target, target) - target * logs).sum() - torch.special.xlogy(
                 mass, mass
             ).sum()
@@ -189,7 +189,8 @@ def gradients(
                     target[torch.arange(len(choice)), choice.clamp(min=0)] += variant.hard * inside
                     mass = mass * (1 - variant.hard) + variant.hard * inside
                 error = drafted.mul_(mass[:, None]).sub_(target)
-            gradient[rows, k] = error.mul_(weights[k] / len(read)) @ head.weight * head.factor
+            error.mul_(weights[k] / len(read))
+            gradient[rows, k] = (error.to(head.weight.dtype) @ head.weight).float() * head.factor
     return gradient, (totals / len(read)).tolist()
 
 
@@ -247,11 +248,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--anchors", type=int, default=64)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="of the base model's run")
     parser.add_argument("--checkpoint-every", type=int, default=10)
     options = parser.parse_args()
     names = options.variants.split(",")
     torch.manual_seed(0)
-    base = load_base_model(options.model, torch.float32)
+    base = load_base_model(options.model, getattr(torch, options.dtype))
     most = max(VARIANTS[name].steps for name in names)
     everything = [text for folder in options.data for text in read_data(folder, base, most + 1)]
     apart = everything[:: max(1, len(everything) // options.apart)][: options.apart] if options.apart else []

@@ -101,7 +101,7 @@ def tables_of(training: Training, base: BaseModel, head: HeadRows) -> tuple[NDAr
     assert correction is not None
     ids = torch.arange(base.model.config.vocab_size)
     contexts = torch.cat([correction.contexts(parts.embed(part)) for part in ids.split(4096)])
-    drafted = head(correction.candidates.weight.T.float()).T
+    drafted = head(correction.candidates.weight.T.to(head.weight.dtype)).T.float()
     candidates = torch.zeros(len(ids), drafted.shape[1])
     candidates[head.tokens] = drafted - drafted.mean(0)
     return candidates.numpy(), contexts.numpy()

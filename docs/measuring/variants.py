@@ -120,7 +120,10 @@ class Adapter(nn.Module):
         beside.register_forward_hook(self._add)
 
     def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        return output + linear(linear(inputs[0], self.down), self.up) if self.on else None
+        if not self.on:
+            return None
+        down, up = self.down.to(output.dtype), self.up.to(output.dtype)
+        return output + linear(linear(inputs[0], down), up)
 
 
 class Muon(torch.optim.Optimizer):
