@@ -12,6 +12,9 @@ import sys
 from environment import ROOT, prepare, run
 
 
+SLOWEST = ("--durations=60", "--durations-min=5")
+
+
 def main() -> None:
     """Run the checks; exit with the status of the first one that fails."""
     programs = prepare("dev")
@@ -20,7 +23,8 @@ def main() -> None:
     for command in (["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"]):
         run([str(programs / command[0]), *command[1:]], cwd=ROOT)
     run(
-        [str(programs / "python"), "-m", "pytest", "-n", "auto", "--dist", "worksteal", *sys.argv[1:]],
+        # The slowest are named: what a run takes is theirs.
+        [str(programs / "python"), "-m", "pytest", "-n", "auto", "--dist", "worksteal", *SLOWEST, *sys.argv[1:]],
         cwd=ROOT,
         env=environment,
     )
