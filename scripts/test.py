@@ -12,6 +12,7 @@ import sys
 from environment import ROOT, prepare, run
 
 
+
 SLOWEST = ("--durations=60", "--durations-min=5")
 
 
