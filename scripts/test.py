@@ -11,8 +11,6 @@ import sys
 
 from environment import ROOT, prepare, run
 
-
-
 SLOWEST = ("--durations=60", "--durations-min=5")
 
 
