@@ -10,8 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from ht_export.alone import alone
 from runtime.bundle.engine_file import ENGINE, EngineFile
 from runtime.bundle.places import ENGINE_SUFFIXES, engine_file_path, placing_folder
 from runtime.bundle.placing import CPU_SUFFIX, SUFFIXES, check_replaceable, complete, place
@@ -57,7 +56,7 @@ def staging_folder(out: Path) -> Iterator[Path]:
     Raises `InputError` while another export to `out` is at work. What exports left there that were killed is completed
     or removed first.
     """
-    with _alone(out):
+    with alone(out, f"another export to {out} is at work; wait until it has ended, or choose another name"):
         folder = _new_staging_folder(out)
         try:
             yield folder
@@ -68,26 +67,6 @@ def staging_folder(out: Path) -> Iterator[Path]:
             raise unwritable(out, error) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep the place of `out` for this export. A lock that is held ends with its process, however that ends."""
-    lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise InputError(
-            f"another export to {out} is at work; wait until it has ended, or choose another name"
-        ) from None
-    except OSError as error:
-        raise unwritable(out, error) from error
-    try:
-        yield
-    finally:
-        # While it is held: who waits for a file that is gone looks again.
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def _new_staging_folder(out: Path) -> Path:

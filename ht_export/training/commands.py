@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from rich.progress import Progress
 
+from ht_export.alone import alone
 from ht_export.model.blocks import SKIPPED_BLOCKS, SkippedBlocks, write_skipped_blocks
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.transfer import (
@@ -70,13 +72,19 @@ def run_data(options: argparse.Namespace) -> None:
     # Before an engine is exported for them.
     read_conversations(options.prompts)
     check_writable(options.out / MANIFEST)
-    with stage_display() as stage:
-        engine = data_engine(
-            options.model, options.out, options.precision, options.transfer, stage, tuple(options.adapters)
-        )
-    made = Generator(engine, device=options.device, threads=options.threads, max_batch=batch_size)
-    with made as generator, progress_bar() as progress:
-        generate_data(generator, options.prompts, options.out, settings, progress, options.exclude)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with _alone(options.out):
+        with stage_display() as stage:
+            engine = data_engine(
+                options.model, options.out, options.precision, options.transfer, stage, tuple(options.adapters)
+            )
+        made = Generator(engine, device=options.device, threads=options.threads, max_batch=batch_size)
+        with made as generator, progress_bar() as progress:
+            generate_data(generator, options.prompts, options.out, settings, progress, options.exclude)
+
+
+def _alone(path: Path) -> AbstractContextManager[None]:
+    return alone(path, f"another ht-train is at work on {path}; wait until it has ended, or choose another name")
 
 
 def run_merge(options: argparse.Namespace) -> None:
@@ -126,7 +134,11 @@ def run_fit(options: argparse.Namespace) -> None:
     held_out = read_data(options.held_out, base, len(layers) + 1) if options.held_out else []
     _check_apart(data, held_out, options)
     texts = _encoded(options.draft_prompts, base)
-    with progress_bar(disable=not main) as progress, _tensorboard(options.log if main else None) as log:
+    with (
+        _alone(checkpoint) if main else contextlib.nullcontext(),
+        progress_bar(disable=not main) as progress,
+        _tensorboard(options.log if main else None) as log,
+    ):
         transfer, report = fit(
             base,
             data,

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ht_export.alone import alone
 from ht_export.model.checkpoint import load_base_model
 from ht_export.model.transfer import TransferLayers, load_transfer_layers, save_transfer_layers
 from ht_export.training import cli
@@ -82,6 +83,27 @@ def test_several_data_folders_are_trained_on_together(
     answers = [*read_data(data_folder, base, 2), *read_data(sampled, base, 2)]
     assert about.recipe["data"]["sequences"] == len(answers) > 10
     assert about.recipe["data"]["answer_tokens"] == sum(len(one.answer) for one in answers)
+
+
+def test_the_same_work_is_not_done_twice_at_once(
+    tiny_checkpoint: Path, tiny_engine: Path, prompts_file: Path, data_folder: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data, out = tmp_path / "data", tmp_path / "t.safetensors"
+    asked = {
+        data: ["data", str(tiny_engine), "--prompts", str(prompts_file), "--out", str(data)],
+        tmp_path / "t.safetensors.checkpoint":
+            ["fit", str(tiny_checkpoint), "--data", str(data_folder), "--out", str(out), "--steps", "1"],
+    }  # fmt: skip
+    for held, words in asked.items():
+        with alone(held, "not held"):
+            assert cli.main(words) == 1
+        assert f"another ht-train is at work on {held}; wait until it has ended" in capsys.readouterr().err
+    assert not any(data.iterdir())
+    assert not out.exists()
+    assert cli.main(asked[data]) == 0
+    assert (data / "manifest.json").is_file()
+    assert not list(tmp_path.glob(".*.lock"))
 
 
 def test_eval_stores_its_statistics_and_leaves_the_weights(
