@@ -30,7 +30,7 @@ from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.engines.onnxruntime_cpu import OnnxRuntimeCpuEngine
 from runtime.engines.protocol import Engine, Result
 from runtime.rows import Rows, lay_out
-from runtime.tree import TreeSizes, chain
+from runtime.tree import chain
 from tests.passes import run_one
 
 KNOWN = KNOWN_MODELS["smollm2-135m"]
@@ -89,7 +89,7 @@ def generator(engine: Path) -> Generator:
 @pytest.fixture(scope="module")
 def answers(generator: Generator) -> dict[str, GenerationResult]:
     """The speculative answer to each prompt, with a fixed tree: what pays depends on what else the machine does."""
-    tree = TreeSizes(4, (4, 2, 2))
+    tree = generator.about.tree
     return {prompt: generator.generate(prompt, max_new_tokens=64, tree=tree) for prompt in PROMPTS}
 
 
@@ -170,12 +170,12 @@ def passes_over_text(engine: Engine, tokens: list[int]) -> Iterator[tuple[np.nda
 
     for start in range(0, len(tokens), 256):
         tree = chain(tokens[start : start + 256])
-        rows = lay_out(tree, (np.array([len(tree) - 1]),) * 3, order, start)
+        rows = lay_out(tree, (np.array([len(tree) - 1]),) * len(order), order, start)
         result, found = computed(rows)
         yield found
         engine.commit(result, [range(len(tree))])
     tree = best_first_tree(tokens[0], IndependentDrafts([DraftStep(np.arange(9), np.full(9, 0.1))] * 3), 12)
-    yield computed(lay_out(tree, likely_ends(tree, (12, 6, 6)), order, slot.length))[1]
+    yield computed(lay_out(tree, likely_ends(tree, (12, 6, 6, 6)[: len(order)]), order, slot.length))[1]
 
 
 @pytest.fixture(scope="module")
