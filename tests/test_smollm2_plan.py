@@ -27,7 +27,7 @@ pytestmark = [
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PlanFile]:
     """Builds with one kind of attention, from one graph in half precision: tracing it takes longer than a build."""
     graph = tmp_path_factory.mktemp("smollm2") / "engine.onnx"
-    settings = ExportSettings(tree_rows=16, pseudo_rows=(16, 16, 16), precision="fp16")
+    settings = ExportSettings(tree_rows=16, pseudo_rows=(16, 16, 16, 16), precision="fp16")
     export("smollm2-135m", None, graph, settings, lambda _: nullcontext(lambda _: None))
 
     def build(attention: str) -> PlanFile:
