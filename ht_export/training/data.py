@@ -133,7 +133,7 @@ class DataFolder:
         path = self._shard_path(turn, number)
         if not path.exists():
             return None
-        sequences = read_shard(path)
+        sequences = _read_shard(path)
         if [sequence.prompt for sequence in sequences] != list(prompts):
             raise InputError(f"{path} does not hold the prompts that it should; delete it and run ht-train data again")
         self._names.append(path.name)
@@ -179,12 +179,7 @@ def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[Ans
             f"{folder} lacks {len(missing)} of {len(expected)} shards (first: {missing[0]}); "
             "run ht-train data again with the same settings"
         )
-    written = [sequence for name in expected for sequence in read_shard(folder / name)]
-    if len(written) != manifest.sequences:
-        raise InputError(
-            f"{folder} holds {len(written)} of {manifest.sequences} answers; a shard was cut short: "
-            "delete the shards and make the data again"
-        )
+    written = read_answers(folder, manifest)
     if max((max(sequence.tokens) for sequence in written), default=0) >= base.model.config.vocab_size:
         raise InputError(f"{folder} holds token ids beyond the model's vocabulary; make the data again")
     sequences = [sequence for sequence in written if len(sequence.answer) >= min_answer_tokens]
@@ -196,6 +191,17 @@ def read_data(folder: Path, base: BaseModel, min_answer_tokens: int) -> list[Ans
     return sequences
 
 
+def read_answers(folder: Path, manifest: Manifest) -> list[AnsweredPrompt]:
+    """Return the answers of a finished folder, whose shards are all there. Raises `InputError` where one was cut."""
+    written = [sequence for name in manifest.shards or () for sequence in _read_shard(folder / name)]
+    if len(written) != manifest.sequences:
+        raise InputError(
+            f"{folder} holds {len(written)} of {manifest.sequences} answers; a shard was cut short: "
+            "delete the shards and make the data again"
+        )
+    return written
+
+
 def is_whole(folder: Path) -> bool:
     """Return whether a data folder is finished, with every shard there. Raises `InputError` for a damaged manifest."""
     shards = MANIFESTS.read(folder / MANIFEST).shards
@@ -205,9 +211,8 @@ def is_whole(folder: Path) -> bool:
 def long_answers(folder: Path, min_answer_tokens: int) -> int:
     """Return how many answers of a finished data folder have at least so many tokens. Raises `InputError`."""
     shards = MANIFESTS.read(folder / MANIFEST).shards or ()
-    return sum(len(one.answer) >= min_answer_tokens for name in shards for one in read_shard(folder / name))
+    return sum(len(one.answer) >= min_answer_tokens for name in shards for one in _read_shard(folder / name))
 
 
-def read_shard(path: Path) -> list[AnsweredPrompt]:
-    """Return the answers of a shard. Raises `InputError`."""
+def _read_shard(path: Path) -> list[AnsweredPrompt]:
     return [sequence for _, sequence in SHARDS.lines(path)]

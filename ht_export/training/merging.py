@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ht_export.training.data import MANIFEST, MANIFESTS, Manifest, read_shard
+from ht_export.training.data import MANIFEST, MANIFESTS, Manifest, read_answers
 from ht_export.training.identity import first_difference
 from runtime.errors import InputError
 from runtime.files import atomic_path, write_json
@@ -49,12 +49,7 @@ def _read(part: Path) -> Manifest:
     missing = [name for name in manifest.shards or () if not (part / name).is_file()]
     if manifest.shards is None or missing:
         raise InputError(f"{part} is not finished; run ht-train data again with the same settings")
-    written = sum(len(read_shard(part / name)) for name in manifest.shards)
-    if written != manifest.sequences:
-        raise InputError(
-            f"{part} holds {written} of {manifest.sequences} answers; a shard was cut short: delete the shards and "
-            "make the data again"
-        )
+    read_answers(part, manifest)
     return manifest
 
 
