@@ -126,7 +126,7 @@ def _pace(settings: DaySettings) -> dict[str, Any]:
     """Time some steps and choose how many there are time for; kept, as a fit goes on as it was begun."""
     from ht_export.model.checkpoint import load_base_model
     from ht_export.progress import progress_bar
-    from ht_export.training.commands import spread
+    from ht_export.prompts import evenly
     from ht_export.training.data import read_data
     from ht_export.training.fit import FitSettings
     from ht_export.training.recipe.pace import seconds_per_step
@@ -136,7 +136,7 @@ def _pace(settings: DaySettings) -> dict[str, Any]:
     base.model.to(settings.device)
     layers = _layers(base.model.config.num_hidden_layers, settings)
     data, held_out = (read_data(folder, base, len(layers) + 1) for folder in _data(settings))
-    measured = spread(held_out, 2 if settings.rehearsal else HELD_OUT_TEXTS)
+    measured = evenly(held_out, 2 if settings.rehearsal else HELD_OUT_TEXTS)
     sequences, anchors = (2, 4) if settings.rehearsal else (SEQUENCES, ANCHORS)
     wanted = FitSettings(layers, sequences=sequences, anchors=anchors, correction_rank=_rank(settings))
     with progress_bar() as progress:

@@ -38,6 +38,11 @@ class Blocks:
         """Return the blocks named by kind and layer."""
         return cls(*(tuple(sorted(layer for kind, layer in chosen if kind == one)) for one in KINDS))
 
+    @property
+    def chosen(self) -> tuple[tuple[str, int], ...]:
+        """The blocks by kind and layer; see `of`."""
+        return tuple((kind, layer) for kind in KINDS for layer in getattr(self, kind))
+
     def check(self, num_layers: int) -> None:
         """Raise `InputError` unless they can be left out of a model of so many layers, which still attends once."""
         for kind in KINDS:

@@ -246,7 +246,8 @@ def _add_skip_blocks(commands: argparse._SubParsersAction) -> None:
         help="find the blocks that self-speculative decoding drafts best without, to compare with it",
         description="Search the attention and MLP blocks that the model drafts best without (self-speculative "
         "decoding, arXiv 2309.08168) on its own greedy text: each alone, sets that grow, then random changes of the "
-        "best. Writes the file that ht-bench run --self-speculative takes.",
+        "best. Writes the file that ht-bench run --self-speculative takes. Killed at any point, the same command "
+        "continues, from a checkpoint beside that file; with a larger --budget, also when it had ended.",
     )
     add_model(skip)
     add_adapter(skip)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -33,7 +32,7 @@ from ht_export.progress import progress_bar, stage_display
 from ht_export.prompts import evenly, read_conversations
 from ht_export.settings import ExportSettings
 from ht_export.training.acceptance import measure_acceptance
-from ht_export.training.data import MANIFEST, AnsweredPrompt, read_data
+from ht_export.training.data import MANIFEST, AnsweredPrompt, fingerprint, read_data
 from ht_export.training.draft_tokens import choose_draft_tokens, described
 from ht_export.training.engine import data_engine
 from ht_export.training.fit import INITIALISATIONS, FitSettings, MetricLog, fit
@@ -41,6 +40,7 @@ from ht_export.training.generate import DataSettings, Part, generate_data
 from ht_export.training.machine import fit_device
 from ht_export.training.merging import merge
 from ht_export.training.plots import plot_acceptance, plot_sweep
+from ht_export.training.skip_record import SearchRecord
 from ht_export.training.skip_search import Found, SearchSettings, search
 from ht_export.training.sweep import SweepSettings, default_placements, recommendation, sweep, table
 from ht_export.versions import PROJECT, version_of
@@ -97,6 +97,7 @@ def run_fit(options: argparse.Namespace) -> None:
     """Train transfer layers and write them with what is known about them."""
     if options.max_texts is not None:
         whole("--max-texts", options.max_texts, 1)
+    whole("--evaluate-texts", options.evaluate_texts, 1)
     check_writable(options.out)
     checkpoint = options.checkpoint or Path(f"{options.out}.checkpoint")
     check_writable(checkpoint)
@@ -146,7 +147,7 @@ def run_fit(options: argparse.Namespace) -> None:
             checkpoint,
             progress,
             start=start,
-            held_out=spread(held_out, options.evaluate_texts),
+            held_out=evenly(held_out, options.evaluate_texts),
             evaluate_every=options.evaluate_every,
             checkpoint_every=options.checkpoint_every,
             draft_texts=texts,
@@ -236,6 +237,7 @@ def run_eval(options: argparse.Namespace) -> None:
 
 def run_sweep(options: argparse.Namespace) -> None:
     """Compare placements; print a table and a recommendation."""
+    whole("--evaluate-texts", options.evaluate_texts, 1)
     check_writable(options.out / "sweep.json")
     base = _load(options)
     num_layers = base.model.config.num_hidden_layers
@@ -246,7 +248,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     settings = SweepSettings(placements, options.steps, options.rungs, options.row_cost)
     fit_settings = FitSettings(layers=placements[0], **_batches_and_loss(options))
     data = _read_all(options.data, base, most_steps + 1)
-    held_out = spread(read_data(options.held_out, base, most_steps + 1), options.evaluate_texts)
+    held_out = evenly(read_data(options.held_out, base, most_steps + 1), options.evaluate_texts)
     _check_apart(data, held_out, options)
     with progress_bar() as progress:
         rows = sweep(
@@ -269,20 +271,27 @@ def run_sweep(options: argparse.Namespace) -> None:
 
 def run_skip_blocks(options: argparse.Namespace) -> None:
     """Search blocks to draft without, and write them with what they are worth."""
+    whole("--texts", options.texts, 1)
     check_writable(options.out)
     if options.out.exists():
         SKIPPED_BLOCKS.read(options.out)
     settings = SearchSettings(options.budget, options.row_cost, options.seed, options.draft_tokens, options.confidence)
+    checkpoint = Path(f"{options.out}.checkpoint")
+    check_writable(checkpoint)
     base = _load(options)
-    data = spread(_read_all(options.data, base, 2), options.texts)
-    with progress_bar() as progress:
+    data = evenly(_read_all(options.data, base, 2), options.texts)
+    # All that an evaluation depends on; more sets, or others, go on from it.
+    run = {name: value for name, value in asdict(settings).items() if name not in ("budget", "seed")}
+    run |= {"dtype": options.dtype, "base_model": base.identity(), "data_sha256": fingerprint(data)}
+    with _alone(options.out), progress_bar() as progress:
+        record = SearchRecord(checkpoint, run)
         bar = progress.add_task("searching", total=settings.budget)
 
         def tell(count: int, best: Found) -> None:
             described = f"searching  {best.speedup:.2f} times plain, {best.tokens_per_step:.2f} tokens per step"
             progress.update(bar, completed=count, description=described)
 
-        found, evaluated = search(base, data, settings, tell)
+        found, evaluated = search(base, data, settings, tell, dict(record.evaluated), record.add)
     about = {
         **asdict(settings),
         **found.described(),
@@ -374,13 +383,6 @@ def _check_apart(data: list[AnsweredPrompt], held_out: list[AnsweredPrompt], opt
 def _reporter(progress: Progress) -> Callable[[str], None]:
     """Return a function that prints a line above the bar; brackets in it are no markup."""
     return lambda text: progress.console.print(text, markup=False, highlight=False)
-
-
-def spread(sequences: list[AnsweredPrompt], count: int) -> list[AnsweredPrompt]:
-    """Return at most `count` of the sequences, evenly from first to last. Raises `InputError` for less than one."""
-    if count < 1:
-        raise InputError(f"the number of texts must be at least 1, not {count}")
-    return sequences[:: max(1, math.ceil(len(sequences) / count))]
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -112,9 +113,14 @@ def search(
     data: Sequence[AnsweredPrompt],
     settings: SearchSettings,
     tell: Callable[[int, Found], None] = lambda count, best: None,
+    known: Mapping[frozenset[Block], Found] = MappingProxyType({}),
+    keep: Callable[[Found], None] = lambda found: None,
 ) -> tuple[Found, int]:
     """Return the best set found on `data`, and how many were evaluated; `tell` is called after each with their number
     and the best so far.
+
+    Sets that are `known`, of the same data and settings but for budget and seed, are not evaluated again, and count as
+    if they were; `keep` is called with each other one.
     """
     weights = block_weights(base.model)
     blocks = all_blocks(base.model.config.num_hidden_layers)
@@ -128,7 +134,11 @@ def search(
                 return None
             if len(seen) == settings.budget:
                 return None
-            seen[chosen] = evaluate_blocks(base, data, found, draft_cost(base, weights, chosen), settings)
+            if chosen in known:
+                seen[chosen] = known[chosen]
+            else:
+                seen[chosen] = evaluate_blocks(base, data, found, draft_cost(base, weights, chosen), settings)
+                keep(seen[chosen])
             tell(len(seen), max(seen.values(), key=lambda one: one.speedup))
         return seen[chosen]
 

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.transfer import TransferFile, TransferLayers, load_transfer_layers
 from ht_export.progress import progress_bar
-from ht_export.training.commands import spread
+from ht_export.prompts import evenly
 from ht_export.training.cost import RowCosts, best_choice
 from ht_export.training.data import AnsweredPrompt, read_data
 from ht_export.training.evaluate import TextPredictions, predict, statistics
@@ -23,7 +23,7 @@ from ht_export.training.recipe.history import History, read_history
 from ht_export.training.recipe.markdown import markdown
 from ht_export.training.recipe.speed import RowCost, row_cost_of
 from ht_export.training.recipe.worth import Counts, gap, interval, learning_curve
-from runtime.checks import number
+from runtime.checks import number, whole
 from runtime.errors import InputError
 from runtime.files import atomic_path, check_writable, write_json
 
@@ -36,6 +36,7 @@ SHOWN = ("top", "kl", "tokens_per_step", "ranks", "calibration")
 def run_report(options: argparse.Namespace) -> None:
     """Write the report. Raises `InputError`."""
     check_writable(options.out / REPORT)
+    whole("--texts", options.texts, 1)
     if options.row_cost is not None:
         number("--row-cost", options.row_cost, 0, 1)
     base = load_base_model(options.model, adapters=options.adapters)
@@ -43,8 +44,8 @@ def run_report(options: argparse.Namespace) -> None:
     transfer, about = load_transfer_layers(options.transfer, base.identity())
     least = transfer.num_steps + 1
     every = read_data(options.data, base, least)
-    data = spread(every, options.texts)
-    held_out = spread(read_data(options.held_out, base, least), options.texts)
+    data = evenly(every, options.texts)
+    held_out = evenly(read_data(options.held_out, base, least), options.texts)
     history = read_history(options.log) if options.log else History()
     cost = row_cost_of(base, options.engine, options.threads)
     if options.row_cost is not None:

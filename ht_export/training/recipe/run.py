@@ -20,8 +20,8 @@ from ht_export.model.adapters import read_adapter
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.transfer import TransferLayers, load_transfer_layers
 from ht_export.progress import Whole, one_display, progress_bar
-from ht_export.prompts import read_conversations
-from ht_export.training.commands import DEFAULT_CORRECTION_RANK, check_out, spread
+from ht_export.prompts import evenly, read_conversations
+from ht_export.training.commands import DEFAULT_CORRECTION_RANK, check_out
 from ht_export.training.data import MANIFEST, is_whole, long_answers, read_data
 from ht_export.training.draft_tokens import check_draft_size
 from ht_export.training.fit import FitSettings
@@ -248,7 +248,7 @@ def _set_pace(options: argparse.Namespace, folder: WorkFolder, choices: Choices,
     base = _loaded(options, choices.dtype)
     least = len(choices.layers) + 1
     data = read_data(folder.path / "data", base, least)
-    held_out = spread(read_data(folder.path / "held-out", base, least), EVALUATE_TEXTS)
+    held_out = evenly(read_data(folder.path / "held-out", base, least), EVALUATE_TEXTS)
     settings = FitSettings(
         layers=choices.layers,
         sequences=choices.sequences,

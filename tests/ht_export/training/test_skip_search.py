@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +10,18 @@ import pytest
 from ht_export.model.blocks import Blocks, read_skipped_blocks
 from ht_export.model.checkpoint import BaseModel
 from ht_export.model.skipping import block_weights
-from ht_export.training import cli
+from ht_export.training import cli, skip_search
 from ht_export.training.data import AnsweredPrompt
-from ht_export.training.skip_search import SearchSettings, Sight, draft_cost, evaluate_blocks, look, passes, search
+from ht_export.training.skip_search import (
+    Found,
+    SearchSettings,
+    Sight,
+    draft_cost,
+    evaluate_blocks,
+    look,
+    passes,
+    search,
+)
 
 
 def sight(right: str, sure: list[float] | None = None) -> Sight:
@@ -69,6 +79,20 @@ def test_the_best_of_what_was_evaluated_is_found_within_the_budget(
     assert again == found
 
 
+def test_what_is_known_is_not_evaluated_again_and_changes_nothing(
+    base: BaseModel, sequences: list[AnsweredPrompt]
+) -> None:
+    kept: list[Found] = []
+    settings = SearchSettings(budget=16)
+    whole, count = search(base, sequences[:2], settings, keep=kept.append)
+    assert len(kept) == count
+    known = {frozenset(found.blocks.chosen): found for found in kept[:10]}
+    more: list[Found] = []
+    again, counted = search(base, sequences[:2], settings, known=known, keep=more.append)
+    assert (again, counted) == (whole, count)
+    assert more == kept[10:]
+
+
 def test_a_draft_costs_the_weights_that_it_reads(base: BaseModel) -> None:
     weights = block_weights(base.model)
     assert draft_cost(base, weights, frozenset()) == 1.0
@@ -103,3 +127,48 @@ def test_the_command_writes_a_file_for_the_model(
         assert cli.main([*command, *options]) == 1
         assert message in capsys.readouterr().err
     assert other.read_text() == "[]"
+
+
+class KilledError(Exception):
+    """Stands for a signal."""
+
+
+def test_a_search_goes_on_where_it_was_killed(
+    tiny_checkpoint: Path,
+    base: BaseModel,
+    data_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["skip-blocks", str(tiny_checkpoint), "--data", str(data_folder), "--texts", "2", "--budget", "12"]
+    assert cli.main([*command, "--out", str(tmp_path / "whole.json")]) == 0
+    out = tmp_path / "blocks.json"
+    evaluated: list[Blocks] = []
+    killed_at = 5
+
+    def counted(base: BaseModel, data: object, blocks: Blocks, *rest: Any) -> Found:
+        if len(evaluated) == killed_at:
+            raise KilledError
+        evaluated.append(blocks)
+        return evaluate_blocks(base, data, blocks, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(skip_search, "evaluate_blocks", counted)
+    with pytest.raises(KilledError):
+        cli.main([*command, "--out", str(out)])
+    assert not out.exists()
+    killed_at = -1
+    assert cli.main([*command, "--out", str(out)]) == 0
+    assert len(evaluated) == len(set(evaluated)) == 12
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    # More sets of a finished search, and none of another one.
+    assert cli.main([*command, "--out", str(out), "--budget", "15"]) == 0
+    assert len(evaluated) == 15
+    capsys.readouterr()
+    assert cli.main([*command, "--out", str(out), "--row-cost", "0.5"]) == 1
+    error = capsys.readouterr().err
+    assert "blocks.json.checkpoint is the record of a search with another row_cost (0.05, now 0.5)" in error
+    (tmp_path / "blocks.json.checkpoint").write_text("{}")
+    assert cli.main([*command, "--out", str(out)]) == 1
+    assert "delete it to search from the beginning" in capsys.readouterr().err
+    assert read_skipped_blocks(out, base.identity()).search["budget"] == 15
