@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -35,7 +34,7 @@ from ht_export.model.families import HeadRows, decoder_parts
 from ht_export.model.tensors import opened_tensors, write_safetensors
 from ht_export.model.transfer import TransferLayers, load_transfer_layers
 from ht_export.progress import progress_bar
-from ht_export.prompts import read_conversations
+from ht_export.prompts import evenly, read_conversations
 from ht_export.training.batches import AnchorBatch, BatchSampler
 from ht_export.training.data import AnsweredPrompt, read_data
 from ht_export.training.draft_tokens import choose_draft_tokens
@@ -238,6 +237,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--held-out", type=Path, required=True, help="a data folder of prompts of other kinds")
+    parser.add_argument("--max-texts", type=int, default=5000, help="of --data, evenly")
     parser.add_argument("--apart", type=int, default=100, help="texts of --data that are kept apart and measured too")
     parser.add_argument("--texts", type=int, default=70, help="of --held-out, evenly")
     parser.add_argument("--draft-prompts", type=Path, help="words for a draft head")
@@ -256,11 +256,12 @@ def main() -> None:
     base = load_base_model(options.model, getattr(torch, options.dtype))
     most = max(VARIANTS[name].steps for name in names)
     everything = [text for folder in options.data for text in read_data(folder, base, most + 1)]
-    apart = everything[:: max(1, len(everything) // options.apart)][: options.apart] if options.apart else []
+    everything = evenly(everything, options.max_texts)
+    apart = evenly(everything, options.apart)
     kept = {id(text) for text in apart}
     data = [text for text in everything if id(text) not in kept]
     held_out = read_data(options.held_out, base, most + 1)
-    held_out = held_out[:: max(1, math.ceil(len(held_out) / options.texts))]
+    held_out = evenly(held_out, options.texts)
     start, _ = load_transfer_layers(options.start, base.identity())
     words: list[list[int]] = []
     if options.draft_prompts:

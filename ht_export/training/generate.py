@@ -120,10 +120,20 @@ def generate_data(
         raise InputError(f"{prompts_file}: part {part} has no prompt; make fewer parts")
     answers: dict[int, list[str]] = {i: [] for i in chosen}
     written: list[AnsweredPrompt] = []
-    too_long = 0
+    too_long = same_tokens = 0
+    # Other words may be the same tokens to the model: those that its tokenizer does not know, say.
+    apart = {tuple(encode(generator, one.turns[:1], [])) for one in excluded}
     for turn in range(min(settings.max_turns, max(len(conversation.turns) for conversation in chosen.values()))):
         due = [i for i, c in chosen.items() if len(c.turns) > turn and len(answers[i]) == turn]
         encoded = [(i, encode(generator, chosen[i].turns[: turn + 1], answers[i])) for i in due]
+        if turn == 0:
+            encoded = [item for item in encoded if tuple(item[1]) not in apart]
+            same_tokens = len(due) - len(encoded)
+            if not encoded:
+                raise InputError(
+                    f"{prompts_file}: to this model every prompt{f' of part {part}' if part.of > 1 else ''} is one in "
+                    f"{excluded_file}; give other prompts to train on"
+                )
         fitting = [item for item in encoded if len(item[1]) <= longest]
         too_long += len(encoded) - len(fitting)
         if turn == 0 and not fitting:
@@ -138,7 +148,7 @@ def generate_data(
     out.finish(
         sequences=len(written),
         answer_tokens=sum(len(sequence.answer) for sequence in written),
-        duplicates_or_excluded=len(conversations) - len(distinct),
+        duplicates_or_excluded=len(conversations) - len(distinct) + same_tokens,
         too_long=too_long,
     )
 

@@ -35,7 +35,8 @@ class _Evaluated:
     draft_cost: Share
 
     def found(self) -> Found:
-        blocks = Blocks(tuple(self.attention), tuple(self.mlp))
+        # In order and once each, whatever the file says.
+        blocks = Blocks.of(sorted(set(Blocks(tuple(self.attention), tuple(self.mlp)).chosen)))
         figures = {name: value for name, value in asdict(self).items() if name not in ("attention", "mlp")}
         return Found(blocks, **figures)
 

@@ -33,6 +33,8 @@ from ht_export.training.fit import FitSettings, fit
 from ht_export.training.recipe import run as recipe
 from ht_export.training.recipe.choices import Choices
 from ht_export.training.recipe.record import RECORD, Pace, WorkFolder
+from ht_export.training.skip_record import SearchRecord
+from ht_export.training.skip_search import SearchSettings, search
 from ht_export.training.sweep import SweepSettings, recommendation, sweep, table
 from runtime import InputError, Sampling
 from runtime.files import write_json
@@ -200,6 +202,24 @@ def _sweeps(folder: Path) -> Kind:
         path.unlink()
     sample = load_json(folder / "sweep.json")
     cases = st.builds(lambda content: Case({"sweep.json": content}), damaged_json(sample))
+    return Kind(folder, cases, use)
+
+
+@KINDS.add("searches of blocks", "record of ht-train skip-blocks")
+def _searches(folder: Path) -> Kind:
+    folder.mkdir(parents=True)
+    path = folder / "blocks.json.checkpoint"
+    base = base_of(folder)
+    settings = SearchSettings(budget=6)
+    run = {"row_cost": settings.row_cost, "base_model": base.identity()}
+
+    def use(case: Case) -> None:
+        record = SearchRecord(path, run)
+        found, _ = search(base, DATA[:2], settings, known=dict(record.evaluated), keep=record.add)
+        found.blocks.check(base.model.config.num_hidden_layers)
+
+    use(Case({}))
+    cases = st.builds(lambda content: Case({path.name: content}), damaged_json(load_json(path)))
     return Kind(folder, cases, use)
 
 

@@ -12,6 +12,7 @@ import torch
 from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.progress import stage_display
 from ht_export.prompts import encode_chat
+from ht_export.training import generate
 from ht_export.training.data import AnsweredPrompt, DataFolder, fingerprint, read_data
 from ht_export.training.engine import data_engine
 from ht_export.training.generate import DataSettings, Part, encode, generate_data
@@ -197,6 +198,25 @@ def test_duplicates_and_held_out_prompts_are_left_out(base: BaseModel, answering
     assert manifest["settings"]["seed"] == 0
     with pytest.raises(InputError, match="every prompt is in"):
         generate_data(answering, held_out, tmp_path / "none", SETTINGS, QUIET, held_out)
+
+
+def test_prompts_that_are_a_held_out_one_to_the_model_alone_are_left_out(
+    base: BaseModel, answering: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode_without_marks(generator: Generator, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
+        """Stands for a tokenizer that does not know "!"."""
+        return encode(generator, [turn.replace("!", "") for turn in turns], answers)
+
+    monkeypatch.setattr(generate, "encode", encode_without_marks)
+    prompts, held_out = tmp_path / "prompts.jsonl", tmp_path / "held-out.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("one!", "other")))
+    held_out.write_text(json.dumps({"prompt": "one"}) + "\n")
+    generate_data(answering, prompts, tmp_path / "data", SETTINGS, QUIET, held_out)
+    assert sorted(sequence.id for sequence in read_data(tmp_path / "data", base, 1)) == ["2/1"]
+    assert json.loads((tmp_path / "data" / "manifest.json").read_text())["duplicates_or_excluded"] == 1
+    prompts.write_text(json.dumps({"prompt": "one!"}) + "\n")
+    with pytest.raises(InputError, match="to this model every prompt is one in"):
+        generate_data(answering, prompts, tmp_path / "none", SETTINGS, QUIET, held_out)
 
 
 def test_a_folder_of_other_settings_is_not_mixed(answering: Generator, prompts_file: Path, data_folder: Path) -> None:
