@@ -145,7 +145,7 @@ def measure(
                 progress((number * repeats + repeat + 1) * len(sizes), total)
         reached.append(steps.length)
         best.append([float(np.quantile(times, QUANTILE)) for times in taken])
-    return Menu(tuple(sizes), tuple(reached), np.array(best))
+    return Menu(tuple(sizes), tuple(reached), np.array(best)).settled()
 
 
 def measure_batches(
@@ -184,7 +184,7 @@ def measure_batches(
                 if progress:
                     progress((number * len(contexts) + place) * (repeats + 1) + turn + 1, total)
             rows.append([float(np.quantile(times[1:], QUANTILE)) for times in taken])
-        found.append(BatchMenu(count, Menu(tuple(sizes), tuple(contexts), np.array(rows))))
+        found.append(BatchMenu(count, Menu(tuple(sizes), tuple(contexts), np.array(rows)).settled()))
         if time.perf_counter() - start > seconds:
             break
     return found

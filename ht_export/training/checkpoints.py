@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from msgspec import Meta
-from torch import Tensor
+from torch import Tensor, nn
 
 from ht_export.formats import PythonJsonFormat
 from ht_export.model.tensors import opened_tensors, shapes, write_safetensors
 from ht_export.model.transfer import TransferLayers
 from ht_export.training.identity import first_difference
+from ht_export.training.optimizers import COUNT, KEPT
 from runtime.errors import InputError, shown
 from runtime.formats import Format
 
 METADATA_KEY = "fit"
-OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")
 # Far above any fit's.
 MOST = 1 << 60
 
@@ -54,13 +55,13 @@ CHECKPOINTS = Format("safetensors file of ht-train fit", 1 << 24, "delete it to 
 class FitState:
     """A fit after `step` optimizer steps.
 
-    `best` holds the weights with the lowest held-out loss so far, `best_loss`, of step `best_step`; it is empty while
-    nothing was measured. `anchors` were trained on in `seconds`,
+    Each of the `optimizers` has parameters of its own. `best` holds the weights with the lowest held-out loss so far,
+    `best_loss`, of step `best_step`; it is empty while nothing was measured. `anchors` were trained on in `seconds`,
     with `peak_memory` bytes at most.
     """
 
     transfer: TransferLayers
-    optimizer: torch.optim.Optimizer
+    optimizers: tuple[torch.optim.Optimizer, ...]
     step: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)
     best_loss: float = float("inf")
@@ -80,8 +81,8 @@ def save_checkpoint(path: Path, state: FitState, run: dict[str, Any]) -> None:
     """Write `state`; `run` is what a resumed run must share with this one."""
     tensors = {f"weight/{name}": tensor for name, tensor in state.transfer.state_dict().items()}
     tensors |= {f"best/{name}": tensor for name, tensor in state.best.items()}
-    for name, parameter in state.transfer.named_parameters():
-        tensors |= {f"optimizer/{name}/{key}": value for key, value in state.optimizer.state[parameter].items()}
+    for name, parameter, optimizer in _optimized(state):
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state[parameter].items()}
     about = {**{count.name: getattr(state, count.name) for count in fields(_Counts)}, "run": run}
     write_safetensors(path, tensors, {METADATA_KEY: json.dumps(about)})
 
@@ -112,10 +113,19 @@ def _expected(state: FitState, step: int, best: bool) -> dict[str, tuple[int, ..
     expected = {f"weight/{name}": shape for name, shape in weights.items()}
     if best:
         expected |= {f"best/{name}": shape for name, shape in weights.items()}
-    for name, parameter in state.transfer.named_parameters() if step else ():
-        for key in OPTIMIZER_KEYS:
-            expected[f"optimizer/{name}/{key}"] = () if key == "step" else tuple(parameter.shape)
+    for name, parameter, optimizer in _optimized(state) if step else ():
+        for key in KEPT[type(optimizer)]:
+            expected[f"optimizer/{name}/{key}"] = () if key == COUNT else tuple(parameter.shape)
     return expected
+
+
+def _optimized(state: FitState) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
+    """Yield each parameter with its name and its optimizer."""
+    names = {parameter: name for name, parameter in state.transfer.named_parameters()}
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield names[parameter], parameter, optimizer
 
 
 def _restore(state: FitState, about: _About, tensors: dict[str, Tensor]) -> None:
@@ -127,8 +137,8 @@ def _restore(state: FitState, about: _About, tensors: dict[str, Tensor]) -> None
     state.best = groups["best"]
     for count in fields(_Counts):
         setattr(state, count.name, getattr(about, count.name))
-    for name, parameter in state.transfer.named_parameters():
-        for key in OPTIMIZER_KEYS if state.step else ():
+    for name, parameter, optimizer in _optimized(state) if state.step else ():
+        for key in KEPT[type(optimizer)]:
             tensor = groups["optimizer"][f"{name}/{key}"]
             # AdamW counts its steps in a tensor on the CPU.
-            state.optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter)
+            optimizer.state[parameter][key] = tensor if key == COUNT else tensor.to(parameter)

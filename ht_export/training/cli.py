@@ -278,6 +278,8 @@ def _add_batches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulate", type=int, default=1, help="batches of a step, shared among the processes "
                         "(default: 1)")  # fmt: skip
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: 0.002)")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
+                        help="muon takes Muon for the maps and AdamW for the rest (default: adamw)")  # fmt: skip
     parser.add_argument(
         "--correction-rank",
         type=int,

@@ -341,6 +341,7 @@ def _batches_and_loss(options: argparse.Namespace) -> dict[str, Any]:
         "anchors": options.anchors,
         "accumulate": options.accumulate,
         "learning_rate": options.learning_rate,
+        "optimizer": options.optimizer,
         "init": options.init or INITIALISATIONS[0],
         "correction_rank": DEFAULT_CORRECTION_RANK if options.correction_rank is None else options.correction_rank,
         "step_weights": options.step_weights,

@@ -30,6 +30,7 @@ from ht_export.training.evaluate import evaluate, headline
 from ht_export.training.features import FeatureCache
 from ht_export.training.losses import Objective, draft_losses
 from ht_export.training.memory import estimate, peak_memory
+from ht_export.training.optimizers import OPTIMIZERS, make_optimizers
 from ht_export.training.start import copy_start, regress
 from runtime.checks import MOST_REPEATS
 from runtime.errors import InputError
@@ -50,7 +51,8 @@ class FitSettings:
     in a row may bring nothing before the fit stops; 0 never stops it. With a `draft_size` drafts are chosen from so
     many tokens, those that the data has most of; None takes those of the start, or the whole vocabulary. With a
     `loss_size` the loss runs over so many tokens, and drafts are chosen from the whole vocabulary. `drafter`
-    "medusa" trains Medusa heads by the same loss; they begin as the identity and have no token correction.
+    "medusa" trains Medusa heads by the same loss; they begin as the identity and have no token correction. The
+    `optimizer` "muon" is Muon (torch's) for the maps, and AdamW for the rest.
     """
 
     layers: tuple[int, ...]
@@ -74,6 +76,7 @@ class FitSettings:
     draft_size: int | None = None
     drafter: Drafter = "transfer"
     loss_size: int | None = None
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequences", "anchors", "accumulate", "learning_rate", "max_gradient_norm"):
@@ -85,7 +88,8 @@ class FitSettings:
         for name in ("correction_rank", "patience", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise InputError(f"{name} must be at least 0, not {getattr(self, name)}")
-        for name, allowed in (("init", INITIALISATIONS), ("schedule", SCHEDULES), ("drafter", DRAFTERS)):
+        choices = {"init": INITIALISATIONS, "schedule": SCHEDULES, "drafter": DRAFTERS, "optimizer": OPTIMIZERS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)}")
         if self.draft_size is not None and self.loss_size is not None:
@@ -194,7 +198,7 @@ def fit(
     needed = estimate(base, transfer, settings.sequences, settings.anchors, max(map(len, data)))
     needed.check(base.model.device)
     transfer.to(base.model.device)
-    state = FitState(transfer, _optimizer(transfer, settings))
+    state = FitState(transfer, make_optimizers(transfer, settings.optimizer, settings.learning_rate))
     run = _run_identity(settings, base, data)
     if settings.init == "file":
         run["start"] = transfer.digest()
@@ -366,10 +370,11 @@ class _Trainer:
                 "--dtype float32. The last checkpoint is untouched"
             )
         torch.nn.utils.clip_grad_norm_(state.transfer.parameters(), settings.max_gradient_norm)
-        for group in state.optimizer.param_groups:
-            group["lr"] = settings.rate(state.step)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate(state.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.anchors += int(anchors)
         state.seconds += perf_counter() - started
@@ -380,10 +385,6 @@ class _Trainer:
         if self.cache is not None:
             return self.cache.context(batch)
         return run_context(self.base.model, self.state.transfer.layers, batch.input_ids)
-
-
-def _optimizer(transfer: TransferLayers, settings: FitSettings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(transfer.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
 
 
 def _run_identity(settings: FitSettings, base: BaseModel, data: Sequence[AnsweredPrompt]) -> dict[str, Any]:
@@ -404,7 +405,9 @@ def compared(settings: FitSettings) -> dict[str, Any]:
     earlier releases do not say.
     """
     drafter = None if settings.drafter == DRAFTERS[0] else settings.drafter
-    return {**asdict(settings), "drafter": drafter, "loss_choice": settings.loss_choice or None}
+    optimizer = None if settings.optimizer == OPTIMIZERS[0] else settings.optimizer
+    later = {"drafter": drafter, "loss_choice": settings.loss_choice or None, "optimizer": optimizer}
+    return {**asdict(settings), **later}
 
 
 def _stopping(state: FitState, settings: FitSettings, evaluate_every: int) -> bool:

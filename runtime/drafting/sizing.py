@@ -14,7 +14,7 @@ brought before and a small credit: a text that they are useless for takes hardly
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -127,6 +127,17 @@ class Menu:
         found = self.seconds[upper - 1] * (1 - share) + self.seconds[upper] * share
         # Where a longer context was faster by chance, steps would end before they began.
         return np.maximum(found, self._fastest)
+
+    def settled(self) -> Menu:
+        """Return the menu with no size slower than one that has all of its rows and more.
+
+        What disturbs a step while it is measured makes it longer only, so a larger step's time bounds a smaller one's.
+        Without that a busy machine may have a menu in which nothing but some chance size pays.
+        """
+        rows = np.array([[one.tree_rows, *one.pseudo_rows] for one in self.sizes])
+        holds: NDArray[np.bool_] = np.all(rows[None] >= rows[:, None], axis=-1)
+        bounded = np.where(holds, self.seconds[:, None], np.inf).min(-1)
+        return replace(self, seconds=bounded)
 
     def longer(self, most_rows: int) -> Menu:
         """Return a menu with larger trees too, of up to `most_rows`, for paths that are nearly certain: without pseudo

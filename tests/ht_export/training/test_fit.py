@@ -25,6 +25,7 @@ from ht_export.training.drafts import run_context
 from ht_export.training.features import FeatureCache
 from ht_export.training.fit import FitSettings, anchor_losses, fit
 from ht_export.training.memory import estimate
+from ht_export.training.optimizers import make_optimizers
 from ht_export.training.ridge import RidgeRegression
 from runtime.errors import InputError
 from tests.ht_export.training.conftest import QUIET
@@ -63,6 +64,26 @@ def assert_equal(one: TransferLayers, other: TransferLayers) -> None:
 def test_fitting_lowers_the_loss(base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path) -> None:
     untrained = losses_of(base, TransferLayers((2, 3), 32), sequences)
     assert (losses_of(base, run(base, sequences, tmp_path / "c"), sequences) < 0.7 * untrained).all()
+
+
+def test_muon_trains_the_maps_and_adamw_the_rest(
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path
+) -> None:
+    transfer = TransferLayers((2, 3), 32, 4)
+    muon, adamw = make_optimizers(transfer, "muon", 0.01)
+    assert (type(muon), type(adamw)) == (torch.optim.Muon, torch.optim.AdamW)
+    by_muon, by_adamw = (
+        {id(one) for group in optimizer.param_groups for one in group["params"]} for optimizer in (muon, adamw)
+    )
+    assert by_muon == {id(linear.weight) for linear in transfer.linears}
+    assert by_adamw == {id(one) for one in transfer.parameters()} - by_muon
+    untrained = losses_of(base, TransferLayers((2, 3), 32), sequences)
+    trained = run(base, sequences, tmp_path / "c", replace(SETTINGS, optimizer="muon"))
+    assert (losses_of(base, trained, sequences) < 0.7 * untrained).all()
+    with pytest.raises(InputError, match="is the checkpoint of a run with another optimizer"):
+        run(base, sequences, tmp_path / "c")
+    with pytest.raises(InputError, match="optimizer must be one of adamw, muon, not sgd"):
+        replace(SETTINGS, optimizer="sgd")
 
 
 def test_the_regression_is_the_best_affine_map_to_the_later_state(
@@ -104,11 +125,11 @@ def test_the_regression_says_when_the_data_is_too_small(base: BaseModel, tmp_pat
         run(base, few, tmp_path / "c", replace(SETTINGS, init="ridge"))
 
 
-@pytest.mark.parametrize("patience", [0, 5])
+@pytest.mark.parametrize(("patience", "optimizer"), [(0, "adamw"), (5, "adamw"), (0, "muon")])
 def test_a_fit_that_was_interrupted_ends_with_the_same_weights(
-    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path, patience: int
+    base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path, patience: int, optimizer: str
 ) -> None:
-    settings = replace(SETTINGS, patience=patience)
+    settings = replace(SETTINGS, patience=patience, optimizer=optimizer, correction_rank=4)
     measured = {"held_out": sequences[:2], "evaluate_every": 10}
     whole = run(base, sequences, tmp_path / "whole", settings, **measured)
 

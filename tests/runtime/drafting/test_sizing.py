@@ -271,6 +271,34 @@ def test_adaptive_sizes_are_nearly_as_fast_as_the_best_ones_and_never_slower_tha
     assert adaptive > 0.97
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(2, 9), st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=8, unique=True
+    ),
+    seed=st.integers(0, 1 << 16),
+)
+def test_no_size_of_a_settled_menu_is_slower_than_one_that_holds_it(
+    sizes: list[tuple[int, int, int]], seed: int
+) -> None:
+    chosen = (TreeSizes.plain(2), *(TreeSizes(rows, (first, min(first, second))) for rows, first, second in sizes))
+    chosen = tuple(dict.fromkeys(chosen))
+    measured = np.random.default_rng(seed).uniform(0.01, 1.0, (2, len(chosen)))
+    settled = Menu(chosen, (64, 512), measured).settled()
+    assert (settled.seconds <= measured).all()
+    rows = [(one.tree_rows, *one.pseudo_rows) for one in chosen]
+    for small, first in enumerate(rows):
+        larger = [n for n, other in enumerate(rows) if all(b >= a for a, b in zip(first, other, strict=True))]
+        # The time is one that was measured, of the size itself or of one that holds it.
+        np.testing.assert_array_equal(settled.seconds[:, small], measured[:, larger].min(1))
+
+
+def test_a_busy_moment_while_plain_decoding_was_timed_is_seen() -> None:
+    chosen = (TreeSizes.plain(1), TreeSizes(1, (1,)), TreeSizes(4, (2,)))
+    settled = Menu(chosen, (64,), np.array([[0.211, 0.036, 0.04]])).settled()
+    assert settled.seconds.tolist() == [[0.036, 0.036, 0.04]]
+
+
 def test_a_menu_of_longer_paths_has_times_as_rows_cost_so_far() -> None:
     menu = menu_of(*ROW_TIMES["cheap"])
     longer = menu.longer(32)
