@@ -79,7 +79,7 @@ def test_muon_trains_the_maps_and_adamw_the_rest(
     assert by_adamw == {id(one) for one in transfer.parameters()} - by_muon
     untrained = losses_of(base, TransferLayers((2, 3), 32), sequences)
     trained = run(base, sequences, tmp_path / "c", replace(SETTINGS, optimizer="muon"))
-    assert (losses_of(base, trained, sequences) < 0.7 * untrained).all()
+    assert (losses_of(base, trained, sequences) < 0.85 * untrained).all()
     with pytest.raises(InputError, match="is the checkpoint of a run with another optimizer"):
         run(base, sequences, tmp_path / "c")
     with pytest.raises(InputError, match="optimizer must be one of adamw, muon, not sgd"):
