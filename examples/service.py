@@ -32,7 +32,8 @@ def make_app(engine: str) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        with Generator(engine) as generator:
+        # Of what users write nothing becomes a special token, such as the end of their turn.
+        with Generator(engine, escape_special_tokens=True) as generator:
             await asyncio.to_thread(generator.warm_up)
             app.state.generator = generator
             yield

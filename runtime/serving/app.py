@@ -85,4 +85,8 @@ async def _no_such_place(request: HttpRequest, error: Exception) -> NoReturn:
         raise ApiError(
             405, f"{request.url.path} does not take {request.method}", code="method_not_allowed", headers=error.headers
         )
-    raise ApiError(error.status_code, f"there is nothing at {request.url.path}", code="not_found")
+    told = f"there is nothing at {request.url.path}"
+    path = f"/v1{request.scope['path'].removeprefix(request.scope.get('root_path', ''))}"
+    if path in {route.path for route in request.app.routes if isinstance(route, Route)}:
+        told += f"; there is {path}: let the client's base URL end with /v1"
+    raise ApiError(error.status_code, told, code="not_found")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from runtime.errors import InputError, InputWarning
 from runtime.options import Parser
 from runtime.program import pathname, run
+from runtime.serving import INSTALL, NEEDED
 
 if TYPE_CHECKING:
     from runtime.generator import Generator
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 HOST, PORT = "127.0.0.1", 8000
 KEYS_VARIABLE = "HT_API_KEYS"
-NEEDED = ("starlette", "uvicorn", "prometheus_client")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ESCAPES = ("messages", "all", "none")
 TOOL_PARSERS = ("auto", "hermes", "llama3", "mistral", "none")
@@ -216,7 +216,7 @@ def _from_environment(parser: argparse.ArgumentParser) -> list[str]:
 def _serve(options: argparse.Namespace) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"{missing[0]} is not installed; install it with: pip install 'hidden-transfer[serve]'")
+        raise InputError(f"{missing[0]} is not installed; install it with: {INSTALL}")
     from runtime.serving.app import create_app
     from runtime.serving.exporting import UnknownModelError, engine_of
     from runtime.serving.logs import configure

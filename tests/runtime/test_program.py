@@ -272,3 +272,12 @@ def test_an_empty_name_of_a_file_is_refused(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["", "Hello"])
     assert "argument engine: the name of a file or folder is empty; give one" in capsys.readouterr().err
+
+
+def test_an_application_without_its_web_framework_says_what_to_install() -> None:
+    code = "import sys; sys.modules['starlette'] = None; from runtime.serving import create_app"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert found.stderr.rstrip().splitlines()[-1] == (
+        "ModuleNotFoundError: starlette is not installed, and a server needs it; install it with: "
+        "pip install 'hidden-transfer[serve]'"
+    )

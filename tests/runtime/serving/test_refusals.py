@@ -200,6 +200,14 @@ def test_a_model_that_is_not_here(live: Live) -> None:
     assert live.client.get("/v1/models/gpt-4o").status_code == 404
 
 
+def test_a_base_url_without_v1_is_told_where_the_place_is(live: Live) -> None:
+    error = refused(live, CHAT.removeprefix("/v1"), {"model": live.name, "messages": HELLO}, 404)
+    assert error["message"] == (
+        "there is nothing at /chat/completions; there is /v1/chat/completions: let the client's base URL end with /v1"
+    )
+    assert refused(live, "/chat", {}, 404)["message"] == "there is nothing at /chat"
+
+
 @pytest.mark.parametrize("size", [300, 5000, 1_500_000])
 @pytest.mark.parametrize(("path", "field"), [(CHAT, "messages"), (TEXT, "prompt"), (RESPONSES, "input")])
 def test_a_prompt_that_leaves_no_room(live: Live, path: str, field: str, size: int) -> None:
