@@ -273,7 +273,7 @@ def main() -> None:
         longest = grown(base, start, max(most, start.num_steps), data, progress)
     trainings = [begin(name, base, longest, tokens) for name in names]
     checkpoint, results = options.out / "checkpoint.safetensors", options.out / "results.json"
-    settings = {key: str(value) for key, value in vars(options).items()}
+    settings = {key: str(value) for key, value in vars(options).items() if not isinstance(value, (list, Path))}
     record: dict[str, Any] = {
         "command": sys.argv,
         "commit": commit(),
