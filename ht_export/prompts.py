@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from ht_export.foreign import foreign_code
@@ -39,12 +39,14 @@ class _Line:
 
     prompt: str | None = None
     turns: list[str] | None = None
+    messages: Any = None
     id: str | int | float | bool | None = None
     task: str | int | float | bool = ""
 
     def __post_init__(self) -> None:
         if not self.said or not all(turn.strip() for turn in self.said):
-            raise ValueError("it needs 'prompt' (a string) or 'turns' (a list of strings), not empty")
+            told = "" if self.messages is None else ", and 'messages' are not read: give the user's as 'turns'"
+            raise ValueError(f"it needs 'prompt' (a string) or 'turns' (a list of strings), not empty{told}")
 
     @property
     def said(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ def check_out(out: Path) -> None:
     if out.suffix not in ENGINE_SUFFIXES:
         raise InputError(
             f"{out}: the engine's name must end in .onnx (ONNX Runtime) or .plan (TensorRT), for example "
-            f"{out.with_suffix('.plan')}"
+            f"{out.with_suffix('.onnx')}"
         )
     if out.name.endswith(CPU_SUFFIX):
         raise InputError(

@@ -47,25 +47,26 @@ class Parser(argparse.ArgumentParser):
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and `message`, with the nearest to what is not known, and exit with 2."""
-        super().error(message + self._suggestion(message))
+        """Print `message` in a line, with the nearest to what is not known, and exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message}{self._suggestion(message)} (options: {self.prog} --help)\n")
 
     def _suggestion(self, message: str) -> str:
         if "did you mean" in message or "maybe you meant" in message:
             return ""
         if choice := _CHOICE.search(message):
-            return _nearest(choice[1], re.findall(r"[^\s',]+", choice[2]))
+            return nearest(choice[1], re.findall(r"[^\s',]+", choice[2]))
         names = [name for action in self._actions for name in action.option_strings]
         told = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecognized") else []
         options = [word.partition("=")[0] for word in told if word.startswith("-")]
-        return "".join(filter(None, (_nearest(word, names) for word in options[:1])))
+        return "".join(filter(None, (nearest(word, names) for word in options[:1])))
 
     def full(self) -> Parser:
         """Return the parser with the options of all subcommands."""
         return self._complete() if self._complete else self
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Return a question for the one of `known` that `word` is most like, to end an error with; empty for none."""
     found = difflib.get_close_matches(word, known, 1, ALIKE)
     return f"; did you mean {found[0]}?" if found else ""
 

@@ -127,7 +127,7 @@ def _trained(transfer: dict[str, Any]) -> str:
     told = "untrained" if recipe.get("steps") == 0 else "trained"
     if other := transfer.get("trained_for"):
         told += f" for {other.get('name')} alone"
-    return f"{told}, {str(transfer.get('sha256'))[:12]}"
+    return f"{told}, file sha256 {str(transfer.get('sha256'))[:12]}"
 
 
 def _fields(values: dict[str, str]) -> Iterator[str]:

@@ -22,6 +22,7 @@ from ht_export.model.stated import CONFIG, FETCH_AGAIN, GENERATION, INDEX, Kind,
 from ht_export.model.tensors import opened_tensors, shapes
 from runtime.errors import InputError
 from runtime.formats import Format, JsonFormat
+from runtime.options import nearest
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -80,7 +81,7 @@ def locate(source: str) -> Location:
         names = ", ".join(KNOWN_MODELS)
         raise InputError(
             f"no checkpoint at {source}; give a Hugging Face folder, a .gguf file, a hub id (owner/name) "
-            f"or one of: {names}"
+            f"or one of: {names}{nearest(source, tuple(KNOWN_MODELS))}"
         )
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         from huggingface_hub import try_to_load_from_cache

@@ -7,6 +7,7 @@ from typing import Any
 
 from ht_export.model.checkpoint import BaseModel
 from ht_export.model.known import KNOWN_MODELS
+from ht_export.model.locate import locate
 from ht_export.model.transfer import TransferFile, TransferLayers, default_layers, load_transfer_layers
 from runtime.errors import InputError
 from runtime.files import sha256_file
@@ -44,6 +45,8 @@ def shipped_transfer(source: str) -> Path:
     """Return the transfer layers that the package carries for `source`. Raises `InputError` when there are none."""
     known = KNOWN_MODELS.get(source)
     if known is None:
+        # A name that is none of a model says so first.
+        locate(source)
         raise InputError(
             f"no transfer layers are shipped for {source} (only for: {', '.join(KNOWN_MODELS)}); "
             "train some with ht-train and give them with --transfer, or try the model with --random-transfer"

@@ -55,10 +55,10 @@ class RidgeRegression:
         """Set the transfer layers. Raises `InputError` when the texts were too few or too short."""
         inputs = len(next(iter(self.products.values())))
         if self.count < inputs:
-            otherwise = "" if self.steps.start else ", or start from the identity (--init identity)"
+            otherwise = "" if self.steps.start else ", or start from the identity (ht-train fit --init identity)"
             raise InputError(
-                f"the data has {self.count} positions for the initial regression of {inputs} unknowns; make more "
-                f"data{otherwise}"
+                f"the data has {self.count} positions for the initial regression of {inputs} unknowns; answer more "
+                f"prompts, or at greater length (--max-new-tokens){otherwise}"
             )
         for k in self.steps:
             product = self.products[self.transfer.layers[k]]

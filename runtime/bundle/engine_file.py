@@ -282,6 +282,8 @@ def find_description(engine: Path) -> Description:
         with contextlib.suppress(EngineFileError):
             return Description(moving, ENGINE.content(moving))
     if not any(map(_is_file, candidates(engine, engine.name))):
+        if engine.is_dir():
+            raise EngineFileError(f"{engine} is a folder; name the engine in it, such as {engine / 'engine.onnx'}")
         raise missing
     if not _is_file(placed):
         raise EngineFileError(f"{placed} is missing beside {engine}; copy it along, or export the engine again")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import anyio.to_thread
 
-from runtime.errors import ServiceError, one_line
+from runtime.errors import ClosedError, ServiceError, one_line
 from runtime.generator import Generator
 from runtime.serving.errors import ApiError, busy
 from runtime.serving.keys import Keys
@@ -62,7 +62,8 @@ class Server:
             tools = await anyio.to_thread.run_sync(self._about_tools, abandon_on_cancel=True)
         except ServiceError as error:
             # A queue that is full is warm already; of a failed engine the health tells.
-            LOG.warning("warming up ended early", extra={"fields": {"error": one_line(error)}})
+            level = logging.DEBUG if isinstance(error, ClosedError) else logging.WARNING
+            LOG.log(level, "warming up ended early", extra={"fields": {"error": one_line(error)}})
         except Exception:
             # Of a server that nobody should be sent to.
             LOG.exception("warming up failed")

@@ -135,6 +135,12 @@ def test_a_model_without_shipped_transfer_layers_asks_for_some(tiny_checkpoint: 
         run(tiny_checkpoint, None, tmp_path / "engine.onnx")
 
 
+def test_a_model_that_is_not_there_says_so_with_the_nearest_that_is_known(tmp_path: Path) -> None:
+    told = r"^no checkpoint at smollm-135m; .* or one of: smollm2-135m; did you mean smollm2-135m\?$"
+    with pytest.raises(InputError, match=told):
+        run(Path("smollm-135m"), None, tmp_path / "engine.onnx")
+
+
 def test_a_chat_template_that_cannot_be_compiled(tiny_checkpoint: Path, tiny_transfer: Path, tmp_path: Path) -> None:
     checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
     (checkpoint / "chat_template.jinja").write_text("a\n{% if %}")

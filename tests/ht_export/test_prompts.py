@@ -30,6 +30,7 @@ def test_conversations_that_differ_after_the_turns_answered_are_duplicates() -> 
     ("content", "message"),
     [
         ('{"prompt": "a"}\n{"prompt": \n', r"line 2 is not a valid prompt \(Input data was truncated"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', r"line 1 .*'messages' are not read: give the user's as"),
         ('{"prompt": "a"}\n\n{"text": "b"}\n', r"line 3 is not a valid prompt \(it needs 'prompt' \(a string\) or"),
         ('["a"]\n', "line 1 is not a valid prompt .*Expected `object`"),
         ('{"turns": "abc"}\n', r"line 1 is not .*`\$\.turns`, which is 'abc'"),

@@ -50,6 +50,11 @@ def test_a_path_that_is_no_file(path: str) -> None:
         Generator(path)
 
 
+def test_a_folder_in_the_place_of_an_engine(tmp_path: Path) -> None:
+    with pytest.raises(EngineFileError, match=r"is a folder; name the engine in it, such as .*/engine\.onnx"):
+        Generator(tmp_path)
+
+
 @pytest.mark.parametrize("path", ["x" * 300, "x" * 5000, "a/" * 3000])
 def test_a_path_that_no_file_can_have(path: str) -> None:
     with pytest.raises(EngineFileError, match=r"cannot be read \(File name too long\); check the path"):
