@@ -61,7 +61,7 @@ def test_nothing_is_suggested_that_is_far_from_what_was_given(capsys: pytest.Cap
     assert "did you mean" not in capsys.readouterr().err
 
 
-def test_an_option_of_a_subcommand_is_told_of_in_a_line_with_the_help_of_that(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_option_of_a_subcommand_is_one_line_with_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench("tune").parse_args(["tune", "engine.onnx", "--no-such"])
     told = capsys.readouterr().err

@@ -86,7 +86,8 @@ def test_too_little_data_for_a_further_step_names_no_option_that_would_be_refuse
     base: BaseModel, tmp_path: Path, trained: TransferLayers
 ) -> None:
     few = [AnsweredPrompt("0", "", [5, 6, 7], [8, 9, 10, 11, 12])]
-    with pytest.raises(InputError, match=r"has 1 positions .* of 33 unknowns; answer more prompts, or at greater length \(--max-new-tokens\)$"):
+    told = r"has 1 positions .* of 33 unknowns; answer more prompts, or at greater length \(--max-new-tokens\)$"
+    with pytest.raises(InputError, match=told):
         run(base, few, tmp_path / "c", LONGER, start=trained)
 
 
