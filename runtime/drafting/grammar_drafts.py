@@ -109,10 +109,11 @@ class _Shaping:
         while self._heap and len(tokens) < max_rows:
             found = heapq.heappop(self._heap)
             parent = found.parent
-            path = paths[parent] * found.given / max(LEAST_LEFT, 1.0 - lost[parent])
+            # Siblings of several sources may have more than 1 together; no child is likelier than its parent.
+            path = min(paths[parent] * found.given / max(LEAST_LEFT, 1.0 - lost[parent]), paths[parent])
             if path > -found.key[0] * (1 + 1e-9):
                 # Others beside it were forbidden since.
-                self._push(min(path, paths[parent]), found)
+                self._push(path, found)
                 continue
             self._go(parent, parents, tokens)
             if not self._matcher.allows(found.token):

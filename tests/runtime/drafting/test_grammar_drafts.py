@@ -135,6 +135,19 @@ def test_nothing_is_drafted_after_the_end() -> None:
     assert names(shaped) in ([(b"ab",)], [(b"ab",), (b"ab", b"</s>")])
 
 
+def test_siblings_that_have_more_than_1_together_end_too() -> None:
+    # Three that the grammar forbids, and what is left of 1 is less than the fourth has.
+    tree = Tree(
+        np.array([ROOT, 2, 5, 6, 1]),
+        np.array([-1, 0, 0, 0, 0]),
+        np.array([0, 1, 1, 1, 1]),
+        np.array([1, 0.4, 0.39, 0.38, 0.37]),
+    )
+    shaped, _ = GrammarDrafts(matcher("abcde(x|y)+"), forced=False).shape(tree, 11)
+    assert names(shaped) == [(b"a",)]
+    assert shaped.probabilities.tolist() == [1.0, 1.0]
+
+
 GRAMMARS = ["[abc]*", "(ab|abc|de)*x?", "abcde(x|y)+", "(a|b){2}(c|de){1,3}", ".{0,4}", "a(bcd)*e|xy"]
 TOKENS = st.integers(0, len(PIECES) - 1)
 
