@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from reprlib import Repr
 
 
@@ -54,6 +56,8 @@ class InputWarning(UserWarning):
     """Something given by the user works, and likely not as it was meant. Command lines show it as one line."""
 
 
+# How alike a name must be to be suggested, from 0 to 1.
+ALIKE = 0.6
 # Characters of a cause that an error repeats.
 LONGEST_CAUSE = 300
 
@@ -79,3 +83,9 @@ def shown(value: object) -> str:
     except Exception:
         # Python writes no whole number of more than some thousand digits.
         return f"a value of type {type(value).__name__}"
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Return a question for the one of `known` that `word` is most like, to end an error with; empty for none."""
+    found = difflib.get_close_matches(word, known, 1, ALIKE)
+    return f"; did you mean {found[0]}?" if found else ""

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from runtime.errors import InputError
+from runtime.errors import InputError, nearest
 from runtime.program import pathname
 
 SHELLS = ("bash", "zsh", "tcsh")
-# How alike an option must be to be suggested, from 0 to 1.
-ALIKE = 0.6
 _CHOICE = re.compile(r"invalid choice: '?([^']*?)'? \(choose from (.*)\)", re.DOTALL)
 
 
@@ -63,12 +60,6 @@ class Parser(argparse.ArgumentParser):
     def full(self) -> Parser:
         """Return the parser with the options of all subcommands."""
         return self._complete() if self._complete else self
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """Return a question for the one of `known` that `word` is most like, to end an error with; empty for none."""
-    found = difflib.get_close_matches(word, known, 1, ALIKE)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 class _PrintCompletion(argparse.Action):

@@ -26,7 +26,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from variant_drafts import measure
-from variants import VARIANTS, Muon, Trained, Training, Variant
+from variants import VARIANTS, Trained, Training, Variant
 
 from ht_export.bench.conditions import commit
 from ht_export.model.checkpoint import BaseModel, load_base_model
@@ -40,6 +40,7 @@ from ht_export.training.data import AnsweredPrompt, read_data
 from ht_export.training.draft_tokens import choose_draft_tokens
 from ht_export.training.drafts import Context, draft_hidden, run_context
 from ht_export.training.losses import CHUNK_ROWS
+from ht_export.training.optimizers import KEPT, make_optimizers
 from ht_export.training.start import copy_start, regress
 from runtime.files import write_json
 from runtime.formats import Format
@@ -69,14 +70,7 @@ def begin(name: str, base: BaseModel, start: TransferLayers, tokens: Tensor) -> 
     transfer.load_state_dict(taken)
     transfer.requires_grad_(True)
     trained = Trained(variant, transfer, base)
-    matrices = [p for p in transfer.maps.parameters() if p.dim() == 2] if variant.muon else []
-    ours = {id(p) for p in matrices}
-    rest = [p for p in trained.parameters() if id(p) not in ours]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=variant.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    ]
-    if matrices:
-        optimizers.append(Muon(matrices, lr=variant.learning_rate))
+    optimizers = make_optimizers(trained, transfer.maps if variant.muon else (), variant.learning_rate)
     return Training(name, trained, optimizers)
 
 
@@ -222,12 +216,11 @@ def load(path: Path, trainings: Sequence[Training]) -> int:
             training.trained.load_state_dict(weights)
             names = {id(p): key for key, p in training.trained.named_parameters()}
             for optimizer in training.optimizers:
-                adam = isinstance(optimizer, torch.optim.AdamW)
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
-                        keys = ("step", "exp_avg", "exp_avg_sq") if adam else ("exp_avg",)
                         prefix = f"{training.name}/optimizer/{names[id(parameter)]}"
-                        optimizer.state[parameter] = {key: file.get_tensor(f"{prefix}/{key}") for key in keys}
+                        kept = {key: file.get_tensor(f"{prefix}/{key}") for key in KEPT[type(optimizer)]}
+                        optimizer.state[parameter] = kept
         return int((file.metadata() or {})["step"])
 
 

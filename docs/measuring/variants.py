@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -126,44 +126,13 @@ class Adapter(nn.Module):
         return output + linear(linear(inputs[0], down), up)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose updates are made orthogonal (Muon, Keller Jordan 2024), for matrices."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take a step."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                kept = self.state[parameter].setdefault("exp_avg", torch.zeros_like(parameter))
-                kept.lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonal(parameter.grad.lerp(kept, group["momentum"]))
-                scale = 0.2 * math.sqrt(max(parameter.shape))
-                parameter.add_(update, alpha=-group["lr"] * scale)
-
-
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Return about the nearest orthogonal matrix, by five Newton-Schulz steps."""
-    x = matrix / (matrix.norm() + 1e-7)
-    wide = x.shape[0] > x.shape[1]
-    x = x.T if wide else x
-    for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    return x.T if wide else x
-
-
 @dataclass
 class Training:
     """A variant under way."""
 
     name: str
     trained: Trained
-    optimizers: list[torch.optim.Optimizer]
+    optimizers: tuple[torch.optim.Optimizer, ...]
 
     def rate(self, done: float, steps: int) -> float:
         """Return the learning rate's share after `done` of the steps."""

@@ -20,9 +20,8 @@ from ht_export.model.gguf_header import MAGIC, check_header
 from ht_export.model.known import KNOWN_MODELS, KnownModel
 from ht_export.model.stated import CONFIG, FETCH_AGAIN, GENERATION, INDEX, Kind, Stated, StoredWeights
 from ht_export.model.tensors import opened_tensors, shapes
-from runtime.errors import InputError
+from runtime.errors import InputError, nearest
 from runtime.formats import Format, JsonFormat
-from runtime.options import nearest
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

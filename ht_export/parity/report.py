@@ -72,15 +72,7 @@ class Report:
                 ("Text", ("", "same", "tokens before they part", "explained by rounding"), _text_rows(self.text))
             )
             if divergences := list(_divergence_rows(self.text)):
-                head = (
-                    "prompt",
-                    "of",
-                    "new token, from 0",
-                    "tokens of each",
-                    "gap",
-                    "allowed",
-                    "explained by rounding",
-                )
+                head = ("prompt", "of", "new token, from 0", "both tokens", "gap", "allowed", "explained by rounding")
                 found.append(("Where texts part", head, divergences))
         return found
 

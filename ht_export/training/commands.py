@@ -46,6 +46,7 @@ from ht_export.training.sweep import SweepSettings, default_placements, recommen
 from ht_export.versions import PROJECT, version_of
 from runtime import Generator
 from runtime.bundle.engine_file import MOST_BATCH
+from runtime.bundle.places import ENGINE_SUFFIXES
 from runtime.checks import whole
 from runtime.drafting.correction import SHORTLIST
 from runtime.errors import InputError
@@ -291,7 +292,7 @@ def run_skip_blocks(options: argparse.Namespace) -> None:
             described = f"searching  {best.speedup:.2f} times plain, {best.tokens_per_step:.2f} tokens per step"
             progress.update(bar, completed=count, description=described)
 
-        found, evaluated = search(base, data, settings, tell, dict(record.evaluated), record.add)
+        found, evaluated = search(base, data, settings, tell, record.evaluated, record.add)
     about = {
         **asdict(settings),
         **found.described(),
@@ -321,7 +322,9 @@ def _check_outputs(out: Path, checkpoint: Path) -> None:
 
 
 def check_out(out: Path) -> None:
-    """Raise `InputError` for a file in the place of transfer layers that is none of ours."""
+    """Raise `InputError` for the name of an engine, and for a file in the place of transfer layers that is not ours."""
+    if out.suffix in ENGINE_SUFFIXES:
+        raise InputError(f"--out {out} names an engine; transfer layers are a .safetensors file, for ht-export to take")
     if out.exists():
         try:
             load_transfer_layers(out)

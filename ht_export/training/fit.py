@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -39,6 +39,8 @@ INITIALISATIONS = ("ridge", "identity", "file")
 SCHEDULES = ("cosine", "constant")
 # More is a mistyped number: a step would not end, float32 overflow, or no memory hold it.
 MOST = {"accumulate": MOST_REPEATS, "learning_rate": 1000, "correction_rank": 2**16}
+# Settings that checkpoints of earlier releases do not say.
+LATER = ("drafter", "loss_choice", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ def fit(
     needed = estimate(base, transfer, settings.sequences, settings.anchors, max(map(len, data)))
     needed.check(base.model.device)
     transfer.to(base.model.device)
-    state = FitState(transfer, make_optimizers(transfer, settings.optimizer, settings.learning_rate))
+    by_muon = transfer.maps if settings.optimizer == "muon" else ()
+    state = FitState(transfer, make_optimizers(transfer, by_muon, settings.learning_rate))
     run = _run_identity(settings, base, data)
     if settings.init == "file":
         run["start"] = transfer.digest()
@@ -404,10 +407,8 @@ def compared(settings: FitSettings) -> dict[str, Any]:
     """Return the settings by which a run is told from another: None for what nobody asks for of those that files of
     earlier releases do not say.
     """
-    drafter = None if settings.drafter == DRAFTERS[0] else settings.drafter
-    optimizer = None if settings.optimizer == OPTIMIZERS[0] else settings.optimizer
-    later = {"drafter": drafter, "loss_choice": settings.loss_choice or None, "optimizer": optimizer}
-    return {**asdict(settings), **later}
+    unsaid = [one.name for one in fields(settings) if one.name in LATER and getattr(settings, one.name) == one.default]
+    return asdict(settings) | dict.fromkeys(unsaid)
 
 
 def _stopping(state: FitState, settings: FitSettings, evaluate_every: int) -> bool:

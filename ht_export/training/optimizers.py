@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable
 
-from ht_export.model.transfer import TransferLayers
+import torch
+from torch import nn
 
 OPTIMIZERS = ("adamw", "muon")
 # What an optimizer keeps for each parameter: a count, and averages of the parameter's shape.
@@ -15,14 +16,15 @@ KEPT: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
 }
 
 
-def make_optimizers(transfer: TransferLayers, name: str, learning_rate: float) -> tuple[torch.optim.Optimizer, ...]:
-    """Return the optimizers called `name`, one of `OPTIMIZERS`, each of parameters of its own.
-
-    "muon" is Muon (Keller Jordan 2024) for the matrices of the maps, and AdamW for the rest.
+def make_optimizers(
+    trained: nn.Module, by_muon: Iterable[nn.Module], learning_rate: float
+) -> tuple[torch.optim.Optimizer, ...]:
+    """Return the optimizers of the parameters of `trained`, each of some of its own: Muon (Keller Jordan 2024) for the
+    matrices of the modules `by_muon`, and AdamW for the rest.
     """
-    matrices = [p for p in transfer.maps.parameters() if p.dim() == 2] if name == "muon" else []
+    matrices = [p for module in by_muon for p in module.parameters() if p.dim() == 2]
     taken = set(matrices)
-    rest = [parameter for parameter in transfer.parameters() if parameter not in taken]
+    rest = [parameter for parameter in trained.parameters() if parameter not in taken]
     adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     if not matrices:
         return (adamw,)

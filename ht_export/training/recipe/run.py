@@ -107,8 +107,6 @@ def run_all(options: argparse.Namespace, execute: Execute) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.out.suffix != ".safetensors":
-        raise InputError(f"--out {options.out} must end in .safetensors; ht-export makes an engine of it")
     if options.hours is not None:
         number("--hours", options.hours, 1e-6, MOST_HOURS)
     counts = "steps", "sequences", "anchors", "draft_steps", "batch_size"

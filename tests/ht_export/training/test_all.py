@@ -309,7 +309,7 @@ def test_layers_that_have_lost_what_was_measured_are_measured_again(tmp_path: Pa
 
 def test_an_engine_is_not_what_it_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["all", "model", "--prompts", "prompts.jsonl", "--out", str(tmp_path / "t.onnx")]) == 1
-    assert "t.onnx must end in .safetensors; ht-export makes an engine of it" in capsys.readouterr().err
+    assert "t.onnx names an engine; transfer layers are a .safetensors file" in capsys.readouterr().err
 
 
 def test_long_prompts_are_left_out_as_the_user_says(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_muon_trains_the_maps_and_adamw_the_rest(
     base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path
 ) -> None:
     transfer = TransferLayers((2, 3), 32, 4)
-    muon, adamw = make_optimizers(transfer, "muon", 0.01)
+    muon, adamw = make_optimizers(transfer, transfer.maps, 0.01)
     assert (type(muon), type(adamw)) == (torch.optim.Muon, torch.optim.AdamW)
     by_muon, by_adamw = (
         {id(one) for group in optimizer.param_groups for one in group["params"]} for optimizer in (muon, adamw)
