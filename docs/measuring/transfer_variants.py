@@ -64,13 +64,19 @@ def begin(name: str, base: BaseModel, start: TransferLayers, tokens: Tensor) -> 
     """Return a variant that begins as `start`, which has as many steps as any."""
     variant = VARIANTS[name]
     assert start.correction is not None
-    transfer = TransferLayers(start.layers[: variant.steps], start.hidden_size, start.correction.rank, tokens)
-    taken = {key: value for key, value in start.state_dict().items() if key in transfer.state_dict()}
+    rank = start.correction.rank
+    first = TransferLayers(start.layers[: variant.steps], start.hidden_size, rank)
+    taken = {key: value for key, value in start.state_dict().items() if key in first.state_dict()}
     taken["correction.scales"] = taken["correction.scales"][: variant.steps]
-    transfer.load_state_dict(taken)
+    first.load_state_dict(taken)
+    transfer = TransferLayers(first.layers, first.hidden_size, max(rank, variant.correction_rank), tokens)
+    copy_start(transfer, first)
     transfer.requires_grad_(True)
     trained = Trained(variant, transfer, base)
-    optimizers = make_optimizers(trained, transfer.maps if variant.muon else (), variant.learning_rate)
+    assert transfer.correction is not None
+    correction = (transfer.correction.inner, transfer.correction.context, transfer.correction.candidates)
+    by_muon = (*(transfer.maps if variant.muon else ()), *(correction if variant.muon_correction else ()))
+    optimizers = make_optimizers(trained, by_muon, variant.learning_rate)
     return Training(name, trained, optimizers)
 
 

@@ -22,7 +22,8 @@ class Variant:
     choice in the target; `acceptance`, from which share of the fit on the loss is the acceptance of LK losses
     (arXiv 2602.23881) instead of KL; `consistency`, the weight of the distance to the real states; `gated`, a
     correction scaled by the pseudo state; `two_before`, one that knows two tokens; `rank` of adapters beside all
-    products of the layers passed (with `rank_of` those named so alone); `muon` in place of AdamW for matrices.
+    products of the layers passed (with `rank_of` those named so alone); `muon` in place of AdamW for the maps, and
+    with `muon_correction` for the matrices of the correction too; the `correction_rank`, 0 for that of the start.
     """
 
     steps: int = 4
@@ -35,6 +36,7 @@ class Variant:
     rank: int = 0
     rank_of: str = ""
     muon: bool = False
+    muon_correction: bool = False
     learning_rate: float = 1e-3
     correction_rank: int = 0
 
@@ -56,6 +58,10 @@ VARIANTS = {
     "acceptance": Variant(acceptance=0.5),
     "weighted": Variant(weights=(1.0, 0.8, 0.6, 0.4)),
     "muon": Variant(muon=True),
+    "muon-all": Variant(muon=True, muon_correction=True),
+    "wide": Variant(muon=True, correction_rank=256),
+    "muon-consistent": Variant(muon=True, consistency=0.5),
+    "muon-weighted": Variant(muon=True, weights=(1.0, 0.8, 0.6, 0.4)),
     "slow": Variant(learning_rate=5e-4),
     "fast": Variant(learning_rate=2e-3),
 }

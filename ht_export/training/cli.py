@@ -153,7 +153,7 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     _add_init(beginning)
     beginning.add_argument("--start", type=pathname, help="begin with these transfer layers, to train them further; "
                            "their layers and correction rank are the default then; --layers may name more behind "
-                           "theirs, to train more draft steps")  # fmt: skip
+                           "theirs, to train more draft steps, and --correction-rank a greater one")  # fmt: skip
     fit.add_argument("--steps", type=int, default=500, help="optimizer steps (default: 500)")
     _add_batches(fit)
     _add_loss(fit)

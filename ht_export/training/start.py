@@ -22,7 +22,9 @@ RIDGE_TEXTS = 512
 def copy_start(transfer: TransferLayers, start: TransferLayers | None) -> None:
     """Make the first steps of `transfer` those of `start`, with its correction; further steps are scaled as the last.
 
-    The maps of further steps stay as they are. Raises `InputError` unless `transfer` begins with all steps of `start`.
+    The maps of further steps stay as they are, and so does what a correction of greater rank has beyond that of
+    `start`, which adds nothing yet. Raises `InputError` unless `transfer` begins with all steps of `start` and has its
+    rank at least.
     """
     if start is None:
         raise InputError('init "file" needs transfer layers to start from')
@@ -34,18 +36,21 @@ def copy_start(transfer: TransferLayers, start: TransferLayers | None) -> None:
     own, given = (
         (layers.hidden_size, layers.correction.rank if layers.correction else 0) for layers in (transfer, start)
     )
-    if own != given or transfer.layers[: start.num_steps] != start.layers:
+    if own[0] != given[0] or own[1] < given[1] or transfer.layers[: start.num_steps] != start.layers:
         raise InputError(
             f"the transfer layers to start from have layers, width and correction rank {(start.layers, *given)}, and "
             f"{(transfer.layers, *own)} are asked for; leave those options out to take theirs, or name theirs and "
-            "further layers behind them to train more draft steps"
+            "further layers behind them to train more draft steps, and no lower rank"
         )
     taken = dict(start.state_dict())
     if "correction.scales" in taken:
         scales = taken["correction.scales"]
         more = transfer.num_steps - start.num_steps
         taken["correction.scales"] = torch.cat([scales, scales[-1:].expand(more, -1)])
-    transfer.load_state_dict({**transfer.state_dict(), **taken})
+    state = transfer.state_dict()
+    for key, value in taken.items():
+        state[key][tuple(slice(size) for size in value.shape)] = value
+    transfer.load_state_dict(state)
 
 
 def regress(

@@ -12,6 +12,7 @@ from ht_export.model.transfer import TransferFile, TransferLayers, load_transfer
 from ht_export.training import cli
 from ht_export.training.data import AnsweredPrompt
 from ht_export.training.fit import FitSettings
+from ht_export.training.start import copy_start
 from runtime.errors import InputError
 from tests.ht_export.training.test_fit import assert_equal, run
 
@@ -47,6 +48,20 @@ def test_the_steps_that_are_there_are_taken_and_the_others_regressed(
     torch.testing.assert_close(longer.correction.inner.weight, trained.correction.inner.weight)
 
 
+def test_a_correction_of_greater_rank_begins_as_that_of_the_file(trained: TransferLayers) -> None:
+    wider = TransferLayers((2, 3, 3), 32, 7)
+    copy_start(wider, trained)
+    assert wider.correction and trained.correction
+    embeddings = torch.randn(5, 32)
+    for k, step in enumerate((0, 1, 1)):
+        torch.testing.assert_close(wider.correction(k, embeddings), trained.correction(step, embeddings))
+    # What is new takes part in training: it hears something, and adds it with a weight of zero.
+    assert wider.correction.contexts(embeddings)[:, 4:].abs().min() > 0
+    wider.correction(0, embeddings).sum().backward()
+    assert wider.correction.candidates.weight.grad is not None
+    assert wider.correction.candidates.weight.grad[:, 4:].abs().min() > 0
+
+
 def test_a_longer_fit_from_a_file_that_was_interrupted_ends_with_the_same_weights(
     base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path, trained: TransferLayers
 ) -> None:
@@ -68,7 +83,7 @@ def test_a_longer_fit_from_a_file_that_was_interrupted_ends_with_the_same_weight
         run(base, sequences, tmp_path / "killed", settings, start=other)
 
 
-@pytest.mark.parametrize(("layers", "rank"), [((3, 2, 3), 4), ((2, 2), 4), ((2,), 4), ((2, 3, 3), 8), ((2, 3, 3), 0)])
+@pytest.mark.parametrize(("layers", "rank"), [((3, 2, 3), 4), ((2, 2), 4), ((2,), 4), ((2, 3, 3), 3), ((2, 3, 3), 0)])
 def test_a_start_of_other_layers_or_of_more_steps_is_one_clear_error(
     base: BaseModel,
     sequences: list[AnsweredPrompt],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-NAMES = ("plain", "five", "hard", "both", "adapters-8", "consistent", "acceptance", "muon")
+NAMES = ("plain", "five", "hard", "both", "adapters-8", "consistent", "acceptance", "muon", "muon-all", "wide")
 
 
 def test_variants_begin_as_the_same_and_go_on_where_they_were_stopped(
