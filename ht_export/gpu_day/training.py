@@ -128,8 +128,8 @@ def _pace(settings: DaySettings) -> dict[str, Any]:
     from ht_export.progress import progress_bar
     from ht_export.prompts import evenly
     from ht_export.training.data import read_data
-    from ht_export.training.fit import FitSettings
     from ht_export.training.recipe.pace import seconds_per_step
+    from ht_export.training.settings import FitSettings
     from runtime.files import write_json
 
     base = load_base_model(settings.model, _dtype(settings))

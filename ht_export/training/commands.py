@@ -35,11 +35,12 @@ from ht_export.training.acceptance import measure_acceptance
 from ht_export.training.data import MANIFEST, AnsweredPrompt, fingerprint, read_data
 from ht_export.training.draft_tokens import choose_draft_tokens, described
 from ht_export.training.engine import data_engine
-from ht_export.training.fit import INITIALISATIONS, FitSettings, MetricLog, fit
+from ht_export.training.fit import MetricLog, fit
 from ht_export.training.generate import DataSettings, Part, generate_data
 from ht_export.training.machine import fit_device
 from ht_export.training.merging import merge
 from ht_export.training.plots import plot_acceptance, plot_sweep
+from ht_export.training.settings import INITIALISATIONS, FitSettings
 from ht_export.training.skip_record import SearchRecord
 from ht_export.training.skip_search import Found, SearchSettings, search
 from ht_export.training.sweep import SweepSettings, default_placements, recommendation, sweep, table

@@ -22,8 +22,9 @@ from ht_export.training.cost import RowCosts, best_choice
 from ht_export.training.data import AnsweredPrompt, fingerprint
 from ht_export.training.evaluate import predict, statistics
 from ht_export.training.features import FeatureCache
-from ht_export.training.fit import FitSettings, compared, fit
+from ht_export.training.fit import fit
 from ht_export.training.identity import first_difference
+from ht_export.training.settings import FitSettings, compared
 from runtime.errors import InputError
 from runtime.files import write_json
 

@@ -29,10 +29,11 @@ from ht_export.tensorrt import build_process, worker
 from ht_export.training.batches import make_batch
 from ht_export.training.data import MANIFEST, MANIFEST_VERSION, AnsweredPrompt, read_data
 from ht_export.training.features import FeatureCache
-from ht_export.training.fit import FitSettings, fit
+from ht_export.training.fit import fit
 from ht_export.training.recipe import run as recipe
 from ht_export.training.recipe.choices import Choices
 from ht_export.training.recipe.record import RECORD, Pace, WorkFolder
+from ht_export.training.settings import FitSettings
 from ht_export.training.skip_record import SearchRecord
 from ht_export.training.skip_search import SearchSettings, search
 from ht_export.training.sweep import SweepSettings, recommendation, sweep, table

@@ -19,8 +19,9 @@ from ht_export.model.checkpoint import BaseModel
 from ht_export.model.transfer import TransferLayers
 from ht_export.training.data import AnsweredPrompt
 from ht_export.training.evaluate import evaluate
-from ht_export.training.fit import FitSettings, fit
+from ht_export.training.fit import fit
 from ht_export.training.recipe.record import Pace
+from ht_export.training.settings import FitSettings
 
 # Steps that are timed; one more comes before them. Beyond so many seconds one is enough.
 TIMED = 4

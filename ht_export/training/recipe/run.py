@@ -24,7 +24,6 @@ from ht_export.prompts import evenly, read_conversations
 from ht_export.training.commands import DEFAULT_CORRECTION_RANK, check_out
 from ht_export.training.data import MANIFEST, is_whole, long_answers, read_data
 from ht_export.training.draft_tokens import check_draft_size
-from ht_export.training.fit import FitSettings
 from ht_export.training.machine import engine_device, fit_device, has_bfloat16
 from ht_export.training.recipe import choices as choosing
 from ht_export.training.recipe.apart import keep_apart
@@ -32,6 +31,7 @@ from ht_export.training.recipe.choices import Choices
 from ht_export.training.recipe.pace import MEASUREMENTS, pace_for, pace_of, seconds_per_step
 from ht_export.training.recipe.record import RECORD, Pace, WorkFolder
 from ht_export.training.recipe.report import NUMBERS
+from ht_export.training.settings import FitSettings
 from runtime.bundle.places import engine_file_path
 from runtime.checks import MOST_REPEATS, number, whole
 from runtime.errors import InputError

@@ -14,11 +14,11 @@ from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.transfer import TransferFile, load_transfer_layers, save_transfer_layers
 from ht_export.training import cli
 from ht_export.training.data import MANIFESTS, AnsweredPrompt, DataFolder
-from ht_export.training.fit import FitSettings
 from ht_export.training.recipe import pace, report
 from ht_export.training.recipe import run as recipe
 from ht_export.training.recipe.choices import Choices
 from ht_export.training.recipe.record import RECORDS, Pace
+from ht_export.training.settings import FitSettings
 from runtime.errors import InputError
 from tests.conftest import random_transfer, tiny_llama
 from tests.ht_export.model.test_adapters import DOWN, Q, factors, lora, save

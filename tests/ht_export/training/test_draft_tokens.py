@@ -22,9 +22,10 @@ from ht_export.training.data import AnsweredPrompt
 from ht_export.training.draft_tokens import choose_draft_tokens, covered
 from ht_export.training.evaluate import evaluate, predict
 from ht_export.training.features import FeatureCache
-from ht_export.training.fit import FitSettings, fit
+from ht_export.training.fit import fit
 from ht_export.training.losses import Objective, draft_losses, log_normalisers
 from ht_export.training.memory import estimate
+from ht_export.training.settings import FitSettings
 from ht_export.training.simulate import advances
 from ht_export.verify.passes import ReferenceEngine
 from runtime.drafting.drafter import Drafter

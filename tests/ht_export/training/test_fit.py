@@ -19,14 +19,17 @@ from ht_export.model.checkpoint import BaseModel, load_base_model
 from ht_export.model.transfer import TransferLayers, load_transfer_layers
 from ht_export.training import cli
 from ht_export.training import fit as fit_module
+from ht_export.training import trainer as trainer_module
 from ht_export.training.batches import make_batch
 from ht_export.training.data import AnsweredPrompt, fingerprint
 from ht_export.training.drafts import run_context
 from ht_export.training.features import FeatureCache
-from ht_export.training.fit import FitSettings, anchor_losses, fit
+from ht_export.training.fit import fit
 from ht_export.training.memory import estimate
 from ht_export.training.optimizers import make_optimizers
 from ht_export.training.ridge import RidgeRegression
+from ht_export.training.settings import FitSettings
+from ht_export.training.trainer import anchor_losses
 from runtime.errors import InputError
 from tests.ht_export.training.conftest import QUIET
 
@@ -211,7 +214,7 @@ def test_a_feature_cache_changes_nothing_and_is_made_once(
     for name, tensor in without.state_dict().items():
         torch.testing.assert_close(cached.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
     with monkeypatch.context() as without_the_base_model:
-        without_the_base_model.setattr(fit_module, "run_context", None)
+        without_the_base_model.setattr(trainer_module, "run_context", None)
         without_the_base_model.setattr("ht_export.training.features.run_context", None)
         assert_equal(cached, run(base, sequences, tmp_path / "again", short, feature_cache=tmp_path / "cache"))
     # Made for layers 2 and 3, it serves layer 3 alone.
@@ -391,7 +394,7 @@ def test_a_damaged_checkpoint_is_refused(
 def test_a_loss_that_is_not_finite_stops_the_fit_before_a_checkpoint(
     base: BaseModel, sequences: list[AnsweredPrompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit_module, "anchor_losses", lambda *_: torch.tensor([1.0, torch.nan]))
+    monkeypatch.setattr(trainer_module, "anchor_losses", lambda *_: torch.tensor([1.0, torch.nan]))
     with pytest.raises(InputError, match=r"the loss is not finite at step 1 \(1\.000/nan\); lower --learning-rate"):
         run(base, sequences, tmp_path / "c")
     assert not (tmp_path / "c").exists()

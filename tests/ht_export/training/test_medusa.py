@@ -18,8 +18,8 @@ from ht_export.training.batches import make_batch
 from ht_export.training.data import AnsweredPrompt
 from ht_export.training.evaluate import predict
 from ht_export.training.features import FeatureCache
-from ht_export.training.fit import FitSettings
 from ht_export.training.losses import Objective, draft_losses
+from ht_export.training.settings import FitSettings
 from runtime.errors import InputError
 from tests.conftest import random_transfer
 from tests.ht_export.training.conftest import QUIET

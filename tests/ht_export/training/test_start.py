@@ -11,7 +11,7 @@ from ht_export.model.checkpoint import BaseModel
 from ht_export.model.transfer import TransferFile, TransferLayers, load_transfer_layers, save_transfer_layers
 from ht_export.training import cli
 from ht_export.training.data import AnsweredPrompt
-from ht_export.training.fit import FitSettings
+from ht_export.training.settings import FitSettings
 from ht_export.training.start import copy_start
 from runtime.errors import InputError
 from tests.ht_export.training.test_fit import assert_equal, run

@@ -9,7 +9,8 @@ from ht_export.model.checkpoint import BaseModel
 from ht_export.training import cli
 from ht_export.training import sweep as sweep_module
 from ht_export.training.data import AnsweredPrompt
-from ht_export.training.fit import FitSettings, fit
+from ht_export.training.fit import fit
+from ht_export.training.settings import FitSettings
 from ht_export.training.sweep import SweepRow, SweepSettings, default_placements, recommendation, sweep, table
 from runtime.errors import InputError
 from tests.ht_export.training.conftest import QUIET
