@@ -1,6 +1,6 @@
 """Draw how fast SmolLM2-135M answers by each way of one run of `ht-bench run`.
 
-python docs/draw_speed.py    # reads docs/measurements/2026-11-23-bench-greedy-fp32.json, writes docs/speed.svg
+python docs/draw_speed.py    # reads docs/measurements/2026-11-30-yardsticks.json, writes docs/speed.svg
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 PICTURE = DOCS / "speed.svg"
-RESULTS = DOCS / "measurements" / "2026-11-23-bench-greedy-fp32.json"
+RESULTS = DOCS / "measurements" / "2026-11-30-yardsticks.json"
 # Ways of the run, and what they are called here.
 WAYS = {
     "transformers": "transformers",
+    "early_exit": "transformers, early exit",
     "prompt_lookup": "transformers, prompt lookup",
     "plain": "this engine, plain decoding",
-    "medusa": "this engine, drafts at the last layer (as Medusa's)",
+    "self_speculative": "this engine, self-speculative",
+    "text_drafts": "this engine, drafts from the text alone",
+    "medusa": "this engine, Medusa-1",
     "speculative": "this engine, hidden transfer",
 }
 WIDTH, ROW, LEFT = 860, 40, 350
