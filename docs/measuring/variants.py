@@ -61,7 +61,6 @@ VARIANTS = {
     "muon-all": Variant(muon=True, muon_correction=True),
     "wide": Variant(muon=True, correction_rank=256),
     "muon-consistent": Variant(muon=True, consistency=0.5),
-    "muon-weighted": Variant(muon=True, weights=(1.0, 0.8, 0.6, 0.4)),
     "slow": Variant(learning_rate=5e-4),
     "fast": Variant(learning_rate=2e-3),
 }

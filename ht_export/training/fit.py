@@ -23,7 +23,7 @@ from ht_export.training.memory import estimate
 from ht_export.training.optimizers import make_optimizers
 from ht_export.training.settings import FitSettings, compared
 from ht_export.training.start import copy_start
-from ht_export.training.trainer import Trainer, shown
+from ht_export.training.trainer import Trainer, as_text
 from runtime.errors import InputError
 
 
@@ -129,15 +129,15 @@ def fit(
             state.note(trainer.shared(_weighted(found["kl"], settings) if found else 0.0))
             if found:
                 measured = f"  held-out top-1/2/4/8 {headline(found)}"
-                report(f"step {state.step}: loss {shown(by_step)}{measured}")
+                report(f"step {state.step}: loss {as_text(by_step)}{measured}")
             if found and log:
                 _log_acceptance(log, found, state.step)
         if accelerator.is_main_process and (state.step % checkpoint_every == 0 or state.step == settings.steps):
             save_checkpoint(checkpoint, state, run)
             # The bar is not seen where output goes to a file.
-            report(f"step {state.step}: loss {shown(by_step)}, {speed:,.0f} anchors/s, saved {checkpoint}")
+            report(f"step {state.step}: loss {as_text(by_step)}, {speed:,.0f} anchors/s, saved {checkpoint}")
         progress.update(
-            bar, completed=state.step, description=f"fitting  loss {shown(by_step)}  {speed:,.0f} anchors/s{measured}"
+            bar, completed=state.step, description=f"fitting  loss {as_text(by_step)}  {speed:,.0f} anchors/s{measured}"
         )
     if settings.patience and state.best:
         transfer.load_state_dict(state.best)

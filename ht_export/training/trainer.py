@@ -147,7 +147,7 @@ class Trainer:
         by_step = total.cpu()
         if not torch.isfinite(by_step).all():
             raise InputError(
-                f"the loss is not finite at step {state.step + 1} ({shown(by_step)}); lower --learning-rate, or use "
+                f"the loss is not finite at step {state.step + 1} ({as_text(by_step)}); lower --learning-rate, or use "
                 "--dtype float32. The last checkpoint is untouched"
             )
         torch.nn.utils.clip_grad_norm_(state.transfer.parameters(), settings.max_gradient_norm)
@@ -168,6 +168,6 @@ class Trainer:
         return run_context(self.base.model, self.state.transfer.layers, batch.input_ids)
 
 
-def shown(losses: Tensor) -> str:
+def as_text(losses: Tensor) -> str:
     """Return the losses by draft step, [K], as text."""
     return "/".join(f"{loss:.3f}" for loss in losses.tolist())
