@@ -26,9 +26,7 @@ def speeds(results: dict[str, Any]) -> dict[int, dict[str, float]]:
     for row in results["rows"]:
         tokens = sum(answer["tokens"] for answer in row["answers"])
         rounds[row["clients"]][row["entry"]].append(tokens / row["seconds"])
-    return {
-        clients: {entry: median(found) for entry, found in entries.items()} for clients, entries in rounds.items()
-    }
+    return {clients: {entry: median(found) for entry, found in entries.items()} for clients, entries in rounds.items()}
 
 
 def draw() -> str:
