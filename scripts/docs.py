@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from environment import ROOT, prepare, run
+from environment import ROOT, explain_if_asked, prepare, run
 
 ADDRESS = "127.0.0.1:8200"
 
@@ -17,6 +17,7 @@ ADDRESS = "127.0.0.1:8200"
 def main() -> None:
     """Build the site, and serve it if asked to."""
     given = sys.argv[1:]
+    explain_if_asked(__doc__)
     if given not in ([], ["--serve"]):
         sys.exit(f"usage: python3 scripts/docs.py [--serve], not {' '.join(given)}")
     # An environment of its own: it takes seconds, as it has no torch.

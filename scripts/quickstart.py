@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from environment import ROOT, prepare, run
+from environment import ROOT, explain_if_asked, prepare, run
 
 PROMPT = "Explain in a few sentences why the sky is blue and sunsets are red."
 NEXT = """
@@ -23,6 +23,7 @@ Next:
 
 def main() -> None:
     """Run the quickstart."""
+    explain_if_asked(__doc__)
     prompt = sys.argv[1] if len(sys.argv) > 1 else PROMPT
     programs = prepare("export")
     engine = ROOT / "build" / "smollm2-135m" / "engine.onnx"

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import sys
 
-from environment import prepare
+from environment import explain_if_asked, prepare
 
 
 def main() -> None:
     """Become `ht-serve`."""
+    explain_if_asked(__doc__)
     program = str(prepare("export,serve") / "ht-serve")
     sys.stdout.flush()
     # In the place of this process: signals are for the server.

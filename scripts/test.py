@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import sys
 
-from environment import ROOT, prepare, run
+from environment import ROOT, explain_if_asked, prepare, run
 
 SLOWEST = ("--durations=60", "--durations-min=5")
 
 
 def main() -> None:
     """Run the checks; exit with the status of the first one that fails."""
+    explain_if_asked(__doc__)
     programs = prepare("dev")
     # Every process has a core of its own: more threads would only get in each other's way.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}

@@ -1,5 +1,6 @@
 """What runs before anything is installed."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from tests.modules import module_at
 
 ENVIRONMENT = module_at("scripts/environment.py")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def python(program: str) -> list[str]:
@@ -35,3 +37,11 @@ def test_an_environment_that_fits_is_used_as_it_is(tmp_path: Path, monkeypatch: 
     programs = ENVIRONMENT.prepare("docs", folder, weights=False)
     assert ENVIRONMENT.prepare("docs", folder, weights=False) == programs
     assert installed == ["docs"]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "test", "serve", "docs"])
+def test_a_script_says_what_it_does_before_it_sets_anything_up(name: str) -> None:
+    script = ROOT / "scripts" / f"{name}.py"
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True)
+    assert f"python3 scripts/{name}.py" in done.stdout
+    assert "Setting up" not in done.stdout
