@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
 DOCS = Path(__file__).parent
@@ -22,8 +21,7 @@ WIDTH, ROW, LEFT, ROOM = 860, 23, 190, 62
 INK, OTHERS, OURS = "#1f2933", "#8a949e", "#1d7a5f"
 
 
-@dataclass(frozen=True)
-class Bar:
+class Bar(NamedTuple):
     """Tokens/s of all answers together, the median of the rounds; `note` is what the number alone would hide."""
 
     speed: float
